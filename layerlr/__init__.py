@@ -1,0 +1,25 @@
+"""Layer-wise optimizers for PyTorch: a direction, a layer rule, one fused pass."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import rules
+from .describe import describe
+from .layers import depth_multipliers
+from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
+
+try:
+    __version__ = version("layerlr")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "SGD",
+    "AMomSGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "depth_multipliers",
+    "describe",
+    "rules",
+]

@@ -1,0 +1,37 @@
+"""Backends: ways to run the same plan."""
+
+from __future__ import annotations
+
+from .base import COLUMNS, Backend, Hyper, Plan, PlanSpec
+from .reference import ReferenceBackend
+
+#: fastest first; ``backend="auto"`` takes the first that supports the case
+BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(),)}
+
+
+def validate(name: str) -> None:
+    """Raise ValueError for a name that is neither ``"auto"`` nor a backend's."""
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}, available are {known}")
+
+
+def choose(name: str, spec: PlanSpec) -> Backend:
+    """The named backend, or for ``"auto"`` the fastest that supports the case.
+
+    Raises
+    ------
+    RuntimeError
+        Where the named backend does not support the case; the message names those that do.
+    """
+    reasons = {n: b.unsupported(spec) for n, b in BACKENDS.items()}
+    able = [n for n, reason in reasons.items() if reason is None]
+    if name == "auto":
+        return BACKENDS[able[0]]
+    if reasons[name] is not None:
+        use = " or ".join(f"backend={n!r}" for n in able)
+        raise RuntimeError(f"backend {name!r} {reasons[name]}; use {use}")
+    return BACKENDS[name]
+
+
+__all__ = ["BACKENDS", "COLUMNS", "Backend", "Hyper", "Plan", "PlanSpec", "choose", "validate"]

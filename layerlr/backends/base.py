@@ -1,0 +1,94 @@
+"""What a backend is, and the values that cross its border."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..directions import Direction
+from ..layers import LayerTable
+from ..rules import LayerRule
+
+#: columns of a plan's ``stats`` tensor, float64 [layers, columns]
+COLUMNS = ("ww", "gg", "uu", "wu", "scale", "lr", "angle", "skipped")
+
+
+class Hyper(NamedTuple):
+    """What a step reads afresh from its param group."""
+
+    lr: float | Tensor
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    skip: bool  # leave layers with a non-finite gradient alone
+    direction: tuple[float, ...]
+
+
+class PlanSpec(NamedTuple):
+    """What a plan is built from; rebuilt when any of it changes."""
+
+    table: LayerTable
+    direction: Direction
+    rule: LayerRule | None
+    states: list[dict[str, Any]]  # optimizer.state of each parameter, the live dicts
+    stats: Tensor
+
+
+class Plan(Protocol):
+    """The cached multi-tensor table of one group on one device."""
+
+    def prepare(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        """Read the gradients and check them, changing nothing; False: the plan is out of date."""
+
+    def step(self, hyper: Hyper) -> None:
+        """One step with the gradients that `prepare` read."""
+
+
+class Backend(Protocol):
+    """A way to run plans."""
+
+    name: str
+
+    def unsupported(self, spec: PlanSpec) -> str | None:
+        """Why this backend cannot run the case, or None if it can."""
+
+    def plan(self, spec: PlanSpec) -> Plan:
+        """Plan for a supported case."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of arithmetic and state: float64 for double parameters, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """Dtype of a parameter's per-element state."""
+    if p.is_complex():
+        return p.dtype
+    return accumulator(p.dtype)
+
+
+def check_gradient(kind: str, name: str, p: Tensor, g: Tensor) -> None:
+    """Raise RuntimeError, naming the parameter, for a gradient that no backend can use."""
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"{kind} does not support sparse gradients (parameter {name!r}): build its module "
+            "with sparse=False, or give the parameter to torch.optim.SparseAdam"
+        )
+    if g.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of parameter {name!r} has shape {tuple(g.shape)}, the parameter "
+            f"{tuple(p.shape)}: clear gradients after changing a parameter's data"
+        )
+    if g.device != p.device:
+        raise RuntimeError(
+            f"the gradient of parameter {name!r} is on {g.device}, the parameter on {p.device}: "
+            "clear gradients after moving a parameter"
+        )
+    if g.is_complex() != p.is_complex():
+        raise RuntimeError(
+            f"the gradient of parameter {name!r} is {g.dtype}, the parameter {p.dtype}"
+        )

@@ -1,0 +1,281 @@
+"""The specification: plain PyTorch, any floating dtype, any device, no host synchronisation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..directions.base import Scalar
+from ..layers import Span
+from ..rules import LayerRule, LayerStats, Plain
+from .base import Hyper, PlanSpec, accumulator, check_gradient
+
+
+class ReferenceBackend:
+    """Formulas spelled out one rounding at a time, so that native engines can equal their bits."""
+
+    name = "reference"
+
+    def unsupported(self, spec: PlanSpec) -> str | None:
+        return None
+
+    def plan(self, spec: PlanSpec) -> ReferencePlan:
+        return ReferencePlan(spec)
+
+
+class ReferencePlan:
+    """One step over a `LayerTable`, tensor by tensor."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.spec = spec
+        self.active: list[int] = []
+        # parts of each tensor, in row order
+        self.spans: list[list[Span]] = [[] for _ in spec.table.params]
+        for span in spec.table.spans:
+            self.spans[span.tensor].append(span)
+
+    def prepare(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+        spec = self.spec
+        live = [state.get(p) for p in spec.table.params]
+        if not all(map(operator.is_, live, spec.states)):
+            return False
+        self.active = []
+        for i, p in enumerate(spec.table.params):
+            if p.grad is not None:
+                check_gradient("layerlr", spec.table.names[i], p, p.grad)
+                self.active.append(i)
+        return True
+
+    def step(self, hyper: Hyper) -> None:
+        rule = self.spec.rule
+        if rule is None:
+            rule = Plain()
+        steps = {i: self._advanced(i) for i in self.active}
+        lr = self._layer_lr(hyper, steps)
+        if rule.order == "gradient":
+            self._scale_gradient(hyper, rule, lr, steps)
+        else:
+            self._scale_update(hyper, rule, lr, steps)
+
+    # -- the two orders -----------------------------------------------------------------------
+
+    def _scale_gradient(
+        self, h: Hyper, rule: LayerRule, lr: Tensor, steps: dict[int, Scalar]
+    ) -> None:
+        """Measure g, ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
+        d = self.spec.direction
+        sums = self._zeros()
+        raw = torch.zeros_like(sums.gg)
+        for i in self.active:
+            w, g0, g = self._load(i, h)
+            self._sum(i, raw, g0, g0)
+            self._sum(i, sums.gg, g, g)
+            self._sum(i, sums.ww, w, w)
+        gg = self._where_ruled(raw, sums.gg) if rule.raw_gradient else sums.gg
+        measured = sums._replace(gg=gg)
+        decay = 0.0 if h.decoupled else h.weight_decay
+        f = self._where_ruled(rule.factor(measured, decay), torch.ones_like(lr))
+        keep = self._skips(h, [gg, sums.ww] if "ww" in rule.measures else [gg])
+        a = 1.0 - lr * h.weight_decay if h.decoupled else torch.ones_like(lr)
+        grad, b = (f, -lr) if d.first_order else (torch.ones_like(f), -(lr * f))
+        for i in self.active:
+            w, _, g = self._load(i, h)
+            c = d.scalars(h.direction, steps[i])
+            old = self._state(i)
+            g = g * self._spread(i, grad, g)
+            new = d.advance(g, old, c)
+            u = d.direction(g, new, c)
+            self._sum(i, sums.uu, u, u)
+            self._sum(i, sums.wu, w, u)
+            skipped = self._spread(i, keep, w)
+            self._store_state(
+                i, [torch.where(skipped, o, n) for o, n in zip(old, new, strict=True)]
+            )
+            self._store(i, w, u, a, b, skipped)
+        self._finish(h, measured._replace(uu=sums.uu, wu=sums.wu), sums, lr, f, a, b, keep, steps)
+
+    def _scale_update(
+        self, h: Hyper, rule: LayerRule, lr: Tensor, steps: dict[int, Scalar]
+    ) -> None:
+        """Advance the state, measure u, ask the rule for a and b, then ``w <- a*w + b*u``."""
+        d = self.spec.direction
+        sums = self._zeros()
+        for i in self.active:
+            w, g0, g = self._load(i, h)
+            c = d.scalars(h.direction, steps[i])
+            old = self._state(i)
+            new = d.advance(g, old, c)
+            if h.skip:  # an element with a bad gradient keeps its state
+                good = torch.isfinite(g0)
+                new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
+            u = d.direction(g, new, c)
+            self._store_state(i, new)
+            for total, x, y in zip(sums, (w, g, u, w), (w, g, u, u), strict=True):
+                self._sum(i, total, x, y)
+        decay = h.weight_decay if h.decoupled else 0.0
+        # the rule sees u + decay*w, whose sums follow from those of u
+        seen = sums._replace(
+            uu=(sums.uu + 2.0 * decay * sums.wu + decay * decay * sums.ww).clamp(min=0.0),
+            wu=sums.wu + decay * sums.ww,
+        )
+        ones = torch.ones_like(lr)
+        radius, full = self._radius(lr)
+        scale = rule.scale(seen, lr, torch.where(full, radius, 0.0))
+        a = self._where_ruled(scale.a + scale.b * decay, 1.0 - lr * decay)
+        b = self._where_ruled(scale.b, -lr)
+        keep = self._skips(h, sums)
+        if rule.latches:
+            latch = full & ~keep & (radius == 0) & (sums.ww > 0) & (b != 0)
+            self._store_radius(torch.where(latch, sums.ww.sqrt(), radius))
+        for i in self.active:
+            w, _, g = self._load(i, h)
+            u = d.direction(g, self._state(i), d.scalars(h.direction, steps[i]))
+            self._store(i, w, u, a, b, self._spread(i, keep, w))
+        shown = self._where_ruled(scale.scale, ones)
+        seen = LayerStats(*(self._where_ruled(x, y) for x, y in zip(seen, sums, strict=True)))
+        self._finish(h, seen, sums, lr, shown, a, b, keep, steps)
+
+    # -- per tensor ---------------------------------------------------------------------------
+
+    def _load(self, i: int, h: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, gradient and gradient with L2 decay, in the dtype of the arithmetic."""
+        p = self.spec.table.params[i]
+        dtype = accumulator(p.dtype)
+        w = _real(p).to(dtype)
+        g = _real(p.grad).to(dtype)  # type: ignore[arg-type]
+        if h.maximize:
+            g = -g
+        decayed = g + w * h.weight_decay if h.weight_decay and not h.decoupled else g
+        return w, g, decayed
+
+    def _state(self, i: int) -> list[Tensor]:
+        spec = self.spec
+        dtype = accumulator(spec.table.params[i].dtype)
+        return [_real(spec.states[i][k]).to(dtype) for k in spec.direction.states]
+
+    def _store_state(self, i: int, new: Sequence[Tensor]) -> None:
+        for key, value in zip(self.spec.direction.states, new, strict=True):
+            _real(self.spec.states[i][key]).copy_(value)
+
+    def _store(self, i: int, w: Tensor, u: Tensor, a: Tensor, b: Tensor, keep: Tensor) -> None:
+        """``w <- a*w + b*u``; a step of zero leaves the weight's bits, the sign of a zero too."""
+        p = self.spec.table.params[i]
+        moved, step = w * self._spread(i, a, w), u * self._spread(i, b, w)
+        moved = torch.where(step == 0, moved, moved + step)
+        target = _real(p)
+        target.copy_(torch.where(keep, target, moved.to(target.dtype)))
+
+    def _advanced(self, i: int) -> Scalar:
+        """Number of the coming step: a host number, or a device scalar under capture."""
+        step = self.spec.states[i]["step"]
+        return step.double() + 1.0 if step.device.type != "cpu" else step.item() + 1.0
+
+    # -- per layer ----------------------------------------------------------------------------
+
+    def _zeros(self) -> LayerStats:
+        table = self.spec.table
+        zero = torch.zeros(len(table.layers), dtype=torch.float64, device=table.device)
+        return LayerStats(*(zero.clone() for _ in range(4)))
+
+    def _sum(self, i: int, total: Tensor, x: Tensor, y: Tensor) -> None:
+        """Add ``sum(x*y)`` of each part of tensor i to its layer."""
+        product = x.detach().double() * y.detach().double()
+        for span in self.spans[i]:
+            part = product if len(self.spans[i]) == 1 else product[span.begin : span.end]
+            total[span.layer] += part.sum()
+
+    def _spread(self, i: int, values: Tensor, like: Tensor) -> Tensor:
+        """Each element's entry of a per-layer tensor, rounded once to the dtype of ``like``."""
+        if values.dtype != torch.bool:
+            values = values.to(like.dtype)
+        spans = self.spans[i]
+        if len(spans) == 1:
+            return values[spans[0].layer]
+        sizes = torch.tensor([s.end - s.begin for s in spans], device=like.device)
+        of_rows = values[[s.layer for s in spans]].repeat_interleave(sizes)
+        return of_rows.view(-1, *[1] * (like.dim() - 1))
+
+    def _where_ruled(self, yes: Tensor, no: Tensor) -> Tensor:
+        ruled = torch.tensor(self.spec.table.ruled, device=yes.device)
+        return torch.where(ruled, yes, no)
+
+    def _layer_lr(self, h: Hyper, steps: dict[int, Scalar]) -> Tensor:
+        """Rate of each layer: lr, its lr_scale, the direction's own decay at its first tensor."""
+        table, d = self.spec.table, self.spec.direction
+        lr = torch.tensor(table.lr_scale, dtype=torch.float64, device=table.device)
+        lr = lr * (h.lr.double().to(table.device) if isinstance(h.lr, Tensor) else h.lr)
+        rate = torch.ones_like(lr)
+        for i in reversed(self.active):
+            for span in self.spans[i]:
+                rate[span.layer] = d.rate(h.direction, steps[i])
+        return lr * rate
+
+    def _skips(self, h: Hyper, sums: Sequence[Tensor]) -> Tensor:
+        """Layers to leave alone: those with a sum that is not finite."""
+        if not h.skip:
+            return torch.zeros_like(sums[0], dtype=torch.bool)
+        return ~torch.stack([torch.isfinite(s) for s in sums]).all(0)
+
+    def _leaders(self) -> list[tuple[int, int, int]]:
+        """First span of each layer: (layer, tensor, place of the span in its tensor)."""
+        seen: dict[int, tuple[int, int]] = {}
+        for i, spans in enumerate(self.spans):
+            for k, span in enumerate(spans):
+                seen.setdefault(span.layer, (i, k))
+        return [(layer, i, k) for layer, (i, k) in sorted(seen.items())]
+
+    def _radius(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored radius of each layer (0: none) and whether all of the layer takes part."""
+        radius, full = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
+        for layer, i, k in self._leaders():
+            stored = self.spec.states[i].get("radius")
+            if stored is not None:
+                radius[layer] = stored[k]
+        for i in set(range(len(self.spans))) - set(self.active):
+            for span in self.spans[i]:
+                full[span.layer] = False
+        return radius, full
+
+    def _store_radius(self, radius: Tensor) -> None:
+        for layer, i, k in self._leaders():
+            stored = self.spec.states[i].get("radius")
+            if stored is not None:
+                stored[k] = radius[layer]
+
+    def _finish(
+        self,
+        h: Hyper,
+        seen: LayerStats,
+        sums: LayerStats,
+        lr: Tensor,
+        scale: Tensor,
+        a: Tensor,
+        b: Tensor,
+        keep: Tensor,
+        steps: dict[int, Scalar],
+    ) -> None:
+        """Advance the step counts and write the layers' row of statistics."""
+        for i in self.active:
+            kept = torch.stack([keep[s.layer] for s in self.spans[i]]).all()
+            step = self.spec.states[i]["step"]
+            step += (~kept).to(step)
+        cross = (sums.ww * sums.uu - sums.wu * sums.wu).clamp(min=0.0).sqrt()
+        angle = torch.atan2(b.abs() * cross, a * sums.ww + b * sums.wu)
+        angle = torch.where(keep | (sums.ww == 0), 0.0, angle)
+        stats = self.spec.stats
+        rows = torch.stack([*seen, scale, lr * scale, angle], 1).detach()
+        took_part = torch.zeros_like(keep)
+        for i in self.active:
+            for span in self.spans[i]:
+                took_part[span.layer] = True
+        stepped = (took_part & ~keep).unsqueeze(1)
+        stats[:, :-1] = torch.where(stepped, rows, stats[:, :-1])
+        stats[:, -1] += keep & took_part
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x

@@ -1,0 +1,230 @@
+"""Which parameters form a layer, and which of them a rule governs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LayerKey = Callable[[str, Tensor], Hashable]
+Adapt = Callable[[str, Tensor], bool]
+
+
+class Span(NamedTuple):
+    """Rows ``begin:end`` of dim 0 of one tensor, all in one layer (a 0-dim tensor is one row)."""
+
+    tensor: int
+    begin: int
+    end: int
+    layer: int
+
+
+@dataclasses.dataclass
+class LayerTable:
+    """The layers of one param group on one device, the table every backend works from.
+
+    Attributes
+    ----------
+    params, names
+        The parameters that take steps, in group order.
+    spans
+        Their parts, in order; each part belongs to one layer.
+    layers
+        Name of each layer.
+    ruled
+        Whether the rule governs the layer. A parameter outside every layer has a row of its own
+        here with ``ruled`` false: it takes the plain step, and its non-finite gradient is its own.
+    lr_scale
+        Factor on lr for each layer.
+    """
+
+    params: list[Tensor]
+    names: list[str]
+    spans: list[Span]
+    layers: list[str]
+    ruled: list[bool]
+    lr_scale: list[float]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every parameter here."""
+        return self.params[0].device
+
+
+def rows(p: Tensor) -> int:
+    """Length of dim 0, counting a 0-dim tensor as one row."""
+    return p.shape[0] if p.dim() else 1
+
+
+def names_of(group: dict[str, Any], index: int) -> list[str]:
+    """Names of a group's parameters: the user's, or their place."""
+    given = group.get("param_names")
+    if given is not None:
+        return [str(n) for n in given]
+    return [f"group{index}.param{i}" for i in range(len(group["params"]))]
+
+
+def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, str]:
+    """Key of the layer that a parameter belongs to, and the layer's name."""
+    if callable(layers):
+        key = layers(name, p)
+        return key, str(key)
+    if layers == "module":
+        module = name.rpartition(".")[0]
+        return module, module or "(root)"
+    return name, name
+
+
+def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
+    """Whether ``adapt`` puts a parameter under the rule."""
+    if callable(adapt):
+        return bool(adapt(name, p))
+    return adapt == "all" or p.dim() >= 2
+
+
+def validate(group: dict[str, Any]) -> None:
+    """Check a param group's ``layers``, ``adapt``, ``split`` and ``lr_scale``.
+
+    Raises
+    ------
+    ValueError
+        Naming the key, and the parameter where it is about one.
+    """
+    layers, adapt = group["layers"], group["adapt"]
+    if not (callable(layers) or layers in ("tensor", "module")):
+        raise ValueError(
+            f"Invalid layers: {layers!r}, wanted 'tensor', 'module' or a callable (name, param)"
+        )
+    if layers == "module" and group.get("param_names") is None:
+        raise ValueError(
+            "layers='module' needs parameter names: pass model.named_parameters() instead of "
+            "model.parameters()"
+        )
+    if not (adapt is None or callable(adapt) or adapt in ("all", "kernels")):
+        raise ValueError(
+            f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels' or a callable (name, param)"
+        )
+    if group["on_nonfinite"] not in (None, "skip", "propagate"):
+        raise ValueError(
+            f"Invalid on_nonfinite: {group['on_nonfinite']!r}, wanted None, 'skip' or 'propagate'"
+        )
+
+
+def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
+    """Tables of a validated param group, one for each device.
+
+    Raises
+    ------
+    ValueError
+        Where ``split`` does not fit a parameter, ``lr_scale`` has another length than there are
+        layers, or a layer has parameters on several devices.
+    """
+    rule, layers, split = group["rule"], group["layers"], group.get("split")
+    adapt = group["adapt"] or (rule.adapts if rule is not None else "all")
+    frozen = rule is not None and rule.freezes
+    tables: dict[torch.device, LayerTable] = {}
+    place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table
+    ruled: list[tuple[LayerTable, int]] = []  # governed layers in parameter order
+    for name, p in zip(names_of(group, index), group["params"], strict=True):
+        inside = governs(adapt, name, p)
+        if not inside and frozen:
+            continue
+        table = tables.setdefault(p.device, LayerTable([], [], [], [], [], []))
+        tensor = len(table.params)
+        table.params.append(p)
+        table.names.append(name)
+        sizes = _blocks(split, name, p) if inside and split is not None else [rows(p)]
+        key, title = layer_key(layers, name, p) if inside else (None, name)
+        begin = 0
+        for block, size in enumerate(sizes):
+            where = (inside, key if inside else name, block)
+            if where not in place:
+                place[where] = p.device, len(table.layers)
+                table.layers.append(title if len(sizes) == 1 else f"{title}[{block}]")
+                table.ruled.append(inside and rule is not None)
+                if inside:
+                    ruled.append((table, len(table.layers) - 1))
+            device, layer = place[where]
+            if device != p.device:
+                raise ValueError(
+                    f"layer {title!r} has parameters on {device} and on {p.device} ({name!r}): "
+                    "give them different layer keys"
+                )
+            table.spans.append(Span(tensor, begin, begin + size, layer))
+            begin += size
+    _set_lr_scale(group.get("lr_scale", 1.0), list(tables.values()), ruled)
+    return list(tables.values())
+
+
+def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
+    n = rows(p)
+    if isinstance(split, int):
+        if split < 1 or n % split:
+            raise ValueError(
+                f"split={split} does not divide dim 0 of parameter {name!r}, which has {n} rows: "
+                "give the sizes of the blocks, or put the parameter into a group of its own"
+            )
+        return [n // split] * split
+    sizes = [int(s) for s in split]
+    if sum(sizes) != n or any(s < 1 for s in sizes):
+        raise ValueError(
+            f"split={sizes} does not sum to dim 0 of parameter {name!r}, which has {n} rows"
+        )
+    return sizes
+
+
+def _set_lr_scale(
+    lr_scale: float | Sequence[float] | Tensor,
+    tables: list[LayerTable],
+    ruled: list[tuple[LayerTable, int]],
+) -> None:
+    if isinstance(lr_scale, Tensor):
+        lr_scale = lr_scale.tolist()
+    one = isinstance(lr_scale, (int, float))
+    values = [float(lr_scale)] * len(ruled) if one else [float(v) for v in lr_scale]  # type: ignore
+    if len(values) != len(ruled):
+        raise ValueError(
+            f"lr_scale has {len(values)} entries for {len(ruled)} layers "
+            f"({', '.join(t.layers[i] for t, i in ruled)})"
+        )
+    if not all(0.0 <= v < float("inf") for v in values):
+        raise ValueError(f"Invalid lr_scale: {lr_scale!r}, wanted finite numbers >= 0")
+    for table in tables:
+        table.lr_scale = [float(lr_scale) if one else 1.0] * len(table.layers)  # type: ignore
+    for (table, layer), value in zip(ruled, values, strict=True):
+        table.lr_scale[layer] = value
+
+
+def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
+    """Layer-wise rates by depth, for the param-group key ``lr_scale``.
+
+    ``(1-alpha)^(5*(L-1-l)/(L-1))`` for alpha > 0, which favours the last layers, and
+    ``(1+alpha)^(5*l/(L-1))`` for alpha <= 0, which favours the first; l = 0..L-1 in forward order.
+
+    Parameters
+    ----------
+    n_layers
+        L >= 1.
+    alpha
+        In (-1, 1); 0 gives all ones.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.
+    """
+    if n_layers < 1:
+        raise ValueError(f"Invalid n_layers: {n_layers}, wanted at least 1")
+    if not -1.0 < alpha < 1.0:
+        raise ValueError(f"Invalid alpha: {alpha}, wanted a number in (-1, 1)")
+    last = max(n_layers - 1, 1)
+    if alpha > 0:
+        return [(1.0 - alpha) ** (5.0 * (last - i) / last) for i in range(n_layers)]
+    return [(1.0 + alpha) ** (5.0 * i / last) for i in range(n_layers)]

@@ -1,0 +1,299 @@
+"""The optimizer behind every class: groups to plans, one step over all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import backends, rules, state
+from .backends import COLUMNS, Hyper, Plan, PlanSpec
+from .directions import Direction
+from .layers import Adapt, LayerKey, LayerTable, build_tables, names_of, validate
+
+Rule = str | rules.LayerRule | None
+
+
+@dataclasses.dataclass
+class _GroupPlans:
+    """The plans of one param group and what they were built for."""
+
+    key: tuple[Any, ...]
+    params: list[Tensor]
+    tables: list[LayerTable]
+    backends: list[str]
+    stats: list[Tensor]
+    plans: list[Plan]
+
+    def fits(self, key: tuple[Any, ...], params: list[Tensor]) -> bool:
+        return (
+            len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+            and key == self.key
+        )
+
+
+class LayerwiseOptimizer(Optimizer):
+    """A direction and a layer rule; subclasses name the direction.
+
+    Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
+    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite`` (as the keyword
+    arguments), ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks
+    or their sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        rule: Rule,
+        layers: str | LayerKey,
+        adapt: str | Adapt | None,
+        backend: str,
+        on_nonfinite: Literal["skip", "propagate"] | None,
+    ) -> None:
+        backends.validate(backend)
+        self.backend = backend
+        self._plans: list[_GroupPlans | None] = []
+        defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
+        defaults["on_nonfinite"] = on_nonfinite
+        _check_flags(defaults)
+        super().__init__(params, defaults)
+
+    # -- what a subclass says ------------------------------------------------------------------
+
+    def _direction(self, group: dict[str, Any]) -> Direction:
+        raise NotImplementedError
+
+    def _decoupled(self, group: dict[str, Any]) -> bool:
+        return False
+
+    # -- param groups and plans ----------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and create its state; a group that is refused leaves nothing behind."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            group["rule"] = rules.resolve(group["rule"])
+            validate(group)
+            _check_dtypes(group, len(self.param_groups) - 1)
+            self._plans.append(self._build(len(self.param_groups) - 1))
+        except Exception:
+            self.param_groups.pop()
+            for p in group["params"]:
+                self.state.pop(p, None)
+            raise
+
+    def _key(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (
+            self._direction(group),
+            group["rule"],
+            group["layers"],
+            group["adapt"],
+            _hashable(group.get("split")),
+            _hashable(group.get("lr_scale")),
+        )
+
+    def _build(self, index: int) -> _GroupPlans:
+        """Tables, state and plans of a group; statistics of unchanged layers are carried over."""
+        group = self.param_groups[index]
+        group["rule"] = rules.resolve(group["rule"])
+        validate(group)
+        direction = self._direction(group)
+        old = self._plans[index] if index < len(self._plans) else None
+        carried = (
+            {(t.device, tuple(t.layers)): s for t, s in zip(old.tables, old.stats)} if old else {}
+        )
+        built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [])
+        for table in build_tables(group, index):
+            states = state.complete_table(self.state, table, group, direction)
+            stats = carried.get((table.device, tuple(table.layers)))
+            if stats is None:
+                shape = len(table.layers), len(COLUMNS)
+                stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
+            spec = PlanSpec(table, direction, group["rule"], states, stats)
+            backend = backends.choose(self.backend, spec)
+            built.tables.append(table)
+            built.backends.append(backend.name)
+            built.stats.append(stats)
+            built.plans.append(backend.plan(spec))
+        return built
+
+    def plans(self, index: int) -> _GroupPlans:
+        """Plans of a param group as it stands."""
+        group, plans = self.param_groups[index], self._plans[index]
+        if plans is None or not plans.fits(self._key(group), group["params"]):
+            plans = self._plans[index] = self._build(index)
+        return plans
+
+    def _prepared(self) -> list[tuple[dict[str, Any], _GroupPlans]]:
+        """Every group with plans that are up to date and hold checked gradients."""
+        ready = []
+        for index, group in enumerate(self.param_groups):
+            _check_capturable(group)
+            plans = self.plans(index)
+            if not all(plan.prepare(self.state) for plan in plans.plans):
+                plans = self._plans[index] = self._build(index)
+                if not all(plan.prepare(self.state) for plan in plans.plans):
+                    raise RuntimeError("optimizer.state changed while a step was prepared")
+            ready.append((group, plans))
+        return ready
+
+    def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:
+        skip = group["on_nonfinite"] or ("propagate" if group["rule"] is None else "skip")
+        lr = group["lr"]
+        return Hyper(
+            lr if not isinstance(lr, Tensor) or self.defaults["differentiable"] else lr.detach(),
+            float(group["weight_decay"]),
+            self._decoupled(group),
+            group["maximize"],
+            skip == "skip",
+            direction.hyper(group),
+        )
+
+    # -- stepping ------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one step; ``closure`` re-evaluates the model and returns the loss.
+
+        Every gradient is checked before any weight changes.
+
+        Raises
+        ------
+        RuntimeError
+            For a gradient that cannot be used, naming its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group, plans in self._prepared():
+                hyper = self._hyper(group, plans.key[0])
+                for plan in plans.plans:
+                    plan.step(hyper)
+        return loss
+
+    # -- statistics ----------------------------------------------------------------------------
+
+    def layer_stats(self) -> dict[str, Any]:
+        """Statistics of each layer's last step, without waiting for the device.
+
+        Returns
+        -------
+        dict
+            ``names`` (list, parameter order), then 1-D tensors: float64 ``ww gg uu wu`` (sums over
+            the weights before the update, the gradient and the step), ``scale`` (the rule's
+            number), ``lr`` (effective: lr times lr_scale times scale), ``angle`` (radians between
+            the weights before and after) and int64 ``skipped`` (steps left out because of a
+            non-finite gradient).
+
+            A parameter outside every layer has a row too, with scale 1, since it can be skipped;
+            groups without a rule that let non-finite values through are not measured.
+        """
+        names: list[str] = []
+        rows: list[Tensor] = []
+        for index, group in enumerate(self.param_groups):
+            plans = self.plans(index)
+            if group["rule"] is None and group["on_nonfinite"] != "skip":
+                continue
+            for table, stats in zip(plans.tables, plans.stats, strict=True):
+                names += table.layers
+                rows.append(stats)
+        device = rows[0].device if rows else torch.device("cpu")
+        table = (
+            torch.cat([r.to(device, non_blocking=True) for r in rows])
+            if rows
+            else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+        )
+        out: dict[str, Any] = {"names": names}
+        out.update((c, table[:, i].clone()) for i, c in enumerate(COLUMNS))
+        out["skipped"] = out["skipped"].long()
+        return out
+
+    # -- persistence ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a rule is stored as its name and plain numbers, callables are left out."""
+        handle = self.register_state_dict_post_hook(
+            lambda _, packed: state.pack_groups(packed["param_groups"]), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its saved dtype; torch.optim's own state dicts load too."""
+        loaded: dict[str, Any] = {}
+
+        def last(_: Optimizer, final: dict[str, Any]) -> None:
+            for group in final["param_groups"]:
+                rules.resolve(group.get("rule"))  # an unknown rule is refused before any change
+            loaded.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(last)
+        self._loading = loaded
+        before = self.state, self.param_groups, self._plans
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups, self._plans = before
+            raise
+        finally:
+            handle.remove()
+            del self._loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, new: dict[str, Any]) -> None:
+        current = self.__dict__.get("param_groups", [])
+        super().__setstate__(new)
+        state.unpack_groups(self.param_groups, current, self.defaults)
+        if hasattr(self, "_loading"):
+            state.restore_dtypes(self.state, self.param_groups, self._loading)
+        self._plans = [*self.__dict__.get("_plans", []), *[None] * len(self.param_groups)]
+        self._plans = [self._build(index) for index in range(len(self.param_groups))]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def _check_flags(defaults: dict[str, Any]) -> None:
+    """torch's own refusals of flags that exclude each other, in its words."""
+    if defaults.get("fused"):
+        if defaults["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if defaults.get("foreach"):
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _check_dtypes(group: dict[str, Any], index: int) -> None:
+    for name, p in zip(names_of(group, index), group["params"], strict=True):
+        if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:
+            raise ValueError(
+                f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
+                "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
+            )
+
+
+def _check_capturable(group: dict[str, Any]) -> None:
+    if group.get("capturable") and not torch.compiler.is_compiling():
+        for p in group["params"]:
+            if p.device.type == "cpu":
+                raise RuntimeError(
+                    "If capturable=True, params and state_steps must be on supported devices: "
+                    "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
+                )

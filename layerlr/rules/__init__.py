@@ -1,0 +1,61 @@
+"""Layer rules: frozen dataclasses that turn a layer's sums into its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import LayerRule, LayerScale, LayerStats
+from .lamb import Lamb
+from .lars import Lars
+from .layca import Layca
+from .plain import Plain
+from .singh import Singh
+
+#: name -> class; the native engines assert that they know the same names
+RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lamb, Layca)}
+
+
+def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
+    """Rule from a name, a rule, the plain dict of a state dict, or None.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not in `RULES`; the message lists those that are.
+    TypeError
+        For any other kind of value.
+    """
+    if rule is None or isinstance(rule, LayerRule):
+        return rule
+    if isinstance(rule, str):
+        return _lookup(rule)()
+    if isinstance(rule, Mapping):
+        options = dict(rule)
+        return _lookup(str(options.pop("name", None)))(**options)
+    raise TypeError(
+        f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}"
+        + (" (an instance is wanted, not the class)" if isinstance(rule, type) else "")
+    )
+
+
+def _lookup(name: str) -> type[LayerRule]:
+    try:
+        return RULES[name]
+    except KeyError:
+        known = ", ".join(repr(n) for n in RULES)
+        raise ValueError(f"unknown rule {name!r}, known are {known}") from None
+
+
+__all__ = [
+    "RULES",
+    "Lamb",
+    "Lars",
+    "Layca",
+    "LayerRule",
+    "LayerScale",
+    "LayerStats",
+    "Plain",
+    "Singh",
+    "resolve",
+]
