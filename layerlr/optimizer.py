@@ -118,7 +118,7 @@ class LayerwiseOptimizer(Optimizer):
             if stats is None:
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
-            spec = PlanSpec(table, direction, group["rule"], states, stats)
+            spec = PlanSpec(table, direction, group["rule"], states, stats, group["differentiable"])
             backend = backends.choose(self.backend, spec)
             built.tables.append(table)
             built.backends.append(backend.name)
@@ -213,10 +213,13 @@ class LayerwiseOptimizer(Optimizer):
             if rows
             else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         )
-        out: dict[str, Any] = {"names": names}
-        out.update((c, table[:, i].clone()) for i, c in enumerate(COLUMNS))
-        out["skipped"] = out["skipped"].long()
-        return out
+        column = dict(zip(COLUMNS, table.unbind(1), strict=True))
+        ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
+        cross = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
+        angle = torch.atan2(b.abs() * cross, a * ww + b * wu)
+        shown = {c: column[c].clone() for c in ("ww", "gg", "uu", "wu", "scale", "lr")}
+        angle = torch.where(ww > 0, angle, 0.0)
+        return {"names": names, **shown, "angle": angle, "skipped": column["skipped"].long()}
 
     # -- persistence ---------------------------------------------------------------------------
 

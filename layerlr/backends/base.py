@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..directions import Direction
-from ..layers import LayerTable
-from ..rules import LayerRule
+from layerlr.directions import Direction
+from layerlr.layers import LayerTable
+from layerlr.rules import LayerRule
 
 #: columns of a plan's ``stats`` tensor, float64 [layers, columns]
-COLUMNS = ("ww", "gg", "uu", "wu", "scale", "lr", "angle", "skipped")
+COLUMNS = ("ww", "gg", "uu", "wu", "scale", "lr", "a", "b", "skipped")
 
 
 class Hyper(NamedTuple):
@@ -33,8 +32,9 @@ class PlanSpec(NamedTuple):
     table: LayerTable
     direction: Direction
     rule: LayerRule | None
-    states: list[dict[str, Any]]  # optimizer.state of each parameter, the live dicts
+    states: list[dict[str, Any] | None]  # optimizer.state of each parameter, the live dicts
     stats: Tensor
+    differentiable: bool
 
 
 class Plan(Protocol):
@@ -71,11 +71,11 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return accumulator(p.dtype)
 
 
-def check_gradient(kind: str, name: str, p: Tensor, g: Tensor) -> None:
+def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
     """Raise RuntimeError, naming the parameter, for a gradient that no backend can use."""
     if g.layout != torch.strided:
         raise RuntimeError(
-            f"{kind} does not support sparse gradients (parameter {name!r}): build its module "
+            f"layerlr does not support sparse gradients (parameter {name!r}): build its module "
             "with sparse=False, or give the parameter to torch.optim.SparseAdam"
         )
     if g.shape != p.shape:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..directions.base import Scalar
-from ..layers import Span
-from ..rules import LayerRule, LayerStats, Plain
+from layerlr.directions.base import Scalar
+from layerlr.layers import Span
+from layerlr.rules import LayerRule, LayerStats, Plain
 from .base import Hyper, PlanSpec, accumulator, check_gradient
 
 
@@ -33,6 +33,7 @@ class ReferencePlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
         self.active: list[int] = []
+        self.steps: dict[int, Scalar] = {}
         # parts of each tensor, in row order
         self.spans: list[list[Span]] = [[] for _ in spec.table.params]
         for span in spec.table.spans:
@@ -46,67 +47,63 @@ class ReferencePlan:
         self.active = []
         for i, p in enumerate(spec.table.params):
             if p.grad is not None:
-                check_gradient("layerlr", spec.table.names[i], p, p.grad)
+                if spec.states[i] is None:
+                    return False  # thawed since the plan was built
+                check_gradient(spec.table.names[i], p, p.grad)
                 self.active.append(i)
         return True
 
     def step(self, hyper: Hyper) -> None:
-        rule = self.spec.rule
-        if rule is None:
-            rule = Plain()
-        steps = {i: self._advanced(i) for i in self.active}
-        lr = self._layer_lr(hyper, steps)
-        if rule.order == "gradient":
-            self._scale_gradient(hyper, rule, lr, steps)
-        else:
-            self._scale_update(hyper, rule, lr, steps)
+        table = self.spec.table
+        self.steps = {i: self._coming_step(i) for i in self.active}
+        lr = self._layer_lr(hyper)
+        ruled = [i for i in self.active if table.ruled[self.spans[i][0].layer]]
+        plain = [i for i in self.active if not table.ruled[self.spans[i][0].layer]]
+        if ruled and self.spec.rule is not None:
+            scale = (
+                self._scale_gradient if self.spec.rule.order == "gradient" else self._scale_update
+            )
+            scale(hyper, self.spec.rule, lr, ruled)
+        if plain:
+            self._scale_gradient(hyper, Plain(), lr, plain)
 
     # -- the two orders -----------------------------------------------------------------------
 
-    def _scale_gradient(
-        self, h: Hyper, rule: LayerRule, lr: Tensor, steps: dict[int, Scalar]
-    ) -> None:
+    def _scale_gradient(self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int]) -> None:
         """Measure g, ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
         d = self.spec.direction
         sums = self._zeros()
-        raw = torch.zeros_like(sums.gg)
-        for i in self.active:
+        for i in tensors:
             w, g0, g = self._load(i, h)
-            self._sum(i, raw, g0, g0)
-            self._sum(i, sums.gg, g, g)
+            measured = g0 if rule.raw_gradient else g
+            self._sum(i, sums.gg, measured, measured)
             self._sum(i, sums.ww, w, w)
-        gg = self._where_ruled(raw, sums.gg) if rule.raw_gradient else sums.gg
-        measured = sums._replace(gg=gg)
-        decay = 0.0 if h.decoupled else h.weight_decay
-        f = self._where_ruled(rule.factor(measured, decay), torch.ones_like(lr))
-        keep = self._skips(h, [gg, sums.ww] if "ww" in rule.measures else [gg])
-        a = 1.0 - lr * h.weight_decay if h.decoupled else torch.ones_like(lr)
-        grad, b = (f, -lr) if d.first_order else (torch.ones_like(f), -(lr * f))
-        for i in self.active:
+        f = rule.factor(sums, 0.0 if h.decoupled else h.weight_decay)
+        keep = self._skips(h, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
+        ones = torch.ones_like(lr)
+        a = 1.0 - lr * h.weight_decay if h.decoupled else ones
+        grad, b = (f, -lr) if d.first_order else (ones, -(lr * f))
+        for i in tensors:
             w, _, g = self._load(i, h)
-            c = d.scalars(h.direction, steps[i])
+            c = d.scalars(h.direction, self.steps[i])
             old = self._state(i)
             g = g * self._spread(i, grad, g)
             new = d.advance(g, old, c)
             u = d.direction(g, new, c)
             self._sum(i, sums.uu, u, u)
             self._sum(i, sums.wu, w, u)
-            skipped = self._spread(i, keep, w)
-            self._store_state(
-                i, [torch.where(skipped, o, n) for o, n in zip(old, new, strict=True)]
-            )
-            self._store(i, w, u, a, b, skipped)
-        self._finish(h, measured._replace(uu=sums.uu, wu=sums.wu), sums, lr, f, a, b, keep, steps)
+            kept = self._spread(i, keep, w)
+            self._store_state(i, [torch.where(kept, o, n) for o, n in zip(old, new, strict=True)])
+            self._store(i, w, u, a, b, kept)
+        self._finish(tensors, sums, f, lr * f, a, b, keep)
 
-    def _scale_update(
-        self, h: Hyper, rule: LayerRule, lr: Tensor, steps: dict[int, Scalar]
-    ) -> None:
+    def _scale_update(self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int]) -> None:
         """Advance the state, measure u, ask the rule for a and b, then ``w <- a*w + b*u``."""
         d = self.spec.direction
         sums = self._zeros()
-        for i in self.active:
+        for i in tensors:
             w, g0, g = self._load(i, h)
-            c = d.scalars(h.direction, steps[i])
+            c = d.scalars(h.direction, self.steps[i])
             old = self._state(i)
             new = d.advance(g, old, c)
             if h.skip:  # an element with a bad gradient keeps its state
@@ -116,28 +113,24 @@ class ReferencePlan:
             self._store_state(i, new)
             for total, x, y in zip(sums, (w, g, u, w), (w, g, u, u), strict=True):
                 self._sum(i, total, x, y)
-        decay = h.weight_decay if h.decoupled else 0.0
         # the rule sees u + decay*w, whose sums follow from those of u
+        decay = h.weight_decay if h.decoupled else 0.0
         seen = sums._replace(
             uu=(sums.uu + 2.0 * decay * sums.wu + decay * decay * sums.ww).clamp(min=0.0),
             wu=sums.wu + decay * sums.ww,
         )
-        ones = torch.ones_like(lr)
-        radius, full = self._radius(lr)
-        scale = rule.scale(seen, lr, torch.where(full, radius, 0.0))
-        a = self._where_ruled(scale.a + scale.b * decay, 1.0 - lr * decay)
-        b = self._where_ruled(scale.b, -lr)
         keep = self._skips(h, sums)
+        radius, whole = self._radius(lr)
+        scale = rule.scale(seen, lr, torch.where(whole, radius, 0.0))
         if rule.latches:
-            latch = full & ~keep & (radius == 0) & (sums.ww > 0) & (b != 0)
+            latch = whole & ~keep & (radius == 0) & (sums.ww > 0) & (scale.b != 0)
             self._store_radius(torch.where(latch, sums.ww.sqrt(), radius))
-        for i in self.active:
+        a = scale.a + scale.b * decay
+        for i in tensors:
             w, _, g = self._load(i, h)
-            u = d.direction(g, self._state(i), d.scalars(h.direction, steps[i]))
-            self._store(i, w, u, a, b, self._spread(i, keep, w))
-        shown = self._where_ruled(scale.scale, ones)
-        seen = LayerStats(*(self._where_ruled(x, y) for x, y in zip(seen, sums, strict=True)))
-        self._finish(h, seen, sums, lr, shown, a, b, keep, steps)
+            u = d.direction(g, self._state(i), d.scalars(h.direction, self.steps[i]))
+            self._store(i, w, u, a, scale.b, self._spread(i, keep, w))
+        self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, keep)
 
     # -- per tensor ---------------------------------------------------------------------------
 
@@ -152,14 +145,18 @@ class ReferencePlan:
         decayed = g + w * h.weight_decay if h.weight_decay and not h.decoupled else g
         return w, g, decayed
 
+    def _state_dict(self, i: int) -> dict[str, Any]:
+        state = self.spec.states[i]
+        assert state is not None
+        return state
+
     def _state(self, i: int) -> list[Tensor]:
-        spec = self.spec
-        dtype = accumulator(spec.table.params[i].dtype)
-        return [_real(spec.states[i][k]).to(dtype) for k in spec.direction.states]
+        dtype = accumulator(self.spec.table.params[i].dtype)
+        return [_real(self._state_dict(i)[k]).to(dtype) for k in self.spec.direction.states]
 
     def _store_state(self, i: int, new: Sequence[Tensor]) -> None:
         for key, value in zip(self.spec.direction.states, new, strict=True):
-            _real(self.spec.states[i][key]).copy_(value)
+            _real(self._state_dict(i)[key]).copy_(value)
 
     def _store(self, i: int, w: Tensor, u: Tensor, a: Tensor, b: Tensor, keep: Tensor) -> None:
         """``w <- a*w + b*u``; a step of zero leaves the weight's bits, the sign of a zero too."""
@@ -169,9 +166,9 @@ class ReferencePlan:
         target = _real(p)
         target.copy_(torch.where(keep, target, moved.to(target.dtype)))
 
-    def _advanced(self, i: int) -> Scalar:
+    def _coming_step(self, i: int) -> Scalar:
         """Number of the coming step: a host number, or a device scalar under capture."""
-        step = self.spec.states[i]["step"]
+        step = self._state_dict(i)["step"]
         return step.double() + 1.0 if step.device.type != "cpu" else step.item() + 1.0
 
     # -- per layer ----------------------------------------------------------------------------
@@ -199,11 +196,7 @@ class ReferencePlan:
         of_rows = values[[s.layer for s in spans]].repeat_interleave(sizes)
         return of_rows.view(-1, *[1] * (like.dim() - 1))
 
-    def _where_ruled(self, yes: Tensor, no: Tensor) -> Tensor:
-        ruled = torch.tensor(self.spec.table.ruled, device=yes.device)
-        return torch.where(ruled, yes, no)
-
-    def _layer_lr(self, h: Hyper, steps: dict[int, Scalar]) -> Tensor:
+    def _layer_lr(self, h: Hyper) -> Tensor:
         """Rate of each layer: lr, its lr_scale, the direction's own decay at its first tensor."""
         table, d = self.spec.table, self.spec.direction
         lr = torch.tensor(table.lr_scale, dtype=torch.float64, device=table.device)
@@ -211,7 +204,7 @@ class ReferencePlan:
         rate = torch.ones_like(lr)
         for i in reversed(self.active):
             for span in self.spans[i]:
-                rate[span.layer] = d.rate(h.direction, steps[i])
+                rate[span.layer] = d.rate(h.direction, self.steps[i])
         return lr * rate
 
     def _skips(self, h: Hyper, sums: Sequence[Tensor]) -> Tensor:
@@ -230,50 +223,43 @@ class ReferencePlan:
 
     def _radius(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Stored radius of each layer (0: none) and whether all of the layer takes part."""
-        radius, full = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
+        radius, whole = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
         for layer, i, k in self._leaders():
-            stored = self.spec.states[i].get("radius")
+            stored = (self.spec.states[i] or {}).get("radius")
             if stored is not None:
                 radius[layer] = stored[k]
         for i in set(range(len(self.spans))) - set(self.active):
             for span in self.spans[i]:
-                full[span.layer] = False
-        return radius, full
+                whole[span.layer] = False
+        return radius, whole
 
     def _store_radius(self, radius: Tensor) -> None:
         for layer, i, k in self._leaders():
-            stored = self.spec.states[i].get("radius")
+            stored = (self.spec.states[i] or {}).get("radius")
             if stored is not None:
                 stored[k] = radius[layer]
 
     def _finish(
         self,
-        h: Hyper,
+        tensors: list[int],
         seen: LayerStats,
-        sums: LayerStats,
-        lr: Tensor,
         scale: Tensor,
+        lr: Tensor,
         a: Tensor,
         b: Tensor,
         keep: Tensor,
-        steps: dict[int, Scalar],
     ) -> None:
         """Advance the step counts and write the layers' row of statistics."""
-        for i in self.active:
-            kept = torch.stack([keep[s.layer] for s in self.spans[i]]).all()
-            step = self.spec.states[i]["step"]
-            step += (~kept).to(step)
-        cross = (sums.ww * sums.uu - sums.wu * sums.wu).clamp(min=0.0).sqrt()
-        angle = torch.atan2(b.abs() * cross, a * sums.ww + b * sums.wu)
-        angle = torch.where(keep | (sums.ww == 0), 0.0, angle)
-        stats = self.spec.stats
-        rows = torch.stack([*seen, scale, lr * scale, angle], 1).detach()
         took_part = torch.zeros_like(keep)
-        for i in self.active:
+        for i in tensors:
+            kept = torch.stack([keep[s.layer] for s in self.spans[i]]).all()
+            step = self._state_dict(i)["step"]
+            step += (~kept).to(step)
             for span in self.spans[i]:
                 took_part[span.layer] = True
-        stepped = (took_part & ~keep).unsqueeze(1)
-        stats[:, :-1] = torch.where(stepped, rows, stats[:, :-1])
+        stats = self.spec.stats
+        rows = torch.stack([*seen, scale, lr, a, b], 1).detach()
+        stats[:, :-1] = torch.where((took_part & ~keep).unsqueeze(1), rows, stats[:, :-1])
         stats[:, -1] += keep & took_part
 
 

@@ -68,8 +68,9 @@ def distances(
         pairs = zip(_pieces(t, w.device), _pieces(local(w), w.device), strict=True)
         sums.append(_squares((a.div_(t_norm).sub_(b.div_(w_norm)) for a, b in pairs), w))
     squares = collect(_across_ranks(sums, weights))
-    undefined = collect(tensor_norms).eq(0) | collect(weight_norms).eq(0)
-    return torch.where(undefined, 0.0, squares / 2)
+    t_norm, w_norm = collect(tensor_norms), collect(weight_norms)
+    undefined = (t_norm == 0) | (w_norm == 0)
+    return torch.where(undefined, 0 * (t_norm + w_norm), squares / 2)  # 0, or NaN beside inf or NaN
 
 
 def collect(scalars: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,2 @@
+#define LAYERLR_ISA kernels_avx512
+#include "cpu/kernels.inc"

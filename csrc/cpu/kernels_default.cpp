@@ -1,0 +1,2 @@
+#define LAYERLR_ISA kernels_default
+#include "cpu/kernels.inc"

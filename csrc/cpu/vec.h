@@ -1,0 +1,309 @@
+// Packs of 16 floats or 8 doubles, of whatever registers the file is compiled for. The lanes of a
+// sum are the same for every instruction set, and so are its bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace layerlr {
+namespace {  // each instruction set's file has its own
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+constexpr int pack_bytes = 64;
+constexpr int registers = pack_bytes / register_bytes;
+
+template <class T>
+struct Register;
+template <>
+struct Register<float> {
+  typedef float type __attribute__((vector_size(register_bytes)));
+};
+template <>
+struct Register<double> {
+  typedef double type __attribute__((vector_size(register_bytes)));
+};
+
+/// 64 bytes of T with elementwise arithmetic, a rounding for each operation.
+template <class T>
+struct Pack {
+  static constexpr int size = pack_bytes / sizeof(T);
+  typename Register<T>::type v[registers];
+
+  static Pack fill(T x) {
+    Pack r;
+    for (auto& reg : r.v) reg = x - typename Register<T>::type{};
+    return r;
+  }
+};
+
+#define LAYERLR_EACH(expression)                                                         \
+  Pack<T> r;                                                                             \
+  _Pragma("GCC unroll 4") for (int i = 0; i < registers; ++i) { r.v[i] = (expression); } \
+  return r;
+
+template <class T>
+inline Pack<T> operator+(Pack<T> x, Pack<T> y) {
+  LAYERLR_EACH(x.v[i] + y.v[i])
+}
+template <class T>
+inline Pack<T> operator-(Pack<T> x, Pack<T> y) {
+  LAYERLR_EACH(x.v[i] - y.v[i])
+}
+template <class T>
+inline Pack<T> operator*(Pack<T> x, Pack<T> y) {
+  LAYERLR_EACH(x.v[i] * y.v[i])
+}
+template <class T>
+inline Pack<T> operator/(Pack<T> x, Pack<T> y) {
+  LAYERLR_EACH(x.v[i] / y.v[i])
+}
+template <class T>
+inline Pack<T> operator+(Pack<T> x, T y) {
+  LAYERLR_EACH(x.v[i] + y)
+}
+template <class T>
+inline Pack<T> operator*(Pack<T> x, T y) {
+  LAYERLR_EACH(x.v[i] * y)
+}
+template <class T>
+inline Pack<T> larger(Pack<T> x, Pack<T> y) {
+  LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
+}
+/// y where the gradient is finite (its difference to itself is 0), x elsewhere.
+template <class T>
+inline Pack<T> where_finite(Pack<T> g, Pack<T> y, Pack<T> x) {
+  LAYERLR_EACH(g.v[i] - g.v[i] == 0 ? y.v[i] : x.v[i])
+}
+/// moved + step; where the step is zero, moved to the bit, the sign of a zero too.
+template <class T>
+inline Pack<T> add_step(Pack<T> moved, Pack<T> step) {
+  LAYERLR_EACH(step.v[i] == 0 ? moved.v[i] : moved.v[i] + step.v[i])
+}
+#undef LAYERLR_EACH
+
+inline Pack<float> root(Pack<float> x) {
+  Pack<float> r;
+#if defined(__AVX512F__)
+  r.v[0] = _mm512_sqrt_ps(x.v[0]);
+#elif defined(__AVX2__)
+  for (int i = 0; i < registers; ++i) r.v[i] = _mm256_sqrt_ps(x.v[i]);
+#else
+  for (int i = 0; i < registers; ++i)
+    for (int k = 0; k < 4; ++k) r.v[i][k] = sqrtf(x.v[i][k]);
+#endif
+  return r;
+}
+inline Pack<double> root(Pack<double> x) {
+  Pack<double> r;
+#if defined(__AVX512F__)
+  r.v[0] = _mm512_sqrt_pd(x.v[0]);
+#elif defined(__AVX2__)
+  for (int i = 0; i < registers; ++i) r.v[i] = _mm256_sqrt_pd(x.v[i]);
+#else
+  for (int i = 0; i < registers; ++i)
+    for (int k = 0; k < 2; ++k) r.v[i][k] = sqrt(x.v[i][k]);
+#endif
+  return r;
+}
+
+// -- loads and stores of every parameter dtype -------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class P>
+struct Arithmetic {
+  typedef float type;
+};
+template <>
+struct Arithmetic<double> {
+  typedef double type;
+};
+
+template <class T>
+inline Pack<T> load(const T* p) {
+  Pack<T> r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class T>
+inline void store(T* p, Pack<T> x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline BFloat16 narrow_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(f != f ? 0x7fc0u : rounded)};
+}
+
+inline Pack<float> load(const BFloat16* p) {
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
+  return load(f);
+}
+inline void store(BFloat16* p, Pack<float> x) {
+  float f[16];
+  store(f, x);
+  for (int i = 0; i < 16; ++i) p[i] = narrow_bf16(f[i]);
+}
+
+#if defined(__AVX2__)
+inline Pack<float> load(const Float16* p) {
+  float f[16];
+  for (int i = 0; i < 16; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+    _mm256_storeu_ps(f + i, _mm256_cvtph_ps(half));
+  }
+  return load(f);
+}
+inline void store(Float16* p, Pack<float> x) {
+  float f[16];
+  store(f, x);
+  for (int i = 0; i < 16; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(f + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), half);
+  }
+}
+#else
+inline float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // inf, NaN
+    bits = 0x7f800000u | (magnitude << 13);
+  } else if (magnitude >= 0x0400u) {
+    bits = (magnitude + 0x1c000u) << 13;
+  } else {  // subnormal: exact in float
+    const float f = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &f, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline Float16 narrow_f16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // rounds to above the largest half
+    half = 0x7c00u;
+  } else if (bits >= 0x38800000u) {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 aligns the last place, the hardware rounds
+    float m;
+    std::memcpy(&m, &bits, sizeof m);
+    m += 0.5f;
+    std::memcpy(&half, &m, sizeof half);
+    half -= 0x3f000000u;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+inline Pack<float> load(const Float16* p) {
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
+  return load(f);
+}
+inline void store(Float16* p, Pack<float> x) {
+  float f[16];
+  store(f, x);
+  for (int i = 0; i < 16; ++i) p[i] = narrow_f16(f[i]);
+}
+#endif
+
+// -- sums in float64 ---------------------------------------------------------------------------
+
+/// A pack in double, lane i of half h being element 8*h + i.
+template <class T>
+struct Wide;
+template <>
+struct Wide<float> {
+  static constexpr int halves = 2;
+  Pack<double> half[2];
+  explicit Wide(Pack<float> x) {
+#if defined(__AVX512F__)
+    half[0].v[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v[0]));
+    half[1].v[0] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v[0], 1));
+#elif defined(__AVX2__)
+    for (int h = 0; h < 2; ++h) {
+      half[h].v[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[h]));
+      half[h].v[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[h], 1));
+    }
+#else
+    for (int i = 0; i < 16; ++i) half[i / 8].v[i % 8 / 2][i % 2] = x.v[i / 4][i % 4];
+#endif
+  }
+};
+template <>
+struct Wide<double> {
+  static constexpr int halves = 1;
+  Pack<double> half[1];
+  explicit Wide(Pack<double> x) : half{x} {}
+};
+
+/// One running sum, a lane for each lane of a pack.
+template <class T>
+struct Sum {
+  Pack<double> lanes[Wide<T>::halves];
+
+  Sum() {
+    for (auto& lane : lanes) lane = Pack<double>::fill(0);
+  }
+  void add(const Wide<T>& x, const Wide<T>& y) {
+    for (int h = 0; h < Wide<T>::halves; ++h) {
+#if defined(__AVX512F__)
+      // products of floats are exact in double, so a fused add rounds the same; doubles: see below
+      if constexpr (Wide<T>::halves == 2) {
+        lanes[h].v[0] = _mm512_fmadd_pd(x.half[h].v[0], y.half[h].v[0], lanes[h].v[0]);
+        continue;
+      }
+#elif defined(__AVX2__)
+      if constexpr (Wide<T>::halves == 2) {
+        for (int i = 0; i < 2; ++i)
+          lanes[h].v[i] = _mm256_fmadd_pd(x.half[h].v[i], y.half[h].v[i], lanes[h].v[i]);
+        continue;
+      }
+#endif
+      lanes[h] = lanes[h] + x.half[h] * y.half[h];
+    }
+  }
+  double total() const {
+    double d[8], result = 0;
+    Pack<double> all = lanes[0];
+    for (int h = 1; h < Wide<T>::halves; ++h) all = all + lanes[h];
+    store(d, all);
+    for (double x : d) result += x;
+    return result;
+  }
+};
+
+}  // namespace
+}  // namespace layerlr

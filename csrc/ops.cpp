@@ -1,0 +1,97 @@
+// torch.ops.layerlr.step_: the same step without a cache, for torch.compile.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "torch_plan.h"
+
+namespace layerlr {
+namespace {
+
+/// Spans are flat (tensor, first row, last row, layer); radii are flat (layer, tensor of `radius`,
+/// place in it) of the layers that keep one; state holds each parameter's tensors in turn.
+void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
+             at::TensorList steps, at::TensorList radius, const at::Tensor& stats,
+             const at::Tensor& lr, c10::string_view direction, c10::string_view rule,
+             at::IntArrayRef spans, at::IntArrayRef ruled, at::IntArrayRef radii,
+             at::ArrayRef<double> lr_scale, at::ArrayRef<double> rule_hyper,
+             at::ArrayRef<double> direction_hyper, double weight_decay, bool decoupled,
+             bool maximize, bool skip) {
+  Plan plan;
+  plan.direction = index_of(direction_names(), std::string(direction), "direction");
+  plan.has_rule = !rule.empty();
+  if (plan.has_rule) {
+    plan.rule = static_cast<RuleId>(index_of(rule_names(), std::string(rule), "rule"));
+  }
+  TORCH_CHECK(rule_hyper.size() <= max_rule_hyper && direction_hyper.size() <= max_direction_hyper);
+  TORCH_CHECK(spans.size() % 4 == 0 && radii.size() % 3 == 0);
+  TORCH_CHECK(grads.size() == params.size() && steps.size() == params.size());
+  TORCH_CHECK(ruled.size() == lr_scale.size());
+  TORCH_CHECK(stats.scalar_type() == at::kDouble && stats.is_contiguous() &&
+              stats.numel() == int64_t(ruled.size()) * columns);
+  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule_hyper);
+  plan.stats = stats.data_ptr<double>();
+  plan.layers.resize(ruled.size());
+  for (size_t l = 0; l < ruled.size(); ++l) {
+    plan.layers[l].ruled = ruled[l] != 0;
+    plan.layers[l].lr_scale = lr_scale[l];
+  }
+  std::vector<int> parts(params.size());
+  for (size_t i = 0; i < spans.size(); i += 4) ++parts.at(spans[i]);
+  for (size_t i = 0; i < spans.size(); i += 4) {
+    const at::Tensor& p = params[spans[i]];
+    const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
+    TORCH_CHECK(0 <= spans[i + 1] && spans[i + 1] <= spans[i + 2] && spans[i + 2] <= rows);
+    TORCH_CHECK(0 <= spans[i + 3] && spans[i + 3] < int64_t(ruled.size()));
+    plan.spans.push_back(
+        {int32_t(spans[i]), int32_t(spans[i + 3]), spans[i + 1] * row, spans[i + 2] * row});
+  }
+  const size_t n_states = params.empty() ? 0 : state.size() / params.size();
+  TORCH_CHECK(n_states <= max_states && n_states * params.size() == state.size());
+  Staging staging;
+  plan.tensors.resize(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(
+        grads[i].sizes() == params[i].sizes() && grads[i].scalar_type() == params[i].scalar_type(),
+        "layerlr: gradient ", i, " does not fit its parameter");
+    TORCH_CHECK(steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble);
+    const at::Tensor* states[max_states];
+    const at::ScalarType wanted = dtype_of(params[i]) == DType::f64 ? at::kDouble : at::kFloat;
+    for (size_t k = 0; k < n_states; ++k) {
+      states[k] = &state[i * n_states + k];
+      TORCH_CHECK(states[k]->sizes() == params[i].sizes() &&
+                      c10::toRealValueType(states[k]->scalar_type()) == wanted,
+                  "layerlr: state ", k, " of parameter ", i, " does not fit");
+    }
+    fill_row(plan.tensors[i], staging, params[i], grads[i], states, int(n_states), steps[i],
+             parts[i] > 1);
+  }
+  for (size_t i = 0; i < radii.size(); i += 3) {
+    const at::Tensor& r = radius[radii[i + 1]];
+    TORCH_CHECK(r.scalar_type() == at::kDouble && radii[i + 2] < r.numel());
+    plan.layers.at(radii[i]).radius = r.data_ptr<double>() + radii[i + 2];
+  }
+  plan.finish();
+  StepConfig config;
+  config.lr = lr.item<double>();
+  config.weight_decay = weight_decay;
+  config.decoupled = decoupled;
+  config.maximize = maximize;
+  config.skip = skip;
+  std::copy(direction_hyper.begin(), direction_hyper.end(), config.direction_hyper);
+  step_with_torch_threads(plan, config);
+  staging.finish();
+}
+
+}  // namespace
+
+TORCH_LIBRARY(layerlr, m) {
+  m.def(
+      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
+      "Tensor(d!)[] radius, Tensor(e!) stats, Tensor lr, str direction, str rule, int[] spans, "
+      "int[] ruled, int[] radii, float[] lr_scale, float[] rule_hyper, float[] direction_hyper, "
+      "float weight_decay, bool decoupled, bool maximize, bool skip) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(layerlr, CPU, m) { m.impl("step_", &step_op); }
+
+}  // namespace layerlr

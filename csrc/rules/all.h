@@ -1,0 +1,50 @@
+// Every rule, in the order of their ids: scale(stats, lr, L2 decay, radius, h).
+#pragma once
+
+#include "rules/lamb.h"
+#include "rules/lars.h"
+#include "rules/layca.h"
+#include "rules/plain.h"
+#include "rules/singh.h"
+
+#define LAYERLR_RULES(X) \
+  X(Plain)               \
+  X(Singh)               \
+  X(Lars)                \
+  X(Lamb)                \
+  X(Layca)
+
+namespace layerlr {
+
+constexpr int max_rule_hyper = 3;
+
+struct RuleInfo {
+  const char* name;
+  bool update, measures_ww, raw_gradient;
+};
+
+constexpr RuleInfo rule_infos[] = {
+#define LAYERLR_INFO(R) {R::name, R::update, R::measures_ww, R::raw_gradient},
+    LAYERLR_RULES(LAYERLR_INFO)
+#undef LAYERLR_INFO
+};
+
+enum class RuleId : int32_t {
+#define LAYERLR_ID(R) R,
+  LAYERLR_RULES(LAYERLR_ID)
+#undef LAYERLR_ID
+};
+
+LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& s, double lr, double l2,
+                               double radius, const double* h) {
+  switch (rule) {
+#define LAYERLR_CASE(R) \
+  case RuleId::R:       \
+    return R::scale(s, lr, l2, radius, h);
+    LAYERLR_RULES(LAYERLR_CASE)
+#undef LAYERLR_CASE
+  }
+  return {};
+}
+
+}  // namespace layerlr

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "core.h"
+
+namespace layerlr {
+
+/// f = 1: the step of the direction itself, for parameters outside every layer.
+struct Plain {
+  static constexpr const char* name = "plain";
+  static constexpr bool update = false;        // scales the gradient, not the step
+  static constexpr bool measures_ww = false;   // the first pass reads the weights
+  static constexpr bool raw_gradient = false;  // gg before L2 decay is added
+  LAYERLR_HD static LayerScale scale(const LayerStats&, double, double, double, const double*) {
+    return {};
+  }
+};
+
+}  // namespace layerlr

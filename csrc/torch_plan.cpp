@@ -1,0 +1,78 @@
+#include "torch_plan.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+namespace layerlr {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      return DType::f32;
+    case at::kDouble:
+    case at::kComplexDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      TORCH_CHECK(false, "layerlr: no kernels for dtype ", t.scalar_type());
+  }
+}
+
+int64_t elements(const at::Tensor& t) { return t.numel() * (t.is_complex() ? 2 : 1); }
+
+bool is_dense(const at::Tensor& t, bool split) {
+  if (t.is_contiguous()) return true;
+  if (!t.is_non_overlapping_and_dense() || t.is_conj() || t.is_neg()) return false;
+  return !split || t.dim() == 0 || t.stride(0) * t.size(0) == t.numel();
+}
+
+void* Staging::pointer(const at::Tensor& t, const at::Tensor& like, bool written) {
+  if (t.strides() == like.strides() && !t.is_conj() && !t.is_neg()) return t.data_ptr();
+  const at::Tensor copy = at::empty_strided(like.sizes(), like.strides(), t.options());
+  copy.copy_(t.detach());
+  copies_.push_back({t, copy, written});
+  return copy.data_ptr();
+}
+
+void Staging::finish() {
+  for (const Copy& c : copies_) {
+    if (c.written) c.original.detach().copy_(c.copy);
+  }
+  copies_.clear();
+}
+
+void fill_row(TensorRow& row, Staging& staging, const at::Tensor& param, const at::Tensor& grad,
+              const at::Tensor* const* states, int n_states, const at::Tensor& step, bool split) {
+  const at::Tensor like =
+      is_dense(param, split) ? param : at::empty(param.sizes(), param.options());
+  row.dtype = dtype_of(param);
+  row.numel = elements(param);
+  row.param = staging.pointer(param, like, true);
+  row.grad = staging.pointer(grad, like, false);
+  for (int k = 0; k < n_states; ++k) row.state[k] = staging.pointer(*states[k], like, true);
+  row.step = step.data_ptr();
+  row.step_is_double = step.scalar_type() == at::kDouble;
+  row.active = true;
+}
+
+int index_of(const std::vector<std::string>& names, const std::string& name, const char* what) {
+  std::string known;
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == name) return static_cast<int>(i);
+    known += (i ? ", " : "") + names[i];
+  }
+  TORCH_CHECK(false, "layerlr: unknown ", what, " '", name, "', known are ", known);
+}
+
+void step_with_torch_threads(Plan& plan, const StepConfig& config) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  step(plan, config, threads, [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+    at::parallel_for(0, n, 1, body);
+  });
+}
+
+}  // namespace layerlr

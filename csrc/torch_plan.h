@@ -1,0 +1,45 @@
+// From torch tensors to the tables of plan.h. The one place that checks what kernels assume.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/engine.h"
+
+namespace layerlr {
+
+/// DType of a tensor's arithmetic parts (a complex number is two); throws for others.
+DType dtype_of(const at::Tensor& t);
+
+/// Elements of dtype_of(t).
+int64_t elements(const at::Tensor& t);
+
+/// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
+bool is_dense(const at::Tensor& t, bool split);
+
+/// Pointers of one tensor for a step, staging copies of what lies in memory in another order.
+class Staging {
+ public:
+  /// Memory of t in the order of `like` (a dense tensor of the same shape), and whether the
+  /// kernels write it: then a copy is copied back by finish().
+  void* pointer(const at::Tensor& t, const at::Tensor& like, bool written);
+  void finish();
+
+ private:
+  struct Copy {
+    at::Tensor original, copy;
+    bool written;
+  };
+  std::vector<Copy> copies_;
+};
+
+/// Fill a row of the plan for one parameter that takes part.
+void fill_row(TensorRow& row, Staging& staging, const at::Tensor& param, const at::Tensor& grad,
+              const at::Tensor* const* states, int n_states, const at::Tensor& step, bool split);
+
+/// Index of a name in a list of them; throws naming the alternatives.
+int index_of(const std::vector<std::string>& names, const std::string& name, const char* what);
+
+/// Step with torch's thread pool.
+void step_with_torch_threads(Plan& plan, const StepConfig& config);
+
+}  // namespace layerlr
