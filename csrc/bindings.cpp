@@ -10,20 +10,45 @@
 namespace layerlr {
 namespace {
 
-/// A plan over live Python objects: parameters and their state dicts are looked up again at every
-/// step, so whatever a user replaces is seen; what they point to is never cached.
+/// The keys and values of a dict in order, to be recognised by identity later. Far cheaper than
+/// looking keys up: a tensor's hash is a Python call.
+class Snapshot {
+ public:
+  explicit Snapshot(const py::dict& dict) {
+    for (const auto& [key, value] : dict) {
+      items_.push_back(py::reinterpret_borrow<py::object>(key));
+      items_.push_back(py::reinterpret_borrow<py::object>(value));
+    }
+  }
+  bool matches(PyObject* dict) const {
+    if (PyDict_GET_SIZE(dict) * 2 != Py_ssize_t(items_.size())) return false;
+    Py_ssize_t at = 0;
+    PyObject *key, *value;
+    for (size_t i = 0; PyDict_Next(dict, &at, &key, &value); i += 2) {
+      if (items_[i].ptr() != key || items_[i + 1].ptr() != value) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<py::object> items_;
+};
+
+/// A plan over live Python objects. Whatever a user replaces is seen at the next step: gradients
+/// and data pointers are read afresh, state dicts are compared with what the plan was built from.
 class PyPlan {
  public:
   enum Ready : int { ready = -1, stale = -2 };  // otherwise: index of a parameter to look at
 
-  PyPlan(py::list params, py::list states, std::vector<std::string> keys,
+  PyPlan(py::list params, py::list states, const std::vector<std::string>& keys,
          const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
          const std::vector<double>& lr_scale, const std::string& direction,
          const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
          at::Tensor stats)
-      : params_(std::move(params)), states_(std::move(states)), stats_(std::move(stats)) {
-    for (const std::string& key : keys) keys_.push_back(py::str(key));
-    n_states_ = static_cast<int>(keys.size());
+      : params_(std::move(params)),
+        states_(std::move(states)),
+        stats_(std::move(stats)),
+        n_states_(static_cast<int>(keys.size())) {
     plan_.direction = index_of(direction_names(), direction, "direction");
     plan_.has_rule = rule.has_value();
     if (rule) plan_.rule = static_cast<RuleId>(index_of(rule_names(), *rule, "rule"));
@@ -35,15 +60,16 @@ class PyPlan {
       plan_.layers[l].lr_scale = lr_scale[l];
     }
     plan_.tensors.resize(params_.size());
+    tensors_.resize(params_.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys);
     read_layouts(spans);
     plan_.finish();
-    find_values();
   }
 
-  int prepare(const py::dict& state) {
+  int prepare() {
     staging_ = {};
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const int answer = look_up(i, state);
+      const int answer = look_up(i);
       if (answer != ready) return answer;
     }
     for (const Radius& r : radii_) {
@@ -74,31 +100,44 @@ class PyPlan {
   }
 
  private:
-  /// The objects behind one parameter. All are kept alive by params_ and states_.
+  /// The objects behind one parameter. All are kept alive by params_, states_ and the snapshot.
   struct Tensor {
     PyObject* param = nullptr;
     PyObject* state = nullptr;  // its dict, or null: frozen, no state yet
+    std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
     PyObject* step = nullptr;
     PyObject* radius = nullptr;
     at::DimVector sizes, strides;
-    bool split = false;
+    bool dense = true;
   };
   struct Radius {
     int layer, tensor, place;
   };
 
+  void find_values(size_t i, const std::vector<std::string>& keys) {
+    Tensor& t = tensors_[i];
+    t.param = PyList_GET_ITEM(params_.ptr(), i);
+    t.state = PyList_GET_ITEM(states_.ptr(), i);
+    if (t.state == Py_None) {
+      t.state = nullptr;
+      return;
+    }
+    const auto get = [&](const char* key) { return PyDict_GetItemString(t.state, key); };
+    t.snapshot.emplace(py::reinterpret_borrow<py::dict>(t.state));
+    for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
+    t.step = get("step");
+    t.radius = get("radius");
+  }
+
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
-    tensors_.resize(params_.size());
-    std::vector<int> parts(params_.size());
-    for (const auto& span : spans) ++parts[span[0]];
+    std::vector<int> parts(tensors_.size()), place(tensors_.size());
     std::vector<char> led(plan_.layers.size());
-    std::vector<int> place(params_.size());
+    for (const auto& span : spans) ++parts[span[0]];
     for (const auto& [tensor, begin, end, layer] : spans) {
       Tensor& t = tensors_[tensor];
-      t.param = PyList_GET_ITEM(params_.ptr(), tensor);
       const at::Tensor& p = THPVariable_Unpack(t.param);
-      t.split = parts[tensor] > 1;
+      t.dense = is_dense(p, parts[tensor] > 1);
       t.sizes.assign(p.sizes().begin(), p.sizes().end());
       t.strides.assign(p.strides().begin(), p.strides().end());
       const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
@@ -110,50 +149,23 @@ class PyPlan {
     }
   }
 
-  static PyObject* get(PyObject* dict, const py::str& key) {
-    return PyDict_GetItem(dict, key.ptr());
-  }
-
-  void find_values() {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
-      PyObject* state = PyList_GET_ITEM(states_.ptr(), i);
-      if (state == Py_None) continue;
-      Tensor& t = tensors_[i];
-      t.state = state;
-      for (int k = 0; k < n_states_; ++k) t.values[k] = keep(get(state, keys_[k]));
-      t.step = keep(get(state, step_key_));
-      t.radius = keep(get(state, radius_key_));
-    }
-  }
-
-  /// Hold a reference, so that the identity of what is compared later cannot be reused.
-  PyObject* keep(PyObject* value) {
-    if (value) kept_.push_back(py::reinterpret_borrow<py::object>(value));
-    return value;
-  }
-
-  int look_up(size_t i, const py::dict& state) {
-    Tensor& t = tensors_[i];
+  int look_up(size_t i) {
+    const Tensor& t = tensors_[i];
     plan_.tensors[i].active = false;
-    if (PyDict_GetItem(state.ptr(), t.param) != t.state) return stale;
     const at::Tensor& p = THPVariable_Unpack(t.param);
     const at::Tensor& g = p.unsafeGetTensorImpl()->grad();
     if (!g.defined()) return ready;
-    if (!t.state || !p.device().is_cpu() || p.sizes() != t.sizes || p.strides() != t.strides) {
+    if (!t.state || !p.device().is_cpu() || p.sizes() != t.sizes || p.strides() != t.strides ||
+        !t.snapshot->matches(t.state)) {
       return stale;
     }
-    for (int k = 0; k < n_states_; ++k) {
-      if (get(t.state, keys_[k]) != t.values[k]) return stale;
-    }
-    if (get(t.state, step_key_) != t.step || get(t.state, radius_key_) != t.radius) return stale;
-    if (g.layout() != at::kStrided || !g.device().is_cpu() || g.scalar_type() != p.scalar_type() ||
+    if (g.dtype() != p.dtype() || g.layout() != at::kStrided || !g.device().is_cpu() ||
         g.sizes() != p.sizes()) {
       return static_cast<int>(i);
     }
-    const at::Tensor* states[max_states];
-    for (int k = 0; k < n_states_; ++k) states[k] = &THPVariable_Unpack(t.values[k]);
-    fill_row(plan_.tensors[i], staging_, p, g, states, n_states_, THPVariable_Unpack(t.step),
-             t.split);
+    Operands x{&p, &g, {}, n_states_, &THPVariable_Unpack(t.step)};
+    for (int k = 0; k < n_states_; ++k) x.states[k] = &THPVariable_Unpack(t.values[k]);
+    fill_row(plan_.tensors[i], staging_, x, t.dense);
     return ready;
   }
 
@@ -167,14 +179,11 @@ class PyPlan {
   }
 
   py::list params_, states_;
-  std::vector<py::str> keys_;
-  py::str step_key_{"step"}, radius_key_{"radius"};
   at::Tensor stats_;
-  int n_states_ = 0;
+  int n_states_;
   Plan plan_;
   std::vector<Tensor> tensors_;
   std::vector<Radius> radii_;
-  std::vector<py::object> kept_;
   Staging staging_;
 };
 
@@ -188,8 +197,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", [](const std::string& name) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
+  py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
+      .def(py::init<py::dict>())
+      .def("matches",
+           [](const Snapshot& s, const py::dict& dict) { return s.matches(dict.ptr()); });
   py::class_<PyPlan>(m, "Plan")
-      .def(py::init<py::list, py::list, std::vector<std::string>,
+      .def(py::init<py::list, py::list, const std::vector<std::string>&,
                     const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
                     const std::vector<double>&, const std::string&,
                     const std::optional<std::string>&, const std::vector<double>&, at::Tensor>())

@@ -54,16 +54,15 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
         grads[i].sizes() == params[i].sizes() && grads[i].scalar_type() == params[i].scalar_type(),
         "layerlr: gradient ", i, " does not fit its parameter");
     TORCH_CHECK(steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble);
-    const at::Tensor* states[max_states];
+    Operands x{&params[i], &grads[i], {}, static_cast<int>(n_states), &steps[i]};
     const at::ScalarType wanted = dtype_of(params[i]) == DType::f64 ? at::kDouble : at::kFloat;
     for (size_t k = 0; k < n_states; ++k) {
-      states[k] = &state[i * n_states + k];
-      TORCH_CHECK(states[k]->sizes() == params[i].sizes() &&
-                      c10::toRealValueType(states[k]->scalar_type()) == wanted,
+      x.states[k] = &state[i * n_states + k];
+      TORCH_CHECK(x.states[k]->sizes() == params[i].sizes() &&
+                      c10::toRealValueType(x.states[k]->scalar_type()) == wanted,
                   "layerlr: state ", k, " of parameter ", i, " does not fit");
     }
-    fill_row(plan.tensors[i], staging, params[i], grads[i], states, int(n_states), steps[i],
-             parts[i] > 1);
+    fill_row(plan.tensors[i], staging, x, is_dense(params[i], parts[i] > 1));
   }
   for (size_t i = 0; i < radii.size(); i += 3) {
     const at::Tensor& r = radius[radii[i + 1]];

@@ -45,17 +45,17 @@ void Staging::finish() {
   copies_.clear();
 }
 
-void fill_row(TensorRow& row, Staging& staging, const at::Tensor& param, const at::Tensor& grad,
-              const at::Tensor* const* states, int n_states, const at::Tensor& step, bool split) {
-  const at::Tensor like =
-      is_dense(param, split) ? param : at::empty(param.sizes(), param.options());
-  row.dtype = dtype_of(param);
-  row.numel = elements(param);
-  row.param = staging.pointer(param, like, true);
-  row.grad = staging.pointer(grad, like, false);
-  for (int k = 0; k < n_states; ++k) row.state[k] = staging.pointer(*states[k], like, true);
-  row.step = step.data_ptr();
-  row.step_is_double = step.scalar_type() == at::kDouble;
+void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
+  at::Tensor contiguous;
+  if (!dense) contiguous = at::empty(x.param->sizes(), x.param->options());
+  const at::Tensor& like = dense ? *x.param : contiguous;
+  row.dtype = dtype_of(*x.param);
+  row.numel = elements(*x.param);
+  row.param = staging.pointer(*x.param, like, true);
+  row.grad = staging.pointer(*x.grad, like, false);
+  for (int k = 0; k < x.n_states; ++k) row.state[k] = staging.pointer(*x.states[k], like, true);
+  row.step = x.step->data_ptr();
+  row.step_is_double = x.step->scalar_type() == at::kDouble;
   row.active = true;
 }
 

@@ -32,9 +32,17 @@ class Staging {
   std::vector<Copy> copies_;
 };
 
-/// Fill a row of the plan for one parameter that takes part.
-void fill_row(TensorRow& row, Staging& staging, const at::Tensor& param, const at::Tensor& grad,
-              const at::Tensor* const* states, int n_states, const at::Tensor& step, bool split);
+/// What a row of the plan points to.
+struct Operands {
+  const at::Tensor* param;
+  const at::Tensor* grad;
+  const at::Tensor* states[max_states];
+  int n_states;
+  const at::Tensor* step;
+};
+
+/// Fill a row of the plan for one parameter that takes part, and whose dense layout is known.
+void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
 
 /// Index of a name in a list of them; throws naming the alternatives.
 int index_of(const std::vector<std::string>& names, const std::string& name, const char* what);

@@ -226,5 +226,5 @@ def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
         raise ValueError(f"Invalid alpha: {alpha}, wanted a number in (-1, 1)")
     last = max(n_layers - 1, 1)
     if alpha > 0:
-        return [(1.0 - alpha) ** (5.0 * (last - i) / last) for i in range(n_layers)]
+        return [(1.0 - alpha) ** (5.0 * (n_layers - 1 - i) / last) for i in range(n_layers)]
     return [(1.0 + alpha) ** (5.0 * i / last) for i in range(n_layers)]

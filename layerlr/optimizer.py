@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import backends, rules, state
+from . import _C, backends, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, names_of, validate
@@ -61,6 +61,7 @@ class LayerwiseOptimizer(Optimizer):
         backends.validate(backend)
         self.backend = backend
         self._plans: list[_GroupPlans | None] = []
+        self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
         defaults["on_nonfinite"] = on_nonfinite
         _check_flags(defaults)
@@ -109,8 +110,11 @@ class LayerwiseOptimizer(Optimizer):
         direction = self._direction(group)
         old = self._plans[index] if index < len(self._plans) else None
         carried = (
-            {(t.device, tuple(t.layers)): s for t, s in zip(old.tables, old.stats)} if old else {}
+            {(t.device, tuple(t.layers)): s for t, s in zip(old.tables, old.stats, strict=True)}
+            if old
+            else {}
         )
+        self._snapshot = None
         built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [])
         for table in build_tables(group, index):
             states = state.complete_table(self.state, table, group, direction)
@@ -135,15 +139,19 @@ class LayerwiseOptimizer(Optimizer):
 
     def _prepared(self) -> list[tuple[dict[str, Any], _GroupPlans]]:
         """Every group with plans that are up to date and hold checked gradients."""
+        if self._snapshot is None or not self._snapshot.matches(self.state):
+            self._plans = [None] * len(self.param_groups)
         ready = []
         for index, group in enumerate(self.param_groups):
             _check_capturable(group)
             plans = self.plans(index)
-            if not all(plan.prepare(self.state) for plan in plans.plans):
+            if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
-                if not all(plan.prepare(self.state) for plan in plans.plans):
+                if not all(plan.prepare() for plan in plans.plans):
                     raise RuntimeError("optimizer.state changed while a step was prepared")
             ready.append((group, plans))
+        if self._snapshot is None:
+            self._snapshot = _C.Snapshot(self.state)
         return ready
 
     def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:

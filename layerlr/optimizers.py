@@ -61,14 +61,16 @@ def _check(name: str, value: Any) -> None:
 class SGD(LayerwiseOptimizer):
     """SGD, with momentum, Nesterov momentum and a layer rule.
 
-    ``m <- mu*m + (1-dampening)*f*g;  w <- w - lr*m`` (Nesterov: ``w <- w - lr*(f*g + mu*m)``), where
-    f is the factor of a rule in gradient order; a rule in update order scales the step instead.
+    ``m <- mu*m + (1-dampening)*f*g;  w <- w - lr*m``; Nesterov: ``w <- w - lr*(f*g + mu*m)``. f is
+    the factor of a rule in gradient order; a rule in update order scales the step instead.
     Arguments as in `torch.optim.SGD`; the first step is not dampened, as there.
 
     Parameters
     ----------
-    params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused
+    params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable
         As in torch; weight decay is L2.
+    fused
+        As in torch.
     """
 
     def __init__(
@@ -128,8 +130,8 @@ class SGD(LayerwiseOptimizer):
 class AMomSGD(LayerwiseOptimizer):
     """SGD with averaged momentum.
 
-    ``m <- mu*m + (1-mu)*g;  w <- w - lr*m``, from m = 0 and without bias correction (SGD_AMom of the
-    Layca paper, arXiv:1806.01603).
+    ``m <- mu*m + (1-mu)*g;  w <- w - lr*m``, from m = 0 and without bias correction (SGD_AMom of
+    the Layca paper, arXiv:1806.01603).
 
     Parameters
     ----------
@@ -191,8 +193,8 @@ class AMomSGD(LayerwiseOptimizer):
 class Adagrad(LayerwiseOptimizer):
     """Adagrad.
 
-    ``s <- s + g^2;  w <- w - lr/(1 + (t-1)*lr_decay) * f * g/(sqrt(s) + eps)``, s from the raw gradient.
-    Arguments as in `torch.optim.Adagrad`.
+    ``s <- s + g^2;  w <- w - lr/(1 + (t-1)*lr_decay) * f * g/(sqrt(s) + eps)``, s from the raw
+    gradient. Arguments as in `torch.optim.Adagrad`.
 
     Parameters
     ----------
@@ -330,8 +332,8 @@ class RMSprop(LayerwiseOptimizer):
 class Adam(LayerwiseOptimizer):
     """Adam.
 
-    ``m <- b1*m + (1-b1)*g;  v <- b2*v + (1-b2)*g^2;  w <- w - lr * f * m_hat/(sqrt(v_hat) + eps)``, both
-    moments from the raw gradient. Arguments as in `torch.optim.Adam`.
+    ``m <- b1*m + (1-b1)*g;  v <- b2*v + (1-b2)*g^2;  w <- w - lr * f * m_hat/(sqrt(v_hat) + eps)``,
+    both moments from the raw gradient. Arguments as in `torch.optim.Adam`.
 
     Parameters
     ----------

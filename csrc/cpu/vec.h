@@ -239,6 +239,51 @@ inline void store(Float16* p, Pack<float> x) {
 }
 #endif
 
+// -- the last n elements of a tensor: the other lanes are zero, and are not written ---------------
+
+template <class P>
+inline auto load_part(const P* p, int64_t n) {
+  P room[pack_bytes / sizeof(typename Arithmetic<P>::type)] = {};
+  std::memcpy(room, p, n * sizeof(P));
+  return load(room);
+}
+template <class P, class V>
+inline void store_part(P* p, V x, int64_t n) {
+  P room[pack_bytes / sizeof(typename Arithmetic<P>::type)];
+  store(room, x);
+  std::memcpy(p, room, n * sizeof(P));
+}
+template <class T>
+inline Pack<T> first_lanes(Pack<T> x, int64_t n) {
+  T room[Pack<T>::size], kept[Pack<T>::size] = {};
+  store(room, x);
+  std::memcpy(kept, room, n * sizeof(T));
+  return load(kept);
+}
+#if defined(__AVX512F__)
+// tiny tensors are nothing but a tail: masks spare them the trip through memory
+inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+inline Pack<float> load_part(const float* p, int64_t n) {
+  return {{_mm512_maskz_loadu_ps(lanes16(n), p)}};
+}
+inline Pack<double> load_part(const double* p, int64_t n) {
+  return {{_mm512_maskz_loadu_pd(lanes8(n), p)}};
+}
+inline void store_part(float* p, Pack<float> x, int64_t n) {
+  _mm512_mask_storeu_ps(p, lanes16(n), x.v[0]);
+}
+inline void store_part(double* p, Pack<double> x, int64_t n) {
+  _mm512_mask_storeu_pd(p, lanes8(n), x.v[0]);
+}
+inline Pack<float> first_lanes(Pack<float> x, int64_t n) {
+  return {{_mm512_maskz_mov_ps(lanes16(n), x.v[0])}};
+}
+inline Pack<double> first_lanes(Pack<double> x, int64_t n) {
+  return {{_mm512_maskz_mov_pd(lanes8(n), x.v[0])}};
+}
+#endif
+
 // -- sums in float64 ---------------------------------------------------------------------------
 
 /// A pack in double, lane i of half h being element 8*h + i.

@@ -40,7 +40,7 @@ class PlanSpec(NamedTuple):
 class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
-    def prepare(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+    def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""
 
     def step(self, hyper: Hyper) -> None:

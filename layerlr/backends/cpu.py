@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerlr import _C
+
 from .base import Hyper, PlanSpec, accumulator, check_gradient, state_dtype
 
 _DTYPES = frozenset(
@@ -73,9 +71,9 @@ class CpuPlan:
             spec.stats,
         )
 
-    def prepare(self, state: dict[Tensor, dict[str, Any]]) -> bool:
-        """Look every parameter, gradient and state tensor up again."""
-        answer = self._native.prepare(state)
+    def prepare(self) -> bool:
+        """Read gradients and data pointers afresh."""
+        answer = self._native.prepare()
         if answer >= 0:
             p, name = self.spec.table.params[answer], self.spec.table.names[answer]
             assert p.grad is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from layerlr.directions.base import Scalar
 from layerlr.layers import Span
 from layerlr.rules import LayerRule, LayerStats, Plain
+
 from .base import Hyper, PlanSpec, accumulator, check_gradient
 
 
@@ -39,11 +39,8 @@ class ReferencePlan:
         for span in spec.table.spans:
             self.spans[span.tensor].append(span)
 
-    def prepare(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+    def prepare(self) -> bool:
         spec = self.spec
-        live = [state.get(p) for p in spec.table.params]
-        if not all(map(operator.is_, live, spec.states)):
-            return False
         self.active = []
         for i, p in enumerate(spec.table.params):
             if p.grad is not None:
@@ -78,7 +75,7 @@ class ReferencePlan:
             measured = g0 if rule.raw_gradient else g
             self._sum(i, sums.gg, measured, measured)
             self._sum(i, sums.ww, w, w)
-        f = rule.factor(sums, 0.0 if h.decoupled else h.weight_decay)
+        f = rule.factor(sums, lr, 0.0 if h.decoupled else h.weight_decay)
         keep = self._skips(h, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
         ones = torch.ones_like(lr)
         a = 1.0 - lr * h.weight_decay if h.decoupled else ones

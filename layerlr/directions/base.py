@@ -18,10 +18,11 @@ def sqrt(x: Scalar) -> Scalar:
 
 
 def root(x: Tensor) -> Tensor:
-    """Correctly rounded elementwise square root.
+    """Elementwise square root, correctly rounded in float32.
 
     torch's float32 root on CPU is an ulp off for 0.6% of its inputs; a float64 root rounded to
-    float32 is exact, which is what C++ and CUDA compute.
+    float32 is exact, which is what C++ and CUDA compute. Its float64 root is an ulp off as often,
+    so in float64 the engines, which are exact, may differ from the reference in the last bit.
     """
     return x.double().sqrt().to(x.dtype)
 

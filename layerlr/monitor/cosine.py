@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements converted to float64 at a time: bounds the temporaries to 32 MB each while a GPU still
-# works on more per launch than the launch takes.
-_PIECE = 1 << 22
+# Elements converted to float64 at a time. On the host a piece stays in cache (one thread: 4 ns per
+# element at 2^17, 21 ns at 2^22); elsewhere launches of 2^22 cost less than their work, and each
+# temporary is 32 MB.
+_PIECE = 1 << 17
+_PIECE_LAUNCHED = 1 << 22
 
 
 def local(weight: Tensor) -> Tensor:
@@ -87,7 +89,8 @@ def angles(distance: Tensor) -> Tensor:
 
 def _pieces(tensor: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Yield fresh float64 pieces of a tensor on a device, in logical order."""
-    for piece in tensor.reshape(-1).split(_PIECE):
+    size = _PIECE if device.type == "cpu" else _PIECE_LAUNCHED
+    for piece in tensor.reshape(-1).split(size):
         # Two steps: one call would convert on the host, into memory that is not pinned.
         yield moved(piece, device).to(torch.float64, copy=True)
 

@@ -61,8 +61,8 @@ class LayerRotation(Recorder):
     adapt : {"kernels", "all"} or callable (name, parameter) -> bool
         Which parameters count as layers; ``"kernels"`` (default) are those with ndim >= 2.
     dtype : torch.dtype, optional
-        Of the stored start; by default the parameter's. A start rounded to bfloat16 reads a
-        distance of about 1e-6 at rest, float16 about 2e-8, exact otherwise.
+        Of the stored start; by default the parameter's, which is exact. Rounded to bfloat16 it
+        reads a distance of 1.4e-6 (an angle of 2e-3) at rest, to float16 2e-8 (2e-4).
     device : torch.device or str, optional
         Where the start is kept; by default with its parameter. ``"cpu"`` spares the GPU that
         memory; it is then pinned, and copied over layer by layer at each record.
@@ -81,13 +81,13 @@ class LayerRotation(Recorder):
     Notes
     -----
     Memory: one copy of the watched weights (two with `angles`) and 8 bytes per record and layer.
-    A record reads the weights twice and each copy once, converting 4 Mi elements at a time to
-    float64; it does not wait for the device. What was recorded is moved when it is read.
+    A record reads the weights twice and the start once (with `angles` the weights four times, the
+    second copy twice), a piece at a time in float64, which the device must have. It does not wait
+    for the device; what was recorded is moved when it is read.
 
     A vector of norm zero has no direction. Distance and angle are 0 while the weights are zero;
     a layer that starts at zero is measured from the first record at which it is not, and has
-    distance 0 until then. Weights with NaN or inf read NaN. These are choices of this package;
-    the paper's code divides by zero.
+    distance 0 until then. Weights with NaN or inf read NaN. These are choices of this package.
 
     A parametrised weight is watched as the parameters behind it (``parametrizations.*.original``),
     which are what optimizers turn; pass pairs to watch something else.

@@ -64,12 +64,12 @@ class LayerRule:
         """Hyper-parameters in the order of the C++ function."""
         return ()
 
-    def factor(self, s: LayerStats, weight_decay: float) -> Tensor:
+    def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         """Factor on the gradient, [layers]; ``weight_decay`` is the L2 coefficient."""
         raise NotImplementedError
 
     def scale(self, s: LayerStats, lr: Tensor, radius: Tensor) -> LayerScale:
-        """Scale of an update rule from sums over ``u + weight_decay*w``; ``radius`` 0: unlatched."""
+        """Scale of an update rule; the sums are over ``u + weight_decay*w``, radius 0 is none."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:

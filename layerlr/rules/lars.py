@@ -24,7 +24,7 @@ class Lars(LayerRule):
     eps
         Added to the denominator, >= 0.
     trust_clip
-        Limit f to at most 1 (LARC's clipping mode, as timm's option).
+        ``f = min(f/lr, 1)``, so that ``lr*f`` is at most lr (LARC's clipping mode, as in timm).
 
     Notes
     -----
@@ -54,9 +54,9 @@ class Lars(LayerRule):
     def hyper(self) -> tuple[float, ...]:
         return float(self.trust), float(self.eps), float(self.trust_clip)
 
-    def factor(self, s: LayerStats, weight_decay: float) -> Tensor:
+    def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         w, g = s.ww.sqrt(), s.gg.sqrt()
         f = self.trust * w / (g + weight_decay * w + self.eps)
         if self.trust_clip:
-            f = f.clamp(max=1.0)
+            f = (f / lr).clamp(max=1.0)
         return torch.where((w > 0) & (g > 0), f, 1.0)

@@ -17,5 +17,5 @@ class Plain(LayerRule):
     order = "gradient"
     adapts = "all"
 
-    def factor(self, s: LayerStats, weight_decay: float) -> Tensor:
+    def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         return constant(1.0, s.gg)

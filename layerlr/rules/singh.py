@@ -35,6 +35,6 @@ class Singh(LayerRule):
     order = "gradient"
     adapts = "all"
 
-    def factor(self, s: LayerStats, weight_decay: float) -> Tensor:
+    def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         n = s.gg.sqrt()
         return torch.where(n > 0, 1.0 + torch.log1p(n) - torch.log(n), 0.0)
