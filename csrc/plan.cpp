@@ -11,7 +11,6 @@ void Plan::finish() {
   for (size_t l = 0; l < layers.size(); ++l) {
     Layer& layer = layers[l];
     layer.chunk_begin = static_cast<int32_t>(chunks.size());
-    layer.first_tensor = parts[l].front()->tensor;
     for (const Span* span : parts[l]) {
       int64_t begin = span->begin;
       do {  // an empty tensor has an empty chunk: it takes part all the same

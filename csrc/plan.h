@@ -46,7 +46,6 @@ struct Chunk {
 
 struct Layer {
   int32_t chunk_begin = 0, chunk_end = 0;
-  int32_t first_tensor = 0;  // its rate of lr is the layer's
   bool ruled = false;
   double lr_scale = 1;
   double* radius = nullptr;  // stored radius, where the rule keeps one

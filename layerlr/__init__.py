@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import rules
+from . import monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
@@ -21,5 +21,6 @@ __all__ = [
     "RMSprop",
     "depth_multipliers",
     "describe",
+    "monitor",
     "rules",
 ]

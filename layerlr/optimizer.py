@@ -60,7 +60,7 @@ class LayerwiseOptimizer(Optimizer):
     ) -> None:
         backends.validate(backend)
         self.backend = backend
-        self._plans: list[_GroupPlans | None] = []
+        self._plans: list[_GroupPlans] = []
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
         defaults["on_nonfinite"] = on_nonfinite
@@ -114,7 +114,7 @@ class LayerwiseOptimizer(Optimizer):
             if old
             else {}
         )
-        self._snapshot = None
+        self._notice()
         built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [])
         for table in build_tables(group, index):
             states = state.complete_table(self.state, table, group, direction)
@@ -128,30 +128,39 @@ class LayerwiseOptimizer(Optimizer):
             built.backends.append(backend.name)
             built.stats.append(stats)
             built.plans.append(backend.plan(spec))
+        self._snapshot = _C.Snapshot(self.state)
         return built
 
-    def plans(self, index: int) -> _GroupPlans:
-        """Plans of a param group as it stands."""
+    def _notice(self) -> None:
+        """Mark every plan out of date if ``self.state`` is no longer what they were built from."""
+        if self._snapshot is not None and not self._snapshot.matches(self.state):
+            for plans in self._plans:
+                plans.key = ()
+            self._snapshot = None
+
+    def _fitting(self, index: int) -> _GroupPlans:
         group, plans = self.param_groups[index], self._plans[index]
-        if plans is None or not plans.fits(self._key(group), group["params"]):
+        if not plans.fits(self._key(group), group["params"]):
             plans = self._plans[index] = self._build(index)
         return plans
 
+    def plans(self, index: int) -> _GroupPlans:
+        """Plans of a param group as it stands."""
+        self._notice()
+        return self._fitting(index)
+
     def _prepared(self) -> list[tuple[dict[str, Any], _GroupPlans]]:
         """Every group with plans that are up to date and hold checked gradients."""
-        if self._snapshot is None or not self._snapshot.matches(self.state):
-            self._plans = [None] * len(self.param_groups)
+        self._notice()
         ready = []
         for index, group in enumerate(self.param_groups):
             _check_capturable(group)
-            plans = self.plans(index)
+            plans = self._fitting(index)
             if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
                 if not all(plan.prepare() for plan in plans.plans):
                     raise RuntimeError("optimizer.state changed while a step was prepared")
             ready.append((group, plans))
-        if self._snapshot is None:
-            self._snapshot = _C.Snapshot(self.state)
         return ready
 
     def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:
@@ -183,10 +192,20 @@ class LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if torch.compiler.is_compiling():
+                return self._traced(loss)
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
                 for plan in plans.plans:
                     plan.step(hyper)
+        return loss
+
+    def _traced(self, loss: Any) -> Any:
+        """The step as ``torch.compile`` sees it: the registered op, or a graph break."""
+        for group, plans in zip(self.param_groups, self._plans, strict=True):
+            hyper = self._hyper(group, self._direction(group))
+            for plan in plans.plans:
+                plan.traced_step(hyper)
         return loss
 
     # -- statistics ----------------------------------------------------------------------------
@@ -253,11 +272,11 @@ class LayerwiseOptimizer(Optimizer):
 
         handle = self.register_load_state_dict_pre_hook(last)
         self._loading = loaded
-        before = self.state, self.param_groups, self._plans
+        before = self.state, self.param_groups, self._plans, self._snapshot
         try:
             super().load_state_dict(state_dict)
         except Exception:
-            self.state, self.param_groups, self._plans = before
+            self.state, self.param_groups, self._plans, self._snapshot = before
             raise
         finally:
             handle.remove()
@@ -272,7 +291,8 @@ class LayerwiseOptimizer(Optimizer):
         state.unpack_groups(self.param_groups, current, self.defaults)
         if hasattr(self, "_loading"):
             state.restore_dtypes(self.state, self.param_groups, self._loading)
-        self._plans = [*self.__dict__.get("_plans", []), *[None] * len(self.param_groups)]
+        self.__dict__.setdefault("_plans", [])
+        self._snapshot = None
         self._plans = [self._build(index) for index in range(len(self.param_groups))]
 
 

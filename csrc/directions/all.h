@@ -6,6 +6,7 @@
 #include "directions/rmsprop.h"
 #include "directions/sgd.h"
 
+#if !defined(LAYERLR_DIRECTIONS)  // a test may compile a few only
 #define LAYERLR_DIRECTIONS(X) \
   X(Sgd)                      \
   X(Momentum)                 \
@@ -18,6 +19,7 @@
   X(RmspropCenteredMomentum)  \
   X(Adam)                     \
   X(AmsGrad)
+#endif
 
 namespace layerlr {
 constexpr int max_states = 3;

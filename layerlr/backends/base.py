@@ -46,6 +46,9 @@ class Plan(Protocol):
     def step(self, hyper: Hyper) -> None:
         """One step with the gradients that `prepare` read."""
 
+    def traced_step(self, hyper: Hyper) -> None:
+        """A whole step under ``torch.compile``, `prepare` included."""
+
 
 class Backend(Protocol):
     """A way to run plans."""

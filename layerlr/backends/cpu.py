@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerlr import _C
+from layerlr.ops import step_
 
 from .base import Hyper, PlanSpec, accumulator, check_gradient, state_dtype
 
@@ -87,3 +88,7 @@ class CpuPlan:
     def step(self, h: Hyper) -> None:
         """One pass, or two where there is something to measure."""
         self._native.step(float(h.lr), h.weight_decay, h.decoupled, h.maximize, h.skip, h.direction)
+
+    def traced_step(self, h: Hyper) -> None:
+        """The same step under ``torch.compile``."""
+        step_(self.spec, h)

@@ -64,6 +64,12 @@ class ReferencePlan:
         if plain:
             self._scale_gradient(hyper, Plain(), lr, plain)
 
+    @torch._disable_dynamo
+    def traced_step(self, hyper: Hyper) -> None:
+        if not self.prepare():
+            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
+        self.step(hyper)
+
     # -- the two orders -----------------------------------------------------------------------
 
     def _scale_gradient(self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int]) -> None:

@@ -115,7 +115,8 @@ class Recorder:
             raise ValueError(f"values have shape {tuple(state['values'].shape)}, not {shape}")
         self.names = list(state["names"])
         self._steps = list(state["steps"])
-        self._blocks = [state["values"].to("cpu", torch.float64, copy=True)]
+        values = state["values"].to("cpu", torch.float64, copy=True)
+        self._blocks = [values] if self._steps else []  # an empty table has no columns yet
         self._rows = []
 
     def _append(self, step: float | None, row: Tensor) -> None:

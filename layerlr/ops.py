@@ -1,0 +1,66 @@
+"""``torch.ops.layerlr.step_``, the step that ``torch.compile`` sees.
+
+Eager steps go through a cached native plan, which a compiler cannot look into; the registered op
+does the same from plain tensors and numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers the op)
+from .backends.base import Hyper, PlanSpec
+
+
+@torch.library.register_fake("layerlr::step_")
+def _(params: list[Tensor], *_: Any) -> None:
+    """Nothing is returned, nothing changes shape."""
+
+
+def step_(spec: PlanSpec, h: Hyper) -> None:
+    """Step the parameters of a table that have a gradient."""
+    table, rule, direction = spec.table, spec.rule, spec.direction
+    active = [i for i, p in enumerate(table.params) if p.grad is not None]
+    place = {tensor: k for k, tensor in enumerate(active)}
+    states: list[dict[str, Any]] = [spec.states[i] for i in active]  # type: ignore[misc]
+    spans: list[int] = []
+    radii: list[int] = []
+    radius: list[Tensor] = []
+    absent = {s.layer for s in table.spans if s.tensor not in place}
+    led: set[int] = set()
+    parts: dict[int, int] = {}
+    for span in table.spans:
+        part = parts.get(span.tensor, 0)
+        parts[span.tensor] = part + 1
+        if span.tensor not in place:
+            continue
+        spans += [place[span.tensor], span.begin, span.end, span.layer]
+        stored = states[place[span.tensor]].get("radius")
+        if stored is not None and span.layer not in led and span.layer not in absent:
+            radii += [span.layer, len(radius), part]
+            radius.append(stored)
+        led.add(span.layer)
+    torch.ops.layerlr.step_(
+        [table.params[i] for i in active],
+        [table.params[i].grad for i in active],
+        [state[k] for state in states for k in direction.states],
+        [state["step"] for state in states],
+        radius,
+        spec.stats,
+        h.lr if isinstance(h.lr, Tensor) else torch.full((), h.lr, dtype=torch.float64),
+        direction.name,
+        "" if rule is None else rule.name,
+        spans,
+        [int(r) for r in table.ruled],
+        radii,
+        table.lr_scale,
+        [] if rule is None else list(rule.hyper()),
+        list(h.direction),
+        h.weight_decay,
+        h.decoupled,
+        h.maximize,
+        h.skip,
+    )

@@ -1,0 +1,106 @@
+"""The C++ engine under sanitizers, and its registries against Python's."""
+
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerlr
+from layerlr import _C
+from layerlr.backends import COLUMNS
+from layerlr.directions import DIRECTIONS
+from layerlr.rules import RULES
+
+ROOT = Path(__file__).resolve().parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+#: every number of state tensors, with and without the gradient in the second pass
+DIRECTIONS_TRIED = "X(Sgd) X(Nesterov) X(Adam) X(AmsGrad)"
+FLAGS = [
+    *"-std=c++17 -O1 -g1 -Icsrc -ffp-contract=off -fno-math-errno -Wno-psabi".split(),
+    *"-Wno-maybe-uninitialized -Wno-uninitialized".split(),
+    f"-DLAYERLR_DIRECTIONS(X)={DIRECTIONS_TRIED}",
+    *(["-DLAYERLR_X86=1"] if X86 else []),
+]
+ISA_FLAGS = {
+    "kernels_avx2": "-mavx2 -mfma -mf16c".split(),
+    "kernels_avx512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c".split(),
+}
+
+
+def test_registries_agree():
+    assert _C.directions() == list(DIRECTIONS)
+    assert _C.rules() == list(RULES)
+    assert _C.columns() == len(COLUMNS)
+
+
+def instruction_sets():
+    here = []
+    best = _C.instruction_set()
+    for name in ("default", "avx2", "avx512"):
+        try:
+            _C.use_instruction_set(name)
+        except ValueError:
+            continue
+        here.append(name)
+    _C.use_instruction_set(best)
+    return here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [None, "singh", "layca"])
+def test_instruction_sets_agree_to_the_bit(rule, dtype):
+    """Also a check of bfloat16 and float16 rounding, which each set does in its own way."""
+    results = []
+    best = _C.instruction_set()
+    try:
+        for name in instruction_sets():
+            _C.use_instruction_set(name)
+            torch.manual_seed(0)
+            params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5, 16, 40_001)]
+            opt = layerlr.Adam(params, lr=0.1, rule=rule, adapt="all", amsgrad=True)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                opt.step()
+            results.append(torch.cat([p.detach() for p in params]))
+    finally:
+        _C.use_instruction_set(best)
+    assert len(results) >= 1
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="no instruction set 'sse9' here"):
+        _C.use_instruction_set("sse9")
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(sanitizer, tmp_path):
+    """Every rule, dtype and instruction set over awkward sizes, on one thread and on three."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    sources = [ROOT / "csrc/plan.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = [s for s in sources if X86 or s.stem not in ISA_FLAGS]
+    sources.append(ROOT / "tests/native/engine_driver.cpp")
+    sanitize = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+
+    def build(source):
+        target = tmp_path / f"{source.stem}.o"
+        flags = [*FLAGS, *ISA_FLAGS.get(source.stem, [])]
+        command = [compiler, *flags, *sanitize, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(build, sources))
+    program = str(tmp_path / "driver")
+    subprocess.run([compiler, *sanitize, *objects, "-o", program, "-lpthread"], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 0
