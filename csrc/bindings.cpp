@@ -74,6 +74,7 @@ class PyPlan {
     }
     for (const Radius& r : radii_) {
       PyObject* value = tensors_[r.tensor].radius;
+      if (value && THPVariable_Unpack(value).numel() <= r.place) return stale;
       plan_.layers[r.layer].radius =
           value ? THPVariable_Unpack(value).data_ptr<double>() + r.place : nullptr;
     }
@@ -109,7 +110,13 @@ class PyPlan {
     PyObject* step = nullptr;
     PyObject* radius = nullptr;
     at::DimVector sizes, strides;
+    caffe2::TypeMeta dtype, state_dtype, step_dtype;
     bool dense = true;
+
+    /// Tensors can change under their identity (t.data = ...): what kernels assume is compared.
+    bool holds(const at::Tensor& x, caffe2::TypeMeta wanted) const {
+      return x.dtype() == wanted && x.sizes() == sizes && x.is_cpu() && x.layout() == at::kStrided;
+    }
   };
   struct Radius {
     int layer, tensor, place;
@@ -128,6 +135,8 @@ class PyPlan {
     for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
     t.step = get("step");
     t.radius = get("radius");
+    t.step_dtype = THPVariable_Unpack(t.step).dtype();
+    if (n_states_) t.state_dtype = THPVariable_Unpack(t.values[0]).dtype();
   }
 
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
@@ -138,6 +147,7 @@ class PyPlan {
       Tensor& t = tensors_[tensor];
       const at::Tensor& p = THPVariable_Unpack(t.param);
       t.dense = is_dense(p, parts[tensor] > 1);
+      t.dtype = p.dtype();
       t.sizes.assign(p.sizes().begin(), p.sizes().end());
       t.strides.assign(p.strides().begin(), p.strides().end());
       const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
@@ -155,16 +165,17 @@ class PyPlan {
     const at::Tensor& p = THPVariable_Unpack(t.param);
     const at::Tensor& g = p.unsafeGetTensorImpl()->grad();
     if (!g.defined()) return ready;
-    if (!t.state || !p.device().is_cpu() || p.sizes() != t.sizes || p.strides() != t.strides ||
+    if (!t.state || !t.holds(p, t.dtype) || p.strides() != t.strides ||
         !t.snapshot->matches(t.state)) {
       return stale;
     }
-    if (g.dtype() != p.dtype() || g.layout() != at::kStrided || !g.device().is_cpu() ||
-        g.sizes() != p.sizes()) {
-      return static_cast<int>(i);
-    }
+    if (!t.holds(g, t.dtype)) return static_cast<int>(i);
     Operands x{&p, &g, {}, n_states_, &THPVariable_Unpack(t.step)};
-    for (int k = 0; k < n_states_; ++k) x.states[k] = &THPVariable_Unpack(t.values[k]);
+    if (x.step->numel() != 1 || x.step->dtype() != t.step_dtype || !x.step->is_cpu()) return stale;
+    for (int k = 0; k < n_states_; ++k) {
+      x.states[k] = &THPVariable_Unpack(t.values[k]);
+      if (!t.holds(*x.states[k], t.state_dtype)) return stale;
+    }
     fill_row(plan_.tensors[i], staging_, x, t.dense);
     return ready;
   }

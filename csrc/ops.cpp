@@ -65,8 +65,9 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
     fill_row(plan.tensors[i], staging, x, is_dense(params[i], parts[i] > 1));
   }
   for (size_t i = 0; i < radii.size(); i += 3) {
+    TORCH_CHECK(0 <= radii[i + 1] && radii[i + 1] < int64_t(radius.size()));
     const at::Tensor& r = radius[radii[i + 1]];
-    TORCH_CHECK(r.scalar_type() == at::kDouble && radii[i + 2] < r.numel());
+    TORCH_CHECK(r.scalar_type() == at::kDouble && 0 <= radii[i + 2] && radii[i + 2] < r.numel());
     plan.layers.at(radii[i]).radius = r.data_ptr<double>() + radii[i + 2];
   }
   plan.finish();

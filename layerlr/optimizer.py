@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _device_dtype_check_for_fused
 
 from . import _C, backends, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
@@ -85,6 +85,9 @@ class LayerwiseOptimizer(Optimizer):
             group["rule"] = rules.resolve(group["rule"])
             validate(group)
             _check_dtypes(group, len(self.param_groups) - 1)
+            if group.get("fused"):
+                for p in group["params"]:
+                    _device_dtype_check_for_fused(p)
             self._plans.append(self._build(len(self.param_groups) - 1))
         except Exception:
             self.param_groups.pop()
@@ -139,10 +142,12 @@ class LayerwiseOptimizer(Optimizer):
             self._snapshot = None
 
     def _fitting(self, index: int) -> _GroupPlans:
-        group, plans = self.param_groups[index], self._plans[index]
-        if not plans.fits(self._key(group), group["params"]):
-            plans = self._plans[index] = self._build(index)
-        return plans
+        group = self.param_groups[index]
+        if index >= len(self._plans):  # groups that were appended by hand
+            self._plans.extend(self._build(i) for i in range(len(self._plans), index + 1))
+        if not self._plans[index].fits(self._key(group), group["params"]):
+            self._plans[index] = self._build(index)
+        return self._plans[index]
 
     def plans(self, index: int) -> _GroupPlans:
         """Plans of a param group as it stands."""
@@ -202,7 +207,10 @@ class LayerwiseOptimizer(Optimizer):
 
     def _traced(self, loss: Any) -> Any:
         """The step as ``torch.compile`` sees it: the registered op, or a graph break."""
-        for group, plans in zip(self.param_groups, self._plans, strict=True):
+        for index, group in enumerate(self.param_groups):
+            plans = self._plans[index]
+            if not plans.fits(self._key(group), group["params"]):
+                plans = torch._dynamo.disable(self._fitting)(index)  # a graph break
             hyper = self._hyper(group, self._direction(group))
             for plan in plans.plans:
                 plan.traced_step(hyper)

@@ -258,7 +258,8 @@ class Adagrad(LayerwiseOptimizer):
         """Move the state sums to shared memory."""
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["sum"].share_memory_()
+                if p in self.state:  # a frozen parameter has none
+                    self.state[p]["sum"].share_memory_()
 
 
 @_documented

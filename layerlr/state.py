@@ -14,8 +14,9 @@ from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
 
-#: group keys that a state dict does not carry where they are not plain values
+#: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
 _MAYBE_CALLABLE = ("layers", "adapt")
+_CALLABLE = "callable"
 
 
 def complete(
@@ -29,38 +30,52 @@ def complete(
     """Create what is missing in one parameter's state, and check what is there.
 
     ``radii`` is the number of stored radii (0: the rule keeps none). State moves to its
-    parameter's device; its dtype is left alone.
+    parameter's device; its dtype is left alone once a step was taken.
 
     Raises
     ------
     RuntimeError
         Where a state tensor has another shape than its parameter.
     """
-    loaded = False
+    present = [key for key in direction.states if state.get(key) is not None]
+    if "dampening" in group and len(present) < len(direction.states):
+        state.pop("step", None)  # torch never dampens a new buffer, and the count tells a new one
     for key in direction.states:
         value = state.get(key)
-        if value is None:
+        if value is None or _never_used(state, value, p):
             state[key] = _new(p, direction.initial(group, key))
             continue
-        if value.shape != p.shape:
-            raise RuntimeError(
-                f"state {key!r} of parameter {name!r} has shape {tuple(value.shape)}, the "
-                f"parameter {tuple(p.shape)}: load a state dict of the same model, or delete "
-                "optimizer.state[param] to start afresh"
-            )
-        loaded = True
+        _check_shape(key, value, tuple(p.shape), name)
         if value.device != p.device:
             state[key] = value.to(p.device)
-    if state.get("step") is None:
+    step = state.get("step")
+    if not isinstance(step, Tensor):
         # torch's SGD keeps no count; a buffer that is there has seen a step
+        count = float(bool(present)) if step is None else float(step)
         device = p.device if group.get("capturable") or group.get("fused") else "cpu"
-        state["step"] = torch.full((), float(loaded), dtype=_get_scalar_dtype(), device=device)
-    elif not isinstance(state["step"], Tensor):
-        state["step"] = torch.tensor(float(state["step"]), dtype=_get_scalar_dtype())
-    if radii and (state.get("radius") is None or state["radius"].numel() != radii):
-        state["radius"] = torch.zeros(radii, dtype=torch.float64, device=p.device)
-    elif radii and state["radius"].device != p.device:
-        state["radius"] = state["radius"].to(p.device)
+        state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=device)
+    elif step.numel() != 1:
+        _check_shape("step", step, (), name)
+    if radii:
+        radius = state.get("radius")
+        if radius is None or radius.numel() != radii:
+            radius = torch.zeros(radii, dtype=torch.float64)
+        state["radius"] = radius.to(p.device, torch.float64)
+
+
+def _never_used(state: dict[str, Any], value: Tensor, p: Tensor) -> bool:
+    """Whether the parameter changed its dtype before its first step: its state follows."""
+    step = state.get("step")
+    return value.dtype != state_dtype(p) and step is not None and float(step) == 0.0
+
+
+def _check_shape(key: str, value: Tensor, wanted: tuple[int, ...], name: str) -> None:
+    if tuple(value.shape) != wanted:
+        raise RuntimeError(
+            f"state {key!r} of parameter {name!r} has shape {tuple(value.shape)}, wanted is "
+            f"{wanted}: load a state dict of the same model, or delete optimizer.state[param] to "
+            "start afresh"
+        )
 
 
 def _new(p: Tensor, value: float) -> Tensor:
@@ -96,11 +111,11 @@ def complete_table(
 def pack_groups(groups: list[dict[str, Any]]) -> None:
     """Turn the groups of a state dict into plain values, in place."""
     for group in groups:
-        if group["rule"] is not None:
-            group["rule"] = group["rule"].to_dict()
+        rule = rules.resolve(group["rule"])
+        group["rule"] = None if rule is None else rule.to_dict()
         for key in _MAYBE_CALLABLE:
             if callable(group[key]):
-                del group[key]
+                group[key] = _CALLABLE
 
 
 def unpack_groups(
@@ -108,6 +123,9 @@ def unpack_groups(
 ) -> None:
     """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default."""
     for group, old in itertools.zip_longest(groups, current, fillvalue={}):
+        for key in _MAYBE_CALLABLE:
+            if group.get(key) == _CALLABLE:
+                del group[key]
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
         for key in ("split", "lr_scale"):

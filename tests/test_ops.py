@@ -31,9 +31,10 @@ def backward(model, x):
 def test_compiled_step_equals_eager(cls, kwargs):
     torch._dynamo.reset()
     eager, compiled = make_model(), make_model()
-    one = cls(eager.named_parameters(), **kwargs)
-    two = cls(compiled.named_parameters(), **kwargs)
-    one.param_groups[0]["split"] = two.param_groups[0]["split"] = 2
+    one, two = (
+        cls([{"params": list(model.named_parameters()), "split": 2}], **kwargs)
+        for model in (eager, compiled)
+    )
 
     @torch.compile(fullgraph=True, backend="eager")
     def step():
@@ -54,10 +55,26 @@ def test_compiled_step_equals_eager(cls, kwargs):
             assert torch.equal(p, q)
             for key, value in one.state[p].items():
                 assert torch.equal(value, two.state[q][key]), key
-    for key, value in one.layer_stats().items():
-        assert value == two.layer_stats()[key] if key == "names" else True
-        if key != "names":
-            assert torch.equal(value, two.layer_stats()[key]), key
+    mine, theirs = one.layer_stats(), two.layer_stats()
+    assert mine.pop("names") == theirs.pop("names")
+    for key, value in mine.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+def test_group_that_changed_breaks_the_graph_and_goes_on():
+    torch._dynamo.reset()
+    eager, compiled = make_model(), make_model()
+    one = layerlr.SGD(eager.parameters(), lr=0.1, rule="singh")
+    two = layerlr.SGD(compiled.parameters(), lr=0.1, rule="singh")
+    step = torch.compile(two.step, backend="eager")
+    for rule in ("singh", "lars", "layca"):
+        one.param_groups[0]["rule"] = two.param_groups[0]["rule"] = rule
+        x = torch.randn(3, 4)
+        for model in (eager, compiled):
+            backward(model, x)
+        one.step()
+        step()
+        assert all(map(torch.equal, eager.parameters(), compiled.parameters()))
 
 
 def test_tensor_lr_does_not_recompile():

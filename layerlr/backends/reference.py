@@ -33,6 +33,7 @@ class ReferencePlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
         self.active: list[int] = []
+        self.kinds = [(p.dtype, p.shape, p.device) for p in spec.table.params]
         self.steps: dict[int, Scalar] = {}
         # parts of each tensor, in row order
         self.spans: list[list[Span]] = [[] for _ in spec.table.params]
@@ -43,11 +44,16 @@ class ReferencePlan:
         spec = self.spec
         self.active = []
         for i, p in enumerate(spec.table.params):
-            if p.grad is not None:
-                if spec.states[i] is None:
-                    return False  # thawed since the plan was built
-                check_gradient(spec.table.names[i], p, p.grad)
-                self.active.append(i)
+            if p.grad is None:
+                continue
+            state = spec.states[i]
+            if state is None or (p.dtype, p.shape, p.device) != self.kinds[i]:
+                return False
+            values = [state.get(key) for key in spec.direction.states]
+            if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
+                return False
+            check_gradient(spec.table.names[i], p, p.grad)
+            self.active.append(i)
         return True
 
     def step(self, hyper: Hyper) -> None:
@@ -141,8 +147,8 @@ class ReferencePlan:
         """Weights, gradient and gradient with L2 decay, in the dtype of the arithmetic."""
         p = self.spec.table.params[i]
         dtype = accumulator(p.dtype)
-        w = _real(p).to(dtype)
-        g = _real(p.grad).to(dtype)  # type: ignore[arg-type]
+        w = _own(_real(p).to(dtype))
+        g = _own(_real(p.grad).to(dtype))  # type: ignore[arg-type]
         if h.maximize:
             g = -g
         decayed = g + w * h.weight_decay if h.weight_decay and not h.decoupled else g
@@ -155,7 +161,8 @@ class ReferencePlan:
 
     def _state(self, i: int) -> list[Tensor]:
         dtype = accumulator(self.spec.table.params[i].dtype)
-        return [_real(self._state_dict(i)[k]).to(dtype) for k in self.spec.direction.states]
+        state = self._state_dict(i)
+        return [_own(_real(state[k]).to(dtype)) for k in self.spec.direction.states]
 
     def _store_state(self, i: int, new: Sequence[Tensor]) -> None:
         for key, value in zip(self.spec.direction.states, new, strict=True):
@@ -183,7 +190,7 @@ class ReferencePlan:
 
     def _sum(self, i: int, total: Tensor, x: Tensor, y: Tensor) -> None:
         """Add ``sum(x*y)`` of each part of tensor i to its layer."""
-        product = x.detach().double() * y.detach().double()
+        product = x.double() * y.double()
         for span in self.spans[i]:
             part = product if len(self.spans[i]) == 1 else product[span.begin : span.end]
             total[span.layer] += part.sum()
@@ -203,7 +210,7 @@ class ReferencePlan:
         """Rate of each layer: lr, its lr_scale, the direction's own decay at its first tensor."""
         table, d = self.spec.table, self.spec.direction
         lr = torch.tensor(table.lr_scale, dtype=torch.float64, device=table.device)
-        lr = lr * (h.lr.double().to(table.device) if isinstance(h.lr, Tensor) else h.lr)
+        lr = lr * (h.lr.double().reshape(()) if isinstance(h.lr, Tensor) else h.lr)
         rate = torch.ones_like(lr)
         for i in reversed(self.active):
             for span in self.spans[i]:
@@ -230,7 +237,7 @@ class ReferencePlan:
         for layer, i, k in self._leaders():
             stored = (self.spec.states[i] or {}).get("radius")
             if stored is not None:
-                radius[layer] = stored[k]
+                radius[layer] = stored[k].clone()
         for i in set(range(len(self.spans))) - set(self.active):
             for span in self.spans[i]:
                 whole[span.layer] = False
@@ -268,3 +275,8 @@ class ReferencePlan:
 
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _own(x: Tensor) -> Tensor:
+    """A copy where autograd records (differentiable=True): what it saves must not change."""
+    return x.clone() if torch.is_grad_enabled() else x
