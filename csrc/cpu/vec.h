@@ -147,6 +147,65 @@ inline void store(T* p, Pack<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+#if defined(__AVX512F__)
+inline Pack<float> load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}};
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline void store(BFloat16* p, Pack<float> x) {
+  const __m512i bits = _mm512_castps_si512(x.v[0]);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  up = _mm512_srli_epi32(up, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v[0], x.v[0], _CMP_UNORD_Q);
+  up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
+}
+inline Pack<float> load(const Float16* p) {
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}};
+}
+inline void store(Float16* p, Pack<float> x) {
+  const __m256i half = _mm512_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+#elif defined(__AVX2__)
+inline Pack<float> load(const BFloat16* p) {
+  Pack<float> r;
+  for (int i = 0; i < 2; ++i) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i);
+    r.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  return r;
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline void store(BFloat16* p, Pack<float> x) {
+  __m256i up[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bits = _mm256_castps_si256(x.v[i]);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    up[i] = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    up[i] = _mm256_srli_epi32(up[i], 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v[i], x.v[i], _CMP_UNORD_Q));
+    up[i] = _mm256_blendv_epi8(up[i], _mm256_set1_epi32(0x7fc0), nan);
+  }
+  const __m256i packed = _mm256_packus_epi32(up[0], up[1]);  // by 128-bit halves: 0 2 1 3
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline Pack<float> load(const Float16* p) {
+  Pack<float> r;
+  for (int i = 0; i < 2; ++i) {
+    r.v[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+  }
+  return r;
+}
+inline void store(Float16* p, Pack<float> x) {
+  for (int i = 0; i < 2; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i,
+                     _mm256_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+#else
 inline float widen(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float f;
@@ -172,24 +231,6 @@ inline void store(BFloat16* p, Pack<float> x) {
   for (int i = 0; i < 16; ++i) p[i] = narrow_bf16(f[i]);
 }
 
-#if defined(__AVX2__)
-inline Pack<float> load(const Float16* p) {
-  float f[16];
-  for (int i = 0; i < 16; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
-    _mm256_storeu_ps(f + i, _mm256_cvtph_ps(half));
-  }
-  return load(f);
-}
-inline void store(Float16* p, Pack<float> x) {
-  float f[16];
-  store(f, x);
-  for (int i = 0; i < 16; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(f + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), half);
-  }
-}
-#else
 inline float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   uint32_t bits;

@@ -1,0 +1,71 @@
+# make demo [DATA=dir]   the demonstration          make test [ARGS="-k layca"]   the tests
+# make bench             step times                 make lint                     all linters
+# make format            rewrite to our format      make types                    mypy
+# make install           .venv alone                make clean                    remove what was built
+#
+# On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
+# environment of your own serves as well: make test VENV=path. A torch that is there is kept.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+# What an installation is made of beyond the Python files, which an editable one reads in place.
+BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
+              $(CXX_FILES)
+
+.PHONY: demo test bench lint types format install clean
+.DELETE_ON_ERROR:
+
+# Two threads that spin for each other can cost milliseconds per step on a shared machine, and
+# nothing here is large enough to gain from them. The step-time benchmark sets its own.
+demo test: export OMP_NUM_THREADS = 1
+demo test: export MPLBACKEND = Agg
+
+test: $(VENV)/.layerlr
+	$(PY) -m pytest -q $(ARGS)
+
+demo: $(VENV)/.layerlr
+	$(PY) -m bench.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+bench: $(VENV)/.layerlr
+	$(PY) -m bench.step_time $(ARGS)
+
+lint: $(VENV)/.lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+types: $(VENV)/.lint
+	$(PY) -m mypy
+
+format: $(VENV)/.lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+install: $(VENV)/.layerlr
+
+# The stamps are files in the environment, so that they vanish with it.
+$(VENV)/.torch:
+	$(PIP) --help >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) torch==$(TORCH)
+	$(PIP) "setuptools>=77" ninja
+	touch $@
+
+# --no-build-isolation compiles against the torch just installed and needs no second download.
+$(VENV)/.layerlr: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP) --no-build-isolation -e ".[test,bench]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.layerlr
+	$(PIP) --no-build-isolation -e ".[lint]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info layerlr/*.so .pytest_cache .ruff_cache .mypy_cache $(VENV)/.layerlr
+	find . -name .venv -prune -o -name __pycache__ -exec rm -rf {} +
