@@ -34,6 +34,15 @@ class Snapshot {
   std::vector<py::object> items_;
 };
 
+/// Whether two lists hold the same objects: tensors must not be compared by value.
+bool same_objects(const py::list& x, const py::list& y) {
+  if (x.size() != y.size()) return false;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (PyList_GET_ITEM(x.ptr(), i) != PyList_GET_ITEM(y.ptr(), i)) return false;
+  }
+  return true;
+}
+
 /// A plan over live Python objects. Whatever a user replaces is seen at the next step: gradients
 /// and data pointers are read afresh, state dicts are compared with what the plan was built from.
 class PyPlan {
@@ -115,7 +124,8 @@ class PyPlan {
 
     /// Tensors can change under their identity (t.data = ...): what kernels assume is compared.
     bool holds(const at::Tensor& x, caffe2::TypeMeta wanted) const {
-      return x.dtype() == wanted && x.sizes() == sizes && x.is_cpu() && x.layout() == at::kStrided;
+      return x.dtype() == wanted && same(x.sizes(), sizes) && x.is_cpu() &&
+             x.layout() == at::kStrided;
     }
   };
   struct Radius {
@@ -165,7 +175,7 @@ class PyPlan {
     const at::Tensor& p = THPVariable_Unpack(t.param);
     const at::Tensor& g = p.unsafeGetTensorImpl()->grad();
     if (!g.defined()) return ready;
-    if (!t.state || !t.holds(p, t.dtype) || p.strides() != t.strides ||
+    if (!t.state || !t.holds(p, t.dtype) || !same(p.strides(), t.strides) ||
         !t.snapshot->matches(t.state)) {
       return stale;
     }
@@ -208,6 +218,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", [](const std::string& name) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
+  m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())
       .def("matches",

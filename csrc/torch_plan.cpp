@@ -30,8 +30,7 @@ bool is_dense(const at::Tensor& t, bool split) {
   return !split || t.dim() == 0 || t.stride(0) * t.size(0) == t.numel();
 }
 
-void* Staging::pointer(const at::Tensor& t, const at::Tensor& like, bool written) {
-  if (t.strides() == like.strides() && !t.is_conj() && !t.is_neg()) return t.data_ptr();
+void* Staging::staged(const at::Tensor& t, const at::Tensor& like, bool written) {
   const at::Tensor copy = at::empty_strided(like.sizes(), like.strides(), t.options());
   copy.copy_(t.detach());
   copies_.push_back({t, copy, written});
@@ -39,6 +38,7 @@ void* Staging::pointer(const at::Tensor& t, const at::Tensor& like, bool written
 }
 
 void Staging::finish() {
+  if (copies_.empty()) return;
   for (const Copy& c : copies_) {
     if (c.written) c.original.detach().copy_(c.copy);
   }

@@ -16,15 +16,28 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
+/// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.
+inline bool same(at::IntArrayRef x, at::IntArrayRef y) {
+  if (x.size() != y.size()) return false;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i] != y[i]) return false;
+  }
+  return true;
+}
+
 /// Pointers of one tensor for a step, staging copies of what lies in memory in another order.
 class Staging {
  public:
   /// Memory of t in the order of `like` (a dense tensor of the same shape), and whether the
   /// kernels write it: then a copy is copied back by finish().
-  void* pointer(const at::Tensor& t, const at::Tensor& like, bool written);
+  void* pointer(const at::Tensor& t, const at::Tensor& like, bool written) {
+    if (same(t.strides(), like.strides()) && !t.is_conj() && !t.is_neg()) return t.data_ptr();
+    return staged(t, like, written);
+  }
   void finish();
 
  private:
+  void* staged(const at::Tensor& t, const at::Tensor& like, bool written);
   struct Copy {
     at::Tensor original, copy;
     bool written;

@@ -31,11 +31,11 @@ class _GroupPlans:
     plans: list[Plan]
 
     def fits(self, key: tuple[Any, ...], params: list[Tensor]) -> bool:
-        return (
-            len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and key == self.key
-        )
+        if torch.compiler.is_compiling():
+            same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+        else:
+            same = _C.same_objects(params, self.params)
+        return same and key == self.key
 
 
 class LayerwiseOptimizer(Optimizer):

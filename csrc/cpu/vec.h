@@ -382,12 +382,11 @@ struct Sum {
     }
   }
   double total() const {
-    double d[8], result = 0;
+    double d[8];
     Pack<double> all = lanes[0];
     for (int h = 1; h < Wide<T>::halves; ++h) all = all + lanes[h];
     store(d, all);
-    for (double x : d) result += x;
-    return result;
+    return ((d[0] + d[1]) + (d[2] + d[3])) + ((d[4] + d[5]) + (d[6] + d[7]));
   }
 };
 

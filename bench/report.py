@@ -1,0 +1,176 @@
+"""What the step-time benchmark says: its rows, table, machine facts and files."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.timing import Spread
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one model."""
+
+    model: str
+    tensors: int
+    parameters: int
+    dtype: str
+    family: str
+    contender: str
+    package: str
+    rule: str | None
+    seconds: Spread  # per step
+    ratio: Spread | None  # to the family's baseline in the same round; None for memory streams
+    bytes_per_param: int | None  # by design; None where it is not known
+    gb_per_s: float | None  # those bytes over the median
+    of_stream: float | None  # gb_per_s over that of the in-place stream of the same run
+    us_per_tensor: float | None
+    rounds: int
+    steps_per_sample: int
+
+
+@dataclass
+class Result:
+    """A whole run."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # "model: contender": why
+
+
+def machine_facts(device: torch.device, clock: str, command: Sequence[str]) -> dict[str, Any]:
+    """What a figure must be read with; no names of hosts, users or folders."""
+    return {
+        **record.machine(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "transparent_hugepages": _huge_pages(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "clock": clock,
+        "commit": _commit(),
+        "command": " ".join(command),
+        "timm": _version("timm"),
+        "pytorch_optimizer": _version("pytorch_optimizer"),
+    }
+
+
+def _huge_pages() -> str | None:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return None
+    return text.partition("[")[2].partition("]")[0] or None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + when the tree differs from it."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one model as text, families apart, fastest first within a family."""
+    head = ("", "ms/step", "ratio", "20-80%", "us/tensor", "B/param", "GB/s", "of stream")
+    lines = [head]
+    for family in dict.fromkeys(row.family for row in rows):
+        lines.append(("",) * len(head))
+        mine = [row for row in rows if row.family == family]
+        for row in sorted(mine, key=lambda r: (r.ratio is None, r.seconds.median)):
+            lines.append(_cells(row))
+    text = []
+    kept = [i for i in range(len(head)) if any(line[i] for line in lines[1:])]
+    widths = [max(len(line[i]) for line in lines) for i in kept]
+    for line in lines:
+        first, *rest = (line[i].rjust(width) for i, width in zip(kept, widths, strict=True))
+        text.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    return "\n".join(text)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    ratio = row.ratio
+    return (
+        row.contender,
+        f"{row.seconds.median * 1e3:.3f}",
+        "" if ratio is None else f"{ratio.median:.3f}",
+        "" if ratio is None else f"{ratio.q20:.2f}-{ratio.q80:.2f}",
+        show(row.us_per_tensor if row.parameters < 1e6 else None, ".3f"),
+        show(row.bytes_per_param, "d"),
+        show(row.gb_per_s, ".1f"),
+        show(row.of_stream, ".0%"),
+    )
+
+
+def write(path: Path, result: Result) -> None:
+    """To ``path``: everything as JSON, or the rows and the machine as CSV, by its suffix."""
+    if path.suffix == ".json":
+        text = json.dumps({"schema": SCHEMA, **_rounded(asdict(result))}, indent=1) + "\n"
+    else:
+        file = io.StringIO()
+        out = csv.writer(file)
+        out.writerow([*_flat_names(), *result.machine])
+        out.writerows([*_flat(row), *result.machine.values()] for row in result.rows)
+        text = file.getvalue()
+    record.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: more than a timing knows, and files that can be read."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+SPREADS = ("seconds", "ratio")
+PARTS = ("median", "q20", "q80")
+
+
+def _flat_names() -> list[str]:
+    names: list[str] = []
+    for f in fields(Row):
+        names += [f"{f.name}_{part}" for part in PARTS] if f.name in SPREADS else [f.name]
+    return names
+
+
+def _flat(row: Row) -> list[Any]:
+    values: list[Any] = []
+    for f in fields(Row):
+        value = getattr(row, f.name)
+        if f.name in SPREADS:
+            values += [None if value is None else _rounded(getattr(value, p)) for p in PARTS]
+        else:
+            values.append(_rounded(value))
+    return values

@@ -1,0 +1,179 @@
+"""The step-time benchmark: its shapes, its rounds, and a small run from end to end."""
+
+import csv
+import importlib.util
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmarks draw their progress with tqdm")
+
+from bench import goals, peers, report, shapes, step_time, timing
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("model", shapes.MODELS)
+def test_shapes_have_the_totals_of_the_architectures(model):
+    _, tensors, _ = shapes.MODELS[model]
+    assert len(shapes.shapes(model)) == tensors
+
+
+def test_bytes_by_design():
+    traffic = {
+        "SGD": 20,
+        "SGD_SINGH": 24,
+        "SGD_LARS": 28,
+        "SGD_LAYCA": 28,
+        "ADAM": 28,
+        "ADAM_SINGH": 32,
+        "ADAM_UPDATE": 40,
+    }
+    for name, expected in traffic.items():
+        assert getattr(peers, name).bytes_per_param(torch.float32, torch.float32) == expected
+    by_name = {c.name: c for c in peers.contenders("sgd")}
+    # torch keeps its momentum in the dtype of the weights, layerlr in float32.
+    assert by_name["torch SGD fused"].bytes_per_param(torch.bfloat16) == 10
+    assert by_name["layerlr SGD None"].bytes_per_param(torch.bfloat16) == 14
+
+
+def test_every_goal_names_a_contender():
+    names = {c.name for family in peers.BASELINES for c in peers.contenders(family)}
+    assert {name for limits in goals.RATIO_LIMITS.values() for name in limits} <= names
+    assert {name for name, _ in goals.PEER_FACTORS.values()} <= names
+    assert {*peers.BASELINES.values(), peers.STREAM_IN_PLACE} <= names
+
+
+def test_rounds_are_interleaved_and_restored():
+    seen: list[str] = []
+    restored: list[str] = []
+
+    def lane(name: str) -> timing.Lane:
+        return timing.Lane(name, lambda: seen.append(name), lambda: restored.append(name))
+
+    lanes = [lane(name) for name in "abc"]
+    timing.run_rounds(lanes, 20, lambda step, n: step() or 1.0)
+    timed = seen[-60:]
+    rounds = [tuple(timed[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(set(turn) == set("abc") for turn in rounds)
+    assert len(set(rounds)) > 1, "the order never changed"
+    assert restored[-60:] == timed
+    assert all(lane.seconds == [1.0] * 20 for lane in lanes)
+
+
+def test_ratios_are_taken_within_a_round():
+    quiet_then_busy = timing.Lane("base", print, seconds=[1.0, 10.0, 1.0])
+    twice = timing.Lane("twice", print, seconds=[2.0, 20.0, 2.0])
+    assert timing.ratios(twice, quiet_then_busy) == timing.Spread(2.0, 2.0, 2.0)
+
+
+def test_a_device_without_a_timer_is_refused():
+    with pytest.raises(NotImplementedError, match="no timer for 'meta'"):
+        timing.timer_for(torch.device("meta"))
+
+
+def test_small_run_from_end_to_end(tmp_path, capsys):
+    arguments = ["--models", "tiny300", "--families", "sgd", "--repeats", "2"]
+    arguments += ["--backend", "reference", "--only", "foreach|singh|in place"]
+    out = tmp_path / "new" / "run.json"
+    assert step_time.main([*arguments, "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert set(content) == {"schema", "machine", "rows", "verdicts", "left_out"}
+    assert content["schema"] == report.SCHEMA
+    assert {"cpu", "cores", "threads", "torch", "layerlr", "commit"} <= set(content["machine"])
+    assert content["machine"]["command"].startswith("python -m bench.step_time --models tiny300")
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert {"torch SGD fused", "torch SGD foreach", "layerlr SGD singh"} <= set(rows)
+    assert "torch SGD loop" not in rows, "--only was ignored"
+    for row in rows.values():
+        assert set(row) == {f.name for f in fields(report.Row)}
+        assert row["rounds"] == 2 and row["seconds"]["median"] > 0
+    assert rows["torch SGD fused"]["ratio"] == {"median": 1.0, "q20": 1.0, "q80": 1.0}
+    assert rows["memory in place"]["ratio"] is None
+    for package in ("timm", "pytorch_optimizer"):  # where it is absent, the run says so
+        if importlib.util.find_spec(package) is None:
+            assert any(package in name for name in content["left_out"])
+    printed = capsys.readouterr().out
+    assert "layerlr SGD singh" in printed and str(out) in printed
+
+
+def test_csv_has_one_line_per_row(tmp_path):
+    out = tmp_path / "run.csv"
+    arguments = ["--models", "tiny300", "--families", "adam", "--repeats", "1"]
+    step_time.main([*arguments, "--only", "AdamW loop", "--out", str(out)])
+    with out.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["contender"] for line in lines] == ["torch AdamW fused", "torch AdamW loop"]
+    assert float(lines[1]["seconds_median"]) > 0 and lines[1]["torch"] == torch.__version__
+
+
+def test_contender_that_fails_is_left_out_with_its_reason(monkeypatch):
+    def broken(params):
+        raise ValueError("no such thing")
+
+    rows = [
+        peers.Contender("torch SGD fused", "torch", peers.torch_sgd(fused=True)),
+        peers.Contender("broken", "torch", broken),
+        peers.Contender("idle", "torch", lambda params: torch.optim.SGD(params, lr=0.0)),
+    ]
+    monkeypatch.setattr(step_time, "contenders", lambda family, backend: rows)
+    result = step_time.run(["tiny300"], families=["sgd"], repeats=1)
+    assert [row.contender for row in result.rows] == ["torch SGD fused"]
+    assert result.left_out["tiny300: broken"] == "ValueError: no such thing"
+    assert "left the weights as they were" in result.left_out["tiny300: idle"]
+
+
+def test_weights_that_blow_up_spoil_the_family_and_it_says_so(monkeypatch):
+    rows = [peers.Contender("torch SGD fused", "torch", lambda p: torch.optim.SGD(p, lr=1e38))]
+    monkeypatch.setattr(step_time, "contenders", lambda family, backend: rows)
+    result = step_time.run(["tiny300"], families=["sgd"], repeats=1)
+    assert not result.rows
+    assert result.left_out == {"tiny300: all of sgd": "in the end a weight was not finite"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--models", "resnet51"], ["--out", "run.txt"], ["--threads", "2", "--clock", "cpu"]],
+)
+def test_wrong_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit):
+        step_time.main(arguments)
+    message = capsys.readouterr().err
+    assert "resnet51" in message or "run.txt" in message or "one thread" in message
+
+
+def test_verdicts():
+    def row(name, package, rule, ratio):
+        spread = timing.Spread(ratio, ratio, ratio)
+        facts = ("resnet50", 161, 25_557_032, "float32", "sgd", name, package, rule, spread)
+        return report.Row(*facts, spread, None, None, None, 1.0, 3, 1)
+
+    rows = [
+        row("layerlr SGD singh", "layerlr", "singh", 1.2),
+        row("layerlr SGD lars", "layerlr", "lars", 1.6),
+        row("timm Lars loop", "timm", "lars", 3.2),
+    ]
+    found = {v["goal"]: v for v in goals.verdicts(rows)}
+    assert found["layerlr SGD singh, times torch's fused step"]["met"] is True
+    assert found["layerlr SGD lars, times torch's fused step"]["met"] is False
+    assert found["layerlr SGD layca, times torch's fused step"]["met"] is None
+    faster = found["layerlr SGD lars, times as fast as the fastest peer's lars"]
+    assert faster["value"] == 2.0 and faster["met"] is True
+    assert goals.line(faster).endswith("fastest peer's lars: 2.000 >= 1.00")
+
+
+def test_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    from bench.plot_step_time import plot
+
+    out = tmp_path / "run.json"
+    arguments = ["--models", "tiny300", "--families", "sgd", "--repeats", "1"]
+    step_time.main([*arguments, "--only", "foreach", "--out", str(out)])
+    assert plot(out, tmp_path / "run.png").stat().st_size > 5000
