@@ -1,7 +1,7 @@
 # make demo [DATA=dir]   the demonstration          make test [ARGS="-k layca"]   the tests
 # make bench             step times                 make lint                     all linters
-# make format            rewrite to our format      make types                    mypy
-# make install           .venv alone                make clean                    remove what was built
+# make format            rewrite to our format      make clean                    remove what was built
+# make install           .venv alone
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
 # environment of your own serves as well: make test VENV=path. A torch that is there is kept.
@@ -18,7 +18,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
               $(CXX_FILES)
 
-.PHONY: demo test bench lint types format install clean
+.PHONY: demo test bench lint format install clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
@@ -39,8 +39,6 @@ lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
-
-types: $(VENV)/.lint
 	$(PY) -m mypy
 
 format: $(VENV)/.lint

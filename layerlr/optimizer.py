@@ -243,12 +243,12 @@ class LayerwiseOptimizer(Optimizer):
                 names += table.layers
                 rows.append(stats)
         device = rows[0].device if rows else torch.device("cpu")
-        table = (
+        all_rows = (
             torch.cat([r.to(device, non_blocking=True) for r in rows])
             if rows
             else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         )
-        column = dict(zip(COLUMNS, table.unbind(1), strict=True))
+        column = dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
         ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
         cross = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
         angle = torch.atan2(b.abs() * cross, a * ww + b * wu)

@@ -122,7 +122,8 @@ def unpack_groups(
     groups: list[dict[str, Any]], current: list[dict[str, Any]], defaults: dict[str, Any]
 ) -> None:
     """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default."""
-    for group, old in itertools.zip_longest(groups, current, fillvalue={}):
+    for index, group in enumerate(groups):
+        old = current[index] if index < len(current) else {}
         for key in _MAYBE_CALLABLE:
             if group.get(key) == _CALLABLE:
                 del group[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Adam(Direction):
     """
 
     name = "adam"
-    states = ("exp_avg", "exp_avg_sq")
+    states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = (float(b) for b in group["betas"])
@@ -46,7 +46,7 @@ class AmsGrad(Adam):
     """`Adam` over the largest ``v`` seen so far (Reddi et al. 2018, Algorithm 2, as in torch)."""
 
     name = "amsgrad"
-    states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def advance(self, g: Tensor, s: Sequence[Tensor], c: Sequence[Scalar]) -> tuple[Tensor, ...]:
         mean, square = super().advance(g, s, c)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class Rmsprop(Direction):
     """
 
     name = "rmsprop"
-    states = ("square_avg",)
+    states: ClassVar[tuple[str, ...]] = ("square_avg",)
     centered = False
     momentum = False
 
@@ -51,7 +51,7 @@ class RmspropCentered(Rmsprop):
     """Centered variant of `Rmsprop`."""
 
     name = "rmsprop_centered"
-    states = ("square_avg", "grad_avg")
+    states: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg")
     centered = True
 
 
@@ -59,7 +59,7 @@ class RmspropMomentum(Rmsprop):
     """`Rmsprop` with momentum on the normalised gradient."""
 
     name = "rmsprop_momentum"
-    states = ("square_avg", "momentum_buffer")
+    states: ClassVar[tuple[str, ...]] = ("square_avg", "momentum_buffer")
     momentum = True
 
 
@@ -67,6 +67,6 @@ class RmspropCenteredMomentum(Rmsprop):
     """Centered variant of `RmspropMomentum`."""
 
     name = "rmsprop_centered_momentum"
-    states = ("square_avg", "grad_avg", "momentum_buffer")
+    states: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg", "momentum_buffer")
     centered = True
     momentum = True

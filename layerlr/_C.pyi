@@ -1,0 +1,42 @@
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+def directions() -> list[str]: ...
+def rules() -> list[str]: ...
+def columns() -> int: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...
+def same_objects(x: list[Any], y: list[Any]) -> bool: ...
+
+class Snapshot:
+    def __init__(self, dict: dict[Any, Any]) -> None: ...
+    def matches(self, dict: dict[Any, Any]) -> bool: ...
+
+class Plan:
+    READY: int
+    STALE: int
+    def __init__(
+        self,
+        params: list[Tensor],
+        states: Sequence[dict[str, Any] | None],
+        keys: list[str],
+        spans: Sequence[tuple[int, int, int, int]],
+        ruled: list[bool],
+        lr_scale: list[float],
+        direction: str,
+        rule: str | None,
+        rule_hyper: Sequence[float],
+        stats: Tensor,
+    ) -> None: ...
+    def prepare(self) -> int: ...
+    def step(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        maximize: bool,
+        skip: bool,
+        direction_hyper: Sequence[float],
+    ) -> None: ...

@@ -1,0 +1,172 @@
+"""THE table: every direction and every rule, with hyper-parameters that leave no term out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from contract_helpers import bits
+from torch import Tensor
+from torch.nn import Parameter
+
+import layerlr
+from layerlr.rules import Lamb, Lars, LayerRule, Layca, Plain, Singh
+
+#: id -> the direction it must resolve to, class, arguments
+DIRECTION_ROWS: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "sgd": ("sgd", layerlr.SGD, {"lr": 0.1}),
+    "sgd-max": ("sgd", layerlr.SGD, {"lr": 0.1, "weight_decay": 0.3, "maximize": True}),
+    "mom": ("momentum", layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    "damp": ("momentum", layerlr.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
+    "nag": (
+        "nesterov",
+        layerlr.SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ),
+    "amom": ("averaged_momentum", layerlr.AMomSGD, {"lr": 0.2, "weight_decay": 0.1}),
+    "adagrad": (
+        "adagrad",
+        layerlr.Adagrad,
+        {"lr": 0.1, "lr_decay": 0.2, "initial_accumulator_value": 0.3, "weight_decay": 0.1},
+    ),
+    "rms": ("rmsprop", layerlr.RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
+    "rms-c": ("rmsprop_centered", layerlr.RMSprop, {"lr": 0.01, "alpha": 0.9, "centered": True}),
+    "rms-m": ("rmsprop_momentum", layerlr.RMSprop, {"lr": 0.01, "momentum": 0.9}),
+    "rms-cm": (
+        "rmsprop_centered_momentum",
+        layerlr.RMSprop,
+        {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "centered": True, "eps": 1e-3},
+    ),
+    "adam": ("adam", layerlr.Adam, {"lr": 0.01}),
+    "adam-l2": (
+        "adam",
+        layerlr.Adam,
+        {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1, "maximize": True},
+    ),
+    "adam-d": (
+        "adam",
+        layerlr.Adam,
+        {"lr": 0.01, "weight_decay": 0.2, "decoupled_weight_decay": True, "eps": 1e-3},
+    ),
+    "ams": ("amsgrad", layerlr.Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.7)}),
+    "adamw": ("adam", layerlr.AdamW, {"lr": 0.01, "weight_decay": 0.2}),
+    "adamw-ams": ("amsgrad", layerlr.AdamW, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.7)}),
+}
+
+#: id -> rule, with every direction; trust is large enough for half precisions to move
+RULE_ROWS: dict[str, LayerRule | None] = {
+    "none": None,
+    "plain": Plain(),
+    "singh": Singh(),
+    "lars": Lars(trust=0.3),
+    "lamb": Lamb(),
+    "layca": Layca(),
+}
+
+#: options of the rules, with the directions that show them
+VARIANT_ROWS: dict[str, LayerRule] = {
+    "lars-clip": Lars(trust=0.05, eps=0.1, trust_clip=True),
+    "lamb-clip": Lamb(clip=0.5),
+    "lamb-limit": Lamb(trust_clip=True),
+    "lamb-raw": Lamb(bias_correction=False, grad_averaging=False),
+    "layca-now": Layca(radius="current"),
+    "layca-frozen": Layca(others="freeze"),
+    "layca-wide": Layca(eps=0.5),
+}
+
+
+class Case(NamedTuple):
+    """One row: an optimizer class, its rule, its hyper-parameters."""
+
+    id: str
+    cls: type
+    rule: LayerRule | None
+    args: dict[str, Any]
+
+    def make(self, params, **kwargs):
+        return self.cls(params, **{**self.args, **kwargs}, rule=self.rule)
+
+    @property
+    def kind(self) -> str:
+        return self.cls.__name__
+
+
+def _case(direction: str, rule: str, value: LayerRule | None) -> Case:
+    _, cls, args = DIRECTION_ROWS[direction]
+    return Case(f"{direction}-{rule}", cls, value, args)
+
+
+CASES = [_case(d, r, v) for d in DIRECTION_ROWS for r, v in RULE_ROWS.items()]
+CASES += [_case(d, r, v) for d in ("mom", "adamw", "ams") for r, v in VARIANT_ROWS.items()]
+BY_ID = {case.id: case for case in CASES}
+BARE = [case for case in CASES if case.rule is None]
+RULED = [case for case in CASES if case.rule is not None]
+#: one row for each class and rule, where every direction would only repeat the same code path
+SHORT = [c for c in CASES if c.id.partition("-")[0] in ("nag", "amom", "adagrad", "adamw")]
+SHORT += [BY_ID[f"{d}-{r}"] for d in ("rms-cm", "ams") for r in RULE_ROWS]
+SHORT = list({c.id: c for c in SHORT}.values())
+
+CLASSES = list(dict.fromkeys(cls for _, cls, _ in DIRECTION_ROWS.values()))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: kernels and vectors, one element, no dimension, nothing at all
+SHAPES = ((7, 5), (33,), (2, 3, 2, 2), (), (0, 3), (1,), (1, 1))
+
+
+class Engine(NamedTuple):
+    """A backend and a device that it runs on."""
+
+    backend: str
+    device: str
+
+    def params(self, values, dtype=None) -> list[Parameter]:
+        return [Parameter(v.detach().to(self.device, dtype, copy=True)) for v in values]
+
+    def make(self, case: Case, params, **kwargs):
+        return case.make(params, backend=self.backend, **kwargs)
+
+
+def ids(rows) -> list[str]:
+    return [row.id for row in rows]
+
+
+def random(shapes, dtype=torch.float64, seed=0, scale=1.0) -> list[Tensor]:
+    """Normal values, the same for a seed whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return [(v * scale).to(dtype) for v in values]
+
+
+def set_grads(params, seed: int, scale: float = 1.0) -> None:
+    """Gradients of a step, with the strides of the parameters."""
+    for p, g in zip(params, random([p.shape for p in params], seed=1000 + seed, scale=scale)):
+        p.grad = torch.empty_like(p).copy_(g.to(p.dtype)).detach()
+
+
+def train(opt, params, steps: int, seed: int = 0) -> None:
+    for step in range(steps):
+        set_grads(params, seed + step)
+        opt.step()
+
+
+def copies(params) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def bits_of(tensors) -> list[Tensor]:
+    """Bits of tensors, on the CPU, so that -0.0 differs from 0.0 and NaN equals itself."""
+    return [bits(torch.view_as_real(t) if t.is_complex() else t).cpu() for t in tensors]
+
+
+def same_bits(a, b) -> bool:
+    pairs = zip(bits_of(a), bits_of(b), strict=True)
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+
+
+def state_of(opt, p) -> dict[str, Tensor]:
+    """Copies of one parameter's state."""
+    return {k: v.detach().clone() for k, v in opt.state.get(p, {}).items()}
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and same_bits(a.values(), [b[k] for k in a])

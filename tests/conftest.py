@@ -1,0 +1,55 @@
+"""Fixtures: every backend of the registry on the devices that it runs on, every dtype."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+
+from layerlr.backends import BACKENDS
+
+#: devices of a backend; those that are not listed run on the CPU
+_GPU = ["cuda"] if torch.cuda.is_available() else []
+_DEVICES = {"reference": ["cpu", *_GPU], "cuda": ["cuda"], "triton": ["cuda"]}
+
+
+def _engines():
+    for backend in BACKENDS:
+        for device in _DEVICES.get(backend, ["cpu"]):
+            name = backend if device in ("cpu", backend) else f"{backend}_{device}"
+            missing = device == "cuda" and not _GPU
+            marks = pytest.mark.skip(reason="no CUDA device") if missing else ()
+            yield pytest.param(cases.Engine(backend, device), id=name, marks=marks)
+
+
+ENGINES = list(_engines())
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request) -> cases.Engine:
+    return request.param
+
+
+@pytest.fixture(params=[e for e in ENGINES if e.values[0] != ("reference", "cpu")])
+def other(request) -> cases.Engine:
+    """An engine that is held against the reference on the CPU."""
+    return request.param
+
+
+@pytest.fixture(params=cases.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=cases.DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
+def wide(request) -> torch.dtype:
+    """The dtypes that compute in themselves: float32 and float64."""
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Set the number of torch's threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,149 @@
+"""What the tests of torch's contract share: classes beside their twins, toy training, oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import layerlr
+from layerlr import backends, rules
+
+
+class AMomSGD(torch.optim.Optimizer):
+    """The twin that torch.optim lacks, written as torch writes its own."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.9, weight_decay=0, *, maximize=False):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"maximize": maximize})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                g = g.add(p, alpha=group["weight_decay"])
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].lerp_(g, 1 - group["momentum"])
+                p.add_(state["momentum_buffer"], alpha=-float(group["lr"]))
+        return loss
+
+
+#: ours -> the optimizer that it equals without a rule
+TWINS = {
+    layerlr.SGD: torch.optim.SGD,
+    layerlr.AMomSGD: AMomSGD,
+    layerlr.Adagrad: torch.optim.Adagrad,
+    layerlr.RMSprop: torch.optim.RMSprop,
+    layerlr.Adam: torch.optim.Adam,
+    layerlr.AdamW: torch.optim.AdamW,
+}
+IN_TORCH = {ours: twin for ours, twin in TWINS.items() if twin is not AMomSGD}
+CLASSES = list(TWINS)
+
+#: every direction: name -> class and arguments
+VARIANTS = {
+    "sgd": (layerlr.SGD, {"lr": 0.1}),
+    "momentum": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "dampened": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "nesterov": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "amom": (layerlr.AMomSGD, {"lr": 0.1, "weight_decay": 0.01}),
+    "adagrad": (layerlr.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    "rmsprop": (layerlr.RMSprop, {"lr": 0.01, "weight_decay": 0.01}),
+    "rmsprop_all": (layerlr.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    "adam": (layerlr.Adam, {"lr": 0.01}),
+    "amsgrad": (layerlr.Adam, {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
+    "adamw": (layerlr.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+}
+RULES = [None, *(name for name in rules.RULES if name != "plain")]
+BACKENDS = list(backends.BACKENDS)
+
+each_class = pytest.mark.parametrize("ours", CLASSES, ids=lambda c: c.__name__)
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_rule = pytest.mark.parametrize("rule", RULES)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+SHAPES = ((4, 3), (4,), (2, 4), (2,))
+
+
+def weights(dtype=torch.float64, shapes=SHAPES):
+    """Parameters of a small network, always the same."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
+        for s in shapes
+    ]
+
+
+def named(params):
+    kinds = ("weight", "bias")
+    return [(f"layer{i // 2}.{kinds[i % 2]}", p) for i, p in enumerate(params)]
+
+
+def set_grads(params, step):
+    """Gradients of a step, the same for equal shapes whatever the dtype."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = g.to(p.dtype)
+
+
+def train(opt, params, steps, start=0):
+    for step in range(start, start + steps):
+        set_grads(params, step)
+        opt.step()
+
+
+def make(variant, params, rule=None, **kwargs):
+    cls, arguments = VARIANTS[variant]
+    return cls(params, **{**arguments, **kwargs}, rule=rule)
+
+
+def make_twin(variant, params, **kwargs):
+    cls, arguments = VARIANTS[variant]
+    return TWINS[cls](params, **{**arguments, **kwargs})
+
+
+def bits(t):
+    """The bits of a tensor, so that -0.0 differs from 0.0 and NaN equals itself."""
+    if not t.is_floating_point():
+        return t.detach().clone()
+    return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
+
+
+def photograph(opt):
+    """Bits of all weights and state, and every other value of the groups."""
+    flat = [p for group in opt.param_groups for p in group["params"]]
+    return {
+        "weights": [bits(p) for p in flat],
+        "state": [
+            {k: (v.dtype, bits(v)) for k, v in opt.state[p].items()} if p in opt.state else None
+            for p in flat
+        ],
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups],
+    }
+
+
+def same(a, b):
+    """Whether two nests of tensors and plain values are equal, bit for bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def assert_close(ours, theirs):
+    """Equal to rounding in float64; what is wrong differs by far more."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-11, atol=1e-13)

@@ -1,0 +1,326 @@
+"""Which parameters form a layer, and that each layer steps as it should."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import BY_ID, SHORT, copies, ids, random, same_bits, set_grads, state_of
+from spec import Spec
+from torch.nn import Parameter
+
+import layerlr
+from layerlr.rules import Layca, Singh
+
+NAMES = ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", "norm.weight")
+SHAPES = ((4, 3), (4,), (2, 4), (2,), (5,))
+#: bfloat16 kernels with float32 biases in one layer
+MIXED = (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.float32)
+
+
+def net(engine, dtypes=(torch.float64,) * 5):
+    values = [v.to(d) for v, d in zip(random(SHAPES, seed=12), dtypes)]
+    return engine.params(values)
+
+
+def by_ending(name, p):
+    return name.rpartition(".")[2]
+
+
+def tail(name, p):
+    return "norm" not in name
+
+
+#: layers, adapt -> the parameters of each layer, the names of all rows
+ASSIGNED = {
+    "tensor": ("tensor", "all", [[0], [1], [2], [3], [4]], list(NAMES)),
+    "module": ("module", "all", [[0, 1], [2, 3], [4]], ["body.0", "body.1", "norm"]),
+    "callable": (by_ending, "all", [[0, 2, 4], [1, 3]], ["weight", "bias"]),
+    "one key": (lambda name, p: None, "all", [[0, 1, 2, 3, 4]], ["None"]),
+    "kernels": ("tensor", "kernels", [[0], [2]], list(NAMES)),
+    "kernels of modules": (
+        "module",
+        "kernels",
+        [[0], [2]],
+        ["body.0", "body.0.bias", "body.1", "body.1.bias", "norm.weight"],
+    ),
+    "adapt callable": ("module", tail, [[0, 1], [2, 3]], ["body.0", "body.1", "norm.weight"]),
+    "nothing": ("tensor", lambda name, p: False, [], list(NAMES)),
+}
+RULES = [rule for rule in cases.RULE_ROWS if rule != "none"]
+JOINED = [BY_ID[f"{d}-{rule}"] for d in ("nag", "adamw", "rms-c") for rule in RULES]
+
+
+@pytest.mark.parametrize("how", ASSIGNED)
+@pytest.mark.parametrize("case", JOINED, ids=ids(JOINED))
+def test_layers_and_adapt(engine, case, how):
+    layers, adapt, members, names = ASSIGNED[how]
+    for dtypes in (MIXED[3:4] * 5, MIXED):
+        params = net(engine, dtypes)
+        opt = engine.make(case, list(zip(NAMES, params)), layers=layers, adapt=adapt)
+        spec = Spec(case.kind, opt.param_groups[0], params, layers=members)
+        for seed in range(2):
+            set_grads(params, seed)
+            spec.follow(opt, params)
+            spec.step([p.grad for p in params])
+            opt.step()
+            spec.check(params, opt)
+        assert opt.layer_stats()["names"] == names
+
+
+@pytest.mark.parametrize("rule", cases.RULE_ROWS)
+def test_default_of_adapt(engine, rule):
+    params = net(engine)
+    opt = layerlr.SGD(params, lr=0.1, rule=cases.RULE_ROWS[rule], backend=engine.backend)
+    lines = layerlr.describe(opt).splitlines()[1:]
+    roles = ["adapted" if "adapted" in line else "plain" for line in lines]
+    all_of_them = ["adapted"] * 5
+    kernels = ["adapted", "plain", "adapted", "plain", "plain"]
+    wanted = {"none": ["plain"] * 5, "plain": all_of_them, "singh": all_of_them}
+    assert roles == wanted.get(rule, kernels)
+
+
+def test_module_of_a_parameter_without_one(engine):
+    params = engine.params(random(((3, 2), (3,))))
+    named = list(zip(("weight", "bias"), params))
+    opt = layerlr.SGD(named, rule="singh", layers="module", backend=engine.backend)
+    assert opt.layer_stats()["names"] == ["(root)"]
+
+
+def test_a_layer_on_two_devices_is_refused():
+    here, there = torch.ones(2, 2), torch.ones(2, 2, device="meta")
+    params = [("a", Parameter(here)), ("b", Parameter(there))]
+    with pytest.raises(ValueError, match=r"'one' has parameters on cpu and on meta \('b'\)"):
+        layerlr.SGD(params, rule="singh", layers=lambda name, p: "one")
+
+
+def test_frozen_others_do_not_move(engine):
+    params = net(engine)
+    rule = Layca(others="freeze")
+    opt = layerlr.SGD(params, lr=0.1, momentum=0.9, rule=rule, backend=engine.backend)
+    before = copies(params)
+    cases.train(opt, params, 2)
+    moved = [not same_bits([p], [b]) for p, b in zip(params, before)]
+    assert moved == [True, False, True, False, False]
+    assert not any(state_of(opt, params[i]) for i in (1, 3, 4))
+
+
+# -- split -----------------------------------------------------------------------------------------
+
+
+def blocks(sizes, n):
+    return [n // sizes] * sizes if isinstance(sizes, int) else list(sizes)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
+@pytest.mark.parametrize("split", [3, [2, 3, 1], torch.tensor([5, 1]), (6,), 1], ids=str)
+def test_split_equals_separate_tensors(engine, case, split):
+    values = [v.to(d) for v, d in zip(random([(6, 11)] * 2 + [(6,)], seed=5), cases.DTYPES[1:])]
+    fused = engine.params(values)
+    sizes = blocks(split if isinstance(split, int) else [int(s) for s in split], 6)
+    apart = [Parameter(b.clone()) for p in fused for b in p.detach().split(sizes)]
+    opt = engine.make(case, [{"params": fused, "split": split}])
+    twin = engine.make(case, apart)
+    for seed in range(3):
+        set_grads(fused, seed)
+        parts = [g for p in fused for g in p.grad.split(sizes)]
+        for p, g in zip(apart, parts):
+            p.grad = g.clone()
+        opt.step()
+        twin.step()
+    assert same_bits([b for p in fused for b in p.detach().split(sizes)], copies(apart))
+    if case.rule is not None and case.rule.name == "layca" and case.rule.radius == "initial":
+        assert opt.state[fused[0]]["radius"].numel() == len(sizes)
+
+
+@pytest.mark.parametrize("case", JOINED, ids=ids(JOINED))
+def test_split_of_modules_joins_block_by_block(engine, case):
+    """Fused q, k, v: the rows of the weight and those of the bias."""
+    fused = engine.params(random(((6, 4), (6,)), seed=5))
+    sizes = [2, 3, 1]
+    parts = [Parameter(b.clone()) for p in fused for b in p.detach().split(sizes)]
+    named = list(zip(("attention.weight", "attention.bias"), fused))
+    opt = engine.make(
+        case, [{"params": named, "split": sizes}], layers="module", adapt="all"
+    )
+    keys = iter([0, 1, 2, 0, 1, 2])
+    order = {str(i): next(keys) for i in range(6)}
+    twin = engine.make(
+        case,
+        [(str(i), p) for i, p in enumerate(parts)],
+        layers=lambda name, p: order[name],
+        adapt="all",
+    )
+    for seed in range(2):
+        set_grads(fused, seed)
+        for p, g in zip(parts, [g for p in fused for g in p.grad.split(sizes)]):
+            p.grad = g.clone()
+        opt.step()
+        twin.step()
+    assert same_bits([b for p in fused for b in p.detach().split(sizes)], copies(parts))
+    assert opt.layer_stats()["names"] == ["attention[0]", "attention[1]", "attention[2]"]
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (4, ["split=4", "'w'", "6 rows"]),
+        (0, ["split=0", "'w'"]),
+        (-2, ["split=-2", "'w'"]),
+        ([2, 3], ["split=[2, 3]", "'w'", "6 rows"]),
+        ([6, 0], ["split=[6, 0]", "'w'"]),
+        ([7, -1], ["split=[7, -1]", "'w'"]),
+        ([], ["split=[]", "'w'"]),
+    ],
+)
+def test_split_that_does_not_fit(split, words):
+    params = [("w", Parameter(torch.ones(6, 2)))]
+    with pytest.raises(ValueError) as refused:
+        layerlr.SGD([{"params": params, "split": split}], rule="lars")
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_split_is_of_governed_parameters_alone(engine):
+    params = engine.params(random(((6, 2), (5,))))
+    groups = [{"params": list(zip(("w", "b"), params)), "split": 3}]
+    opt = layerlr.SGD(groups, rule="lars", backend=engine.backend)
+    assert opt.layer_stats()["names"] == ["w[0]", "w[1]", "w[2]", "b"]
+
+
+# -- lr_scale --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
+def test_lr_scale(engine, case):
+    """A number scales every parameter; a list has one for each layer, the others keep lr."""
+    governed = [p.dim() >= 2 for p in net(engine)]
+    if case.rule is None or case.rule.adapts == "all":
+        governed = [True] * 5
+    values = layerlr.depth_multipliers(sum(governed), 0.3)
+    spread = iter(values)
+    each = [next(spread) if g else 1.0 for g in governed]
+    for scale, expected in [(0.25, [0.25] * 5), (values, each), (torch.tensor(0.25), [0.25] * 5)]:
+        ours, apart = net(engine), net(engine)
+        opt = engine.make(case, [{"params": ours, "lr_scale": scale}])
+        lr = case.args["lr"]
+        twin = engine.make(case, [{"params": [p], "lr": lr * s} for p, s in zip(apart, expected)])
+        cases.train(opt, ours, 2)
+        cases.train(twin, apart, 2)
+        assert same_bits(ours, apart)
+
+
+def test_lr_scale_is_of_blocks_too(engine):
+    ours, apart = (engine.params(random([(4, 3)], seed=1)) for _ in range(2))
+    kwargs = {"lr": 0.1, "rule": "layca", "backend": engine.backend}
+    opt = layerlr.SGD([{"params": ours, "split": 2, "lr_scale": [0.0, 1.0]}], **kwargs)
+    twin = layerlr.SGD([{"params": apart, "split": 2}], **kwargs)
+    (before,) = copies(ours)
+    cases.train(opt, ours, 2)
+    cases.train(twin, apart, 2)
+    assert same_bits([ours[0][:2]], [before[:2]]) and same_bits([ours[0][2:]], [apart[0][2:]])
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ([1.0, 2.0], r"lr_scale has 2 entries for 1 layers \(w\)"),
+        ([], r"lr_scale has 0 entries for 1 layers"),
+        (-0.5, "Invalid lr_scale: -0.5"),
+        (float("nan"), "Invalid lr_scale: nan"),
+        ([float("inf")], r"Invalid lr_scale: \[inf\]"),
+    ],
+)
+def test_lr_scale_that_does_not_fit(scale, message):
+    params = [("w", Parameter(torch.ones(2, 2))), ("b", Parameter(torch.ones(2)))]
+    with pytest.raises(ValueError, match=message):
+        layerlr.SGD([{"params": params, "lr_scale": scale}], rule="lars")
+
+
+# -- rules of groups -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", cases.CLASSES)
+def test_each_group_has_its_rule(engine, cls):
+    rules = ["singh", None, Layca(radius="current"), "lamb", "lars"]
+    ours, apart = (engine.params(random([(4, 3)] * 5, seed=3)) for _ in range(2))
+    groups = [{"params": [p], "rule": rule} for p, rule in zip(ours, rules)]
+    opt = cls(groups, lr=0.1, rule="singh", backend=engine.backend)
+    singles = [cls([p], lr=0.1, rule=r, backend=engine.backend) for p, r in zip(apart, rules)]
+    for seed in range(3):
+        set_grads(ours, seed)
+        set_grads(apart, seed)
+        opt.step()
+        for single in singles:
+            single.step()
+    assert same_bits(ours, apart)
+    assert opt.param_groups[0]["rule"] == Singh()
+
+
+def test_a_rule_set_between_steps(engine):
+    ours, bare = (engine.params(random([(4, 3), (3,)], seed=3)) for _ in range(2))
+    opt = layerlr.Adam(ours, lr=0.1, rule="layca", backend=engine.backend)
+    twin = layerlr.Adam(bare, lr=0.1, backend=engine.backend)
+    cases.train(opt, ours, 2)
+    cases.train(twin, bare, 2)
+    assert not same_bits(ours[:1], bare[:1])
+    with torch.no_grad():
+        ours[0].copy_(bare[0])
+    opt.param_groups[0]["rule"] = None
+    cases.train(opt, ours, 2, seed=5)
+    cases.train(twin, bare, 2, seed=5)
+    assert same_bits(ours, bare)
+    opt.param_groups[0]["rule"] = "singh"  # a name is enough
+    cases.train(opt, ours, 1)
+    cases.train(twin, bare, 1)
+    assert not same_bits(ours[:1], bare[:1])
+
+
+# -- late comers within a layer --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", JOINED, ids=ids(JOINED))
+def test_a_layer_is_what_has_gradients(engine, case):
+    """Sums are over the tensors that take part; the radius waits for the whole layer."""
+    params = net(engine)[:2]
+    named = list(zip(NAMES, params))
+    opt = engine.make(case, named, layers="module", adapt="all")
+    alone = Spec(case.kind, opt.param_groups[0], params[:1], layers=[[0]])
+    alone.follow(opt, params[:1])
+    set_grads(params, 0)
+    params[1].grad = None
+    alone.step([params[0].grad])
+    opt.step()
+    alone.check(params[:1], opt)
+    assert state_of(opt, params[1])["step"] == 0
+    both = Spec(case.kind, opt.param_groups[0], params, layers=[[0, 1]])
+    for seed in (1, 2):
+        both.follow(opt, params)
+        set_grads(params, seed)
+        both.step([p.grad for p in params])
+        opt.step()
+        both.check(params, opt)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
+def test_frozen_then_thawed_then_frozen(engine, case):
+    ours, fresh = (engine.params(random([(4, 3), (3, 4)], seed=3)) for _ in range(2))
+    ours[1].requires_grad_(False)
+    opt = engine.make(case, ours)
+    for seed in range(2):
+        set_grads(ours[:1], seed)
+        opt.step()
+    assert same_bits(ours[1:], fresh[1:])
+    ours[1].requires_grad_(True)
+    twin = engine.make(case, fresh[1:])
+    for seed in range(2):
+        set_grads(ours, seed)
+        fresh[1].grad = ours[1].grad.clone()
+        opt.step()
+        twin.step()
+    assert same_bits(ours[1:], fresh[1:])
+    ours[1].requires_grad_(False)
+    ours[1].grad = None
+    before = copies(ours[1:])
+    set_grads(ours[:1], 9)
+    opt.step()
+    assert same_bits(ours[1:], before)

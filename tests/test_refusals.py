@@ -1,0 +1,227 @@
+"""What cannot be done is refused in words that name the parameter, and changes nothing."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import SHORT, copies, ids, random, same_bits, set_grads
+from contract_helpers import photograph, same
+from torch.nn import Parameter
+
+import layerlr
+from layerlr import rules
+from layerlr.backends import BACKENDS
+
+short = pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
+
+
+# -- wrong values ----------------------------------------------------------------------------------
+
+WRONG_RULES = [
+    (lambda: rules.Lars(trust=-1.0), "Invalid Lars trust: -1.0, wanted a number >= 0"),
+    (lambda: rules.Lars(trust=float("nan")), "Invalid Lars trust: nan"),
+    (lambda: rules.Lars(eps=-1e-9), "Invalid Lars eps: -1e-09, wanted a number >= 0"),
+    (lambda: rules.Lamb(clip=0.0), "Invalid Lamb clip: 0.0, wanted None or a number > 0"),
+    (lambda: rules.Layca(radius="first"), "Layca radius: 'first', wanted 'initial' or 'current'"),
+    (lambda: rules.Layca(others="stop"), "Layca others: 'stop', wanted 'plain' or 'freeze'"),
+    (lambda: rules.Layca(eps=-1.0), "Invalid Layca eps: -1.0, wanted a number >= 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG_RULES, ids=[m for _, m in WRONG_RULES])
+def test_wrong_rule_values(make, message):
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert message in str(refused.value)
+
+
+#: arguments -> error, and what its message says
+WRONG = [
+    ({"rule": "lasr"}, ValueError, ["'lasr'", "'singh', 'lars', 'lamb', 'layca'"]),
+    ({"rule": rules.Lars}, TypeError, ["rule", "an instance is wanted, not the class"]),
+    ({"rule": 3}, TypeError, ["rule must be None, a name or a layerlr.rules.LayerRule, got 3"]),
+    ({"layers": "block"}, ValueError, ["layers: 'block'", "'tensor', 'module' or a callable"]),
+    ({"layers": "module"}, ValueError, ["layers='module'", "model.named_parameters()"]),
+    ({"adapt": "weights"}, ValueError, ["adapt: 'weights'", "'all', 'kernels' or a callable"]),
+    ({"on_nonfinite": "stop"}, ValueError, ["on_nonfinite: 'stop'", "'skip' or 'propagate'"]),
+]
+WRONG_BACKEND = ({"backend": "gpu"}, ValueError, ["'gpu'", "'auto'", "'reference'"])
+
+
+@pytest.mark.parametrize("cls", cases.CLASSES)
+@pytest.mark.parametrize(("kwargs", "error", "words"), [*WRONG, WRONG_BACKEND])
+def test_wrong_arguments(cls, kwargs, error, words):
+    with pytest.raises(error) as refused:
+        cls([Parameter(torch.ones(2))], **kwargs)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize(("kwargs", "error", "words"), WRONG)
+def test_a_refused_group_leaves_nothing_behind(kwargs, error, words):
+    params = [Parameter(v) for v in random(((3, 2), (2,)))]
+    opt = layerlr.SGD(params[:1], lr=0.1, rule="singh")
+    with pytest.raises(error) as refused:
+        opt.add_param_group({"params": params[1:], **kwargs})
+    assert all(word in str(refused.value) for word in words)
+    assert len(opt.param_groups) == 1 and params[1] not in opt.state
+    cases.train(opt, params, 1)
+    assert same_bits(params[1:], random(((3, 2), (2,)))[1:])
+
+
+def test_a_group_key_set_to_nonsense(engine):
+    params = engine.params(random(((3, 2), (2,))))
+    opt = layerlr.SGD(params, lr=0.1, rule="singh", backend=engine.backend)
+    set_grads(params, 0)
+    for key, value, word in [
+        ("rule", "lasr", "'lasr'"),
+        ("layers", "block", "'block'"),
+        ("adapt", "weights", "'weights'"),
+        ("split", 5, "split=5"),
+        ("lr_scale", [1.0], "lr_scale has 1 entries for 2 layers"),
+        ("lr_scale", -1.0, "lr_scale: -1.0, wanted finite numbers >= 0"),
+    ]:
+        group = opt.param_groups[0]
+        before, missing = photograph(opt), object()
+        old = group.get(key, missing)
+        group[key] = value
+        with pytest.raises(ValueError, match=word):
+            opt.step()
+        if old is missing:
+            del group[key]
+        else:
+            group[key] = old
+        assert same(photograph(opt), before)
+    opt.step()  # and goes on
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def sparse(p):
+    p.grad = torch.ones_like(p).to_sparse()
+
+
+def other_shape(p):
+    p.grad = torch.ones_like(p)
+    p.data = p.detach()[:2].clone()
+
+
+BAD_GRADIENTS = [
+    (sparse, ["sparse", "sparse=False", "SparseAdam"]),
+    (other_shape, ["shape (5, 2)", "(2, 2)"]),
+]
+
+
+@short
+@pytest.mark.parametrize(("spoil", "words"), BAD_GRADIENTS, ids=["sparse", "other_shape"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_gradient_that_cannot_be_used(engine, case, spoil, words, named):
+    """The last of four parameters in two groups: those before it have not moved."""
+    params = engine.params(random(((4, 3), (3,), (3, 3), (5, 2)), seed=3), torch.float32)
+    members = list(zip("abcd", params)) if named else params
+    opt = engine.make(case, [{"params": members[:2]}, {"params": members[2:]}])
+    cases.train(opt, params, 1)
+    set_grads(params, 1)
+    spoil(params[3])
+    before = photograph(opt)
+    with pytest.raises(RuntimeError) as refused:
+        opt.step()
+    name = "'d'" if named else "'group1.param1'"
+    assert all(word in str(refused.value) for word in [name, *words]), refused.value
+    assert same(photograph(opt), before)
+
+
+def test_a_gradient_of_another_shape_says_what_to_do(engine):
+    params = engine.params(random([(5, 2)]))
+    other_shape(params[0])
+    with pytest.raises(RuntimeError, match="clear gradients after changing a parameter's data"):
+        layerlr.SGD(params, backend=engine.backend).step()
+
+
+def test_a_gradient_of_another_dtype(engine):
+    """Right, or refused in words; float32 gradients of bfloat16 weights."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no grad_dtype")
+    ours = engine.params(random([(6, 5)]), torch.bfloat16)
+    wide = engine.params(copies(ours), torch.float32)
+    ours[0].grad_dtype = torch.float32
+    ours[0].grad = random([(6, 5)], torch.float32, seed=1)[0].to(engine.device)
+    wide[0].grad = ours[0].grad.clone()
+    opt = layerlr.SGD([("w", ours[0])], lr=0.1, rule="layca", backend=engine.backend)
+    before = photograph(opt)
+    try:
+        opt.step()
+    except RuntimeError as refused:
+        assert engine.backend != "reference"
+        assert "'w'" in str(refused) and "backend='reference'" in str(refused)
+        assert same(photograph(opt), before)
+    else:  # the same in float32, rounded at the end
+        layerlr.SGD(wide, lr=0.1, rule="layca", backend=engine.backend).step()
+        assert same_bits(ours, [wide[0].detach().bfloat16()])
+
+
+# -- dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", cases.CLASSES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_dtypes_that_cannot_be_optimized(cls, dtype):
+    good, bad = Parameter(torch.ones(2)), torch.zeros(2).to(dtype)
+    if dtype.is_floating_point:
+        bad.requires_grad_()
+    else:
+        bad = Parameter(bad, requires_grad=False)
+    with pytest.raises(ValueError) as refused:
+        cls([("fine", good), ("odd", bad)])
+    assert all(word in str(refused.value) for word in ("'odd'", str(dtype), "convert it to"))
+
+
+@short
+def test_mixed_dtypes_in_one_group(engine, case):
+    """A parameter steps as in a group of its own, whatever is beside it."""
+    values = [v.to(d) for v, d in zip(random([(5, 3)] * 4 + [(4,)] * 4), cases.DTYPES * 2)]
+    ours, alone = engine.params(values), engine.params(values)
+    cases.train(engine.make(case, ours), ours, 2)
+    for dtype in cases.DTYPES:
+        mine = [p for p in alone if p.dtype == dtype]
+        others = [p.detach().clone().requires_grad_() for p in alone]  # for the same gradients
+        opt = engine.make(case, mine)
+        for seed in range(2):
+            set_grads(others, seed)
+            for p, g in zip(alone, others):
+                p.grad = g.grad
+            opt.step()
+    assert same_bits(ours, alone)
+
+
+#: a complex vector is a real matrix: frozen in one, not in the other
+UNFROZEN = [c for c in SHORT if getattr(c.rule, "others", "") != "freeze"]
+
+
+@pytest.mark.parametrize("case", UNFROZEN, ids=ids(UNFROZEN))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["complex64", "complex128"])
+def test_complex_is_a_pair_of_reals(engine, case, dtype):
+    values = random(((4, 3, 2), (5, 2)), dtype, seed=3)
+    adapt = {"adapt": "all"} if case.rule is not None else {}
+    real = engine.params(values)
+    whole = [Parameter(torch.view_as_complex(p.detach().clone())) for p in real]
+    opt, twin = engine.make(case, real, **adapt), engine.make(case, whole, **adapt)
+    for seed in range(3):
+        set_grads(real, seed)
+        for p, q in zip(real, whole):
+            q.grad = torch.view_as_complex(p.grad.clone())
+        opt.step()
+        twin.step()
+    assert same_bits(real, copies(whole))
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_a_backend_that_does_not_support_a_case_names_those_that_do(backend):
+    with pytest.raises(RuntimeError) as refused:
+        layerlr.Adam([Parameter(torch.ones(2))], differentiable=True, backend=backend)
+    assert f"backend {backend!r}" in str(refused.value)
+    assert "use backend='reference'" in str(refused.value)
