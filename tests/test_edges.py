@@ -81,6 +81,20 @@ def test_singh_zero_gradient_after_others(engine, name):
         spec.check(params, opt)
 
 
+@pytest.mark.parametrize("rule", ["lamb", "layca"])
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 0.3, 0.7])
+def test_update_that_decay_cancels(engine, wide, rule, lr):
+    # betas and eps of 0: u = g/|g| = 1, and decay/2 of -2 takes it away; rounding must not show
+    w = torch.tensor([[2.0, -2.0, 2.0]], dtype=wide)
+    (p,) = engine.params([w])
+    kwargs = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.5}
+    opt = layerlr.AdamW([p], lr=lr, rule=rule, backend=engine.backend, **kwargs)
+    p.grad = torch.tensor([[-3.0, 0.5, -1.0]], dtype=wide).to(p)
+    opt.step()
+    assert opt.layer_stats()["uu"].item() == 0
+    assert same_bits([p], [w])
+
+
 RATES = [(case, "number") for case in CASES]
 RATES += [(case, kind) for case in SHORT for kind in ("tensor", "lr_scale")]
 

@@ -113,7 +113,7 @@ def blocks(sizes, n):
 
 
 @pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
-@pytest.mark.parametrize("split", [3, [2, 3, 1], torch.tensor([5, 1]), (6,), 1], ids=str)
+@pytest.mark.parametrize("split", [3, [2, 3, 1], torch.tensor([5, 1]), 1], ids=str)
 def test_split_equals_separate_tensors(engine, case, split):
     values = [v.to(d) for v, d in zip(random([(6, 11)] * 2 + [(6,)], seed=5), cases.DTYPES[1:])]
     fused = engine.params(values)
@@ -121,7 +121,7 @@ def test_split_equals_separate_tensors(engine, case, split):
     apart = [Parameter(b.clone()) for p in fused for b in p.detach().split(sizes)]
     opt = engine.make(case, [{"params": fused, "split": split}])
     twin = engine.make(case, apart)
-    for seed in range(3):
+    for seed in range(2):
         set_grads(fused, seed)
         parts = [g for p in fused for g in p.grad.split(sizes)]
         for p, g in zip(apart, parts):

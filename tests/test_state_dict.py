@@ -126,8 +126,11 @@ def test_state_keys_and_ids_are_torch_s(variant, rule):
 @pytest.mark.parametrize("rule", [r for r in RULES if r is not None])
 def test_a_rule_is_saved_as_its_name_and_numbers(rule):
     opt = layerlr.SGD(weights(), rule=rule)
+    seen = []
+    opt.register_state_dict_post_hook(lambda _, saved: seen.append(plain(saved)), prepend=True)
     saved = through_file(opt.state_dict())["param_groups"][0]["rule"]
     assert saved["name"] == rule and plain(saved)
+    assert seen == [True]  # hooks see what is saved
     other = layerlr.SGD(weights())
     other.load_state_dict(opt.state_dict())
     assert other.param_groups[0]["rule"] == opt.param_groups[0]["rule"]
