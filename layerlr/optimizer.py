@@ -84,7 +84,7 @@ class LayerwiseOptimizer(Optimizer):
         try:
             group["rule"] = rules.resolve(group["rule"])
             validate(group)
-            _check_dtypes(group, len(self.param_groups) - 1)
+            _check_params(group, len(self.param_groups) - 1)
             if group.get("fused"):
                 for p in group["params"]:
                     _device_dtype_check_for_fused(p)
@@ -319,12 +319,17 @@ def _check_flags(defaults: dict[str, Any]) -> None:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def _check_dtypes(group: dict[str, Any], index: int) -> None:
+def _check_params(group: dict[str, Any], index: int) -> None:
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:
             raise ValueError(
                 f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
                 "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
+            )
+        if torch._debug_has_internal_overlap(p) == 1:
+            raise ValueError(
+                f"parameter {name!r} holds several elements in one place of memory, which cannot "
+                "be stepped one by one: make it contiguous (an expanded tensor's .clone())"
             )
 
 

@@ -299,6 +299,12 @@ def test_a_layer_is_what_has_gradients(engine, case):
         both.step([p.grad for p in params])
         opt.step()
         both.check(params, opt)
+    # and again without: the radius of the whole is not that of a part
+    alone.follow(opt, params[:1])
+    params[1].grad = None
+    alone.step([params[0].grad])
+    opt.step()
+    alone.check(params[:1], opt)
 
 
 @pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))

@@ -76,6 +76,22 @@ def test_not_finite_is_skipped(engine, case):
     assert not any(same_bits([p], [b]) for p, b in zip(moved, before) if p.dim() >= 2)
 
 
+@pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
+def test_a_first_step_that_is_skipped(engine, case):
+    """Nothing is counted or latched: the second step is the first."""
+    ours, fresh = skip_model(engine), skip_model(engine)
+    opt = engine.make(case, ours, on_nonfinite="skip")
+    set_grads(ours, 0)
+    for p in ours:
+        p.grad.fill_(float("nan"))
+    opt.step()
+    assert same_bits(ours, fresh)
+    assert all(s["step"] == 0 and s.get("radius", s["step"]) == 0 for s in opt.state.values())
+    cases.train(opt, ours, 2)
+    cases.train(engine.make(case, fresh), fresh, 2)
+    assert same_bits(ours, fresh)
+
+
 def test_skip_is_of_the_whole_layer(engine):
     params = engine.params(random(((3, 2), (3,), (2, 2), (2,)), seed=2), torch.float32)
     named = list(zip(("a.weight", "a.bias", "b.weight", "b.bias"), params))
