@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, rules, state
+from . import _C, backends, checks, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
-from .layers import Adapt, LayerKey, LayerTable, build_tables, names_of, validate
+from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
 
 Rule = str | rules.LayerRule | None
 
@@ -51,7 +51,6 @@ class LayerwiseOptimizer(Optimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        *,
         rule: Rule,
         layers: str | LayerKey,
         adapt: str | Adapt | None,
@@ -64,7 +63,7 @@ class LayerwiseOptimizer(Optimizer):
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
         defaults["on_nonfinite"] = on_nonfinite
-        _check_flags(defaults)
+        checks.flags(defaults)
         super().__init__(params, defaults)
 
     # -- what a subclass says ------------------------------------------------------------------
@@ -84,10 +83,7 @@ class LayerwiseOptimizer(Optimizer):
         try:
             group["rule"] = rules.resolve(group["rule"])
             validate(group)
-            _check_params(group, len(self.param_groups) - 1)
-            if group.get("fused"):
-                for p in group["params"]:
-                    _device_dtype_check_for_fused(p)
+            checks.params(group, len(self.param_groups) - 1)
             self._plans.append(self._build(len(self.param_groups) - 1))
         except Exception:
             self.param_groups.pop()
@@ -159,7 +155,7 @@ class LayerwiseOptimizer(Optimizer):
         self._notice()
         ready = []
         for index, group in enumerate(self.param_groups):
-            _check_capturable(group)
+            checks.capturable(group)
             plans = self._fitting(index)
             if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
@@ -308,36 +304,3 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.tolist()
     return tuple(value) if isinstance(value, Sequence) else value
-
-
-def _check_flags(defaults: dict[str, Any]) -> None:
-    """torch's own refusals of flags that exclude each other, in its words."""
-    if defaults.get("fused"):
-        if defaults["differentiable"]:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if defaults.get("foreach"):
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-def _check_params(group: dict[str, Any], index: int) -> None:
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:
-            raise ValueError(
-                f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
-                "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
-            )
-        if torch._debug_has_internal_overlap(p) == 1:
-            raise ValueError(
-                f"parameter {name!r} holds several elements in one place of memory, which cannot "
-                "be stepped one by one: make it contiguous (an expanded tensor's .clone())"
-            )
-
-
-def _check_capturable(group: dict[str, Any]) -> None:
-    if group.get("capturable") and not torch.compiler.is_compiling():
-        for p in group["params"]:
-            if p.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on supported devices: "
-                    "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
-                )

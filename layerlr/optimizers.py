@@ -110,15 +110,7 @@ class SGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(
-            params,
-            defaults,
-            rule=rule,
-            layers=layers,
-            adapt=adapt,
-            backend=backend,
-            on_nonfinite=on_nonfinite,
-        )
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         if group["momentum"] == 0:
@@ -175,15 +167,7 @@ class AMomSGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(
-            params,
-            defaults,
-            rule=rule,
-            layers=layers,
-            adapt=adapt,
-            backend=backend,
-            on_nonfinite=on_nonfinite,
-        )
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["averaged_momentum"]
@@ -241,15 +225,7 @@ class Adagrad(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(
-            params,
-            defaults,
-            rule=rule,
-            layers=layers,
-            adapt=adapt,
-            backend=backend,
-            on_nonfinite=on_nonfinite,
-        )
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["adagrad"]
@@ -314,15 +290,7 @@ class RMSprop(LayerwiseOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(
-            params,
-            defaults,
-            rule=rule,
-            layers=layers,
-            adapt=adapt,
-            backend=backend,
-            on_nonfinite=on_nonfinite,
-        )
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         name = "rmsprop" + "_centered" * bool(group["centered"])
@@ -386,15 +354,7 @@ class Adam(LayerwiseOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(
-            params,
-            defaults,
-            rule=rule,
-            layers=layers,
-            adapt=adapt,
-            backend=backend,
-            on_nonfinite=on_nonfinite,
-        )
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["amsgrad" if group["amsgrad"] else "adam"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.rules import Lamb, Lars, LayerRule, Layca, Plain, Singh
+from layerlr.rules import Lamb, Lars, Layca, LayerRule, Plain, Singh
 
 #: id -> the direction it must resolve to, class, arguments
 DIRECTION_ROWS: dict[str, tuple[str, type, dict[str, Any]]] = {

@@ -5,7 +5,18 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from cases import CASES, SHORT, Engine, copies, ids, random, same_bits, same_state, set_grads, state_of
+from cases import (
+    CASES,
+    SHORT,
+    Engine,
+    copies,
+    ids,
+    random,
+    same_bits,
+    same_state,
+    set_grads,
+    state_of,
+)
 from layouts import channels_last, columns, plain, shifted, strided, transposed
 from spec import Spec, array
 from torch.nn import Parameter
@@ -245,7 +256,9 @@ def test_layouts(engine, case, dtype):
     if case.rule is None:
         assert same_bits(params, same)
     for name, p in zip(LAYOUTS, params):
-        room = torch.tensor([], dtype=dtype, device=engine.device).set_(p.detach().untyped_storage())
+        room = torch.tensor([], dtype=dtype, device=engine.device).set_(
+            p.detach().untyped_storage()
+        )
         if LAYOUTS[name][1] in (strided, columns):  # what lies between is not ours
             assert (room == 7).sum() == room.numel() - p.numel(), name
         assert array(p).shape == LAYOUTS[name][0]

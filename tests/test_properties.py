@@ -46,18 +46,25 @@ RULES = st.one_of(
     st.just(Plain()),
     st.just(Singh()),
     st.builds(
-        Lars, trust=st.sampled_from([1e-3, 0.1, 5.0]), eps=st.sampled_from([0.0, 1e-8]),
+        Lars,
+        trust=st.sampled_from([1e-3, 0.1, 5.0]),
+        eps=st.sampled_from([0.0, 1e-8]),
         trust_clip=FLAG,
-    ),  # fmt: skip
+    ),
     st.builds(
-        Lamb, clip=st.sampled_from([None, 0.5, 10.0]), trust_clip=FLAG, bias_correction=FLAG,
+        Lamb,
+        clip=st.sampled_from([None, 0.5, 10.0]),
+        trust_clip=FLAG,
+        bias_correction=FLAG,
         grad_averaging=FLAG,
-    ),  # fmt: skip
+    ),
     st.builds(
-        Layca, radius=st.sampled_from(["initial", "current"]), eps=st.sampled_from([1e-6, 0.1]),
+        Layca,
+        radius=st.sampled_from(["initial", "current"]),
+        eps=st.sampled_from([1e-6, 0.1]),
         others=st.sampled_from(["plain", "freeze"]),
-    ),  # fmt: skip
-)  # fmt: skip
+    ),
+)
 SIZE = st.one_of(st.integers(0, 9), st.sampled_from([17, 64, 65]))
 SHAPE = st.one_of(
     st.lists(SIZE, max_size=3).map(tuple),

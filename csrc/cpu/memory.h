@@ -1,0 +1,204 @@
+// Loads and stores of packs in every parameter dtype, and of the last few elements of a tensor.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace layerlr {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class P>
+struct Arithmetic {
+  typedef float type;
+};
+template <>
+struct Arithmetic<double> {
+  typedef double type;
+};
+
+#if defined(__AVX512F__)
+inline Pack<float> load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}};
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline void store(BFloat16* p, Pack<float> x) {
+  const __m512i bits = _mm512_castps_si512(x.v[0]);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  up = _mm512_srli_epi32(up, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v[0], x.v[0], _CMP_UNORD_Q);
+  up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
+}
+inline Pack<float> load(const Float16* p) {
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}};
+}
+inline void store(Float16* p, Pack<float> x) {
+  const __m256i half = _mm512_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+#elif defined(__AVX2__)
+inline Pack<float> load(const BFloat16* p) {
+  Pack<float> r;
+  for (int i = 0; i < 2; ++i) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i);
+    r.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  return r;
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline void store(BFloat16* p, Pack<float> x) {
+  __m256i up[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bits = _mm256_castps_si256(x.v[i]);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    up[i] = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+    up[i] = _mm256_srli_epi32(up[i], 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v[i], x.v[i], _CMP_UNORD_Q));
+    up[i] = _mm256_blendv_epi8(up[i], _mm256_set1_epi32(0x7fc0), nan);
+  }
+  const __m256i packed = _mm256_packus_epi32(up[0], up[1]);  // by 128-bit halves: 0 2 1 3
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline Pack<float> load(const Float16* p) {
+  Pack<float> r;
+  for (int i = 0; i < 2; ++i) {
+    r.v[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+  }
+  return r;
+}
+inline void store(Float16* p, Pack<float> x) {
+  for (int i = 0; i < 2; ++i) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i,
+                     _mm256_cvtps_ph(x.v[i], _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+#else
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
+inline BFloat16 narrow_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(f != f ? 0x7fc0u : rounded)};
+}
+
+inline Pack<float> load(const BFloat16* p) {
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
+  return load(f);
+}
+inline void store(BFloat16* p, Pack<float> x) {
+  float f[16];
+  store(f, x);
+  for (int i = 0; i < 16; ++i) p[i] = narrow_bf16(f[i]);
+}
+
+inline float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // inf, NaN
+    bits = 0x7f800000u | (magnitude << 13);
+  } else if (magnitude >= 0x0400u) {
+    bits = (magnitude + 0x1c000u) << 13;
+  } else {  // subnormal: exact in float
+    const float f = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &f, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline Float16 narrow_f16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // rounds to above the largest half
+    half = 0x7c00u;
+  } else if (bits >= 0x38800000u) {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 aligns the last place, the hardware rounds
+    float m;
+    std::memcpy(&m, &bits, sizeof m);
+    m += 0.5f;
+    std::memcpy(&half, &m, sizeof half);
+    half -= 0x3f000000u;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+inline Pack<float> load(const Float16* p) {
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
+  return load(f);
+}
+inline void store(Float16* p, Pack<float> x) {
+  float f[16];
+  store(f, x);
+  for (int i = 0; i < 16; ++i) p[i] = narrow_f16(f[i]);
+}
+#endif
+
+// -- the last n elements of a tensor: the other lanes are zero, and are not written ---------------
+
+template <class P>
+inline auto load_part(const P* p, int64_t n) {
+  P room[pack_bytes / sizeof(typename Arithmetic<P>::type)] = {};
+  std::memcpy(room, p, n * sizeof(P));
+  return load(room);
+}
+template <class P, class V>
+inline void store_part(P* p, V x, int64_t n) {
+  P room[pack_bytes / sizeof(typename Arithmetic<P>::type)];
+  store(room, x);
+  std::memcpy(p, room, n * sizeof(P));
+}
+template <class T>
+inline Pack<T> first_lanes(Pack<T> x, int64_t n) {
+  T room[Pack<T>::size], kept[Pack<T>::size] = {};
+  store(room, x);
+  std::memcpy(kept, room, n * sizeof(T));
+  return load(kept);
+}
+#if defined(__AVX512F__)
+// tiny tensors are nothing but a tail: masks spare them the trip through memory
+inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+inline Pack<float> load_part(const float* p, int64_t n) {
+  return {{_mm512_maskz_loadu_ps(lanes16(n), p)}};
+}
+inline Pack<double> load_part(const double* p, int64_t n) {
+  return {{_mm512_maskz_loadu_pd(lanes8(n), p)}};
+}
+inline void store_part(float* p, Pack<float> x, int64_t n) {
+  _mm512_mask_storeu_ps(p, lanes16(n), x.v[0]);
+}
+inline void store_part(double* p, Pack<double> x, int64_t n) {
+  _mm512_mask_storeu_pd(p, lanes8(n), x.v[0]);
+}
+inline Pack<float> first_lanes(Pack<float> x, int64_t n) {
+  return {{_mm512_maskz_mov_ps(lanes16(n), x.v[0])}};
+}
+inline Pack<double> first_lanes(Pack<double> x, int64_t n) {
+  return {{_mm512_maskz_mov_pd(lanes8(n), x.v[0])}};
+}
+#endif
+
+}  // namespace
+}  // namespace layerlr
