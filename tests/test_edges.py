@@ -127,6 +127,17 @@ def test_zero_rate_changes_no_weight(engine, case, rate):
             assert bool((radius > 0).any()) == trained
 
 
+@pytest.mark.parametrize("trust", [0.0, 1e-3])
+def test_lars_clip_at_zero_rate(engine, trust):
+    # min(f/lr, 1) is 0/0 for both zero: still a number, and no weight moves
+    params = model(engine)
+    rule, before = Lars(trust=trust, trust_clip=True), copies(params)
+    opt = layerlr.SGD(params, lr=0.0, momentum=0.9, rule=rule, backend=engine.backend)
+    cases.train(opt, params, 1)
+    assert same_bits(params, before)
+    assert all(torch.isfinite(s["momentum_buffer"]).all() for s in opt.state.values())
+
+
 @directions
 @pytest.mark.parametrize("rule", ["lars", "lamb", "layca"])
 def test_zero_weights_take_the_plain_step(engine, name, rule):

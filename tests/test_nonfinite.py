@@ -106,18 +106,41 @@ def test_skip_is_of_the_whole_layer(engine):
     assert [opt.state[p]["step"].item() for p in params] == [0, 0, 1, 1]
 
 
-def test_skip_is_of_one_block(engine):
+@pytest.mark.parametrize("bad", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
+def test_skip_is_of_one_block(engine, bad):
     (p,) = engine.params(random([(6, 4)], seed=2), torch.float32)
     group = {"params": [p], "split": [2, 1, 3]}
     opt = layerlr.SGD([group], lr=0.1, momentum=0.9, rule="layca", backend=engine.backend)
     set_grads([p], 0)
-    p.grad[2, 1] = float("inf")
-    (before,) = copies([p])
+    for block in bad:
+        p.grad.split(group["split"])[block][-1, 1] = float("inf")
+    before = copies(p.detach().split(group["split"]))
     opt.step()
-    assert same_bits([p[2:3]], [before[2:3]])
-    assert not (p == before)[:2].any() and not (p == before)[3:].any()
-    assert opt.layer_stats()["skipped"].tolist() == [0, 1, 0]
+    kept = [same_bits([x], [y]) for x, y in zip(p.detach().split(group["split"]), before)]
+    assert kept == [block in bad for block in range(3)]
+    assert opt.layer_stats()["skipped"].tolist() == [int(k) for k in kept]
+    # the count is the tensor's: it stands still where every block does
+    assert opt.state[p]["step"] == (0 if all(kept) else 1)
     assert torch.isfinite(opt.state[p]["momentum_buffer"]).all()
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb", "layca"])
+def test_weights_that_are_not_finite_stay_among_themselves(engine, rule):
+    ours, alone = skip_model(engine), skip_model(engine)
+    case = cases.BY_ID[f"mom-{rule}"]
+    opt, twin = engine.make(case, ours), engine.make(case, alone[1:])
+    with torch.no_grad():
+        ours[0][0, 0] = float("inf")
+    before = copies(ours)
+    for seed in range(2):
+        set_grads(ours, seed)
+        for p, q in zip(ours[1:], alone[1:]):
+            q.grad = p.grad.clone()
+        opt.step()
+        twin.step()
+    assert same_bits(ours[:1], before[:1])  # its norm is not finite: no factor would be
+    assert same_bits(ours[1:], alone[1:])
+    assert opt.layer_stats()["skipped"].tolist() == [2] + [0] * 6
 
 
 @pytest.mark.parametrize("case", RULED[:12], ids=ids(RULED[:12]))

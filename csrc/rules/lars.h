@@ -17,7 +17,7 @@ struct Lars {
     double f = 1;
     if (w > 0 && g > 0) {
       f = h[0] * w / (g + decay * w + h[1]);
-      if (h[2] != 0) f = f / lr < 1 ? f / lr : 1;
+      if (h[2] != 0) f = f < lr ? f / lr : 1;
     }
     return {f, 1, 0, f};
   }

@@ -58,5 +58,5 @@ class Lars(LayerRule):
         w, g = s.ww.sqrt(), s.gg.sqrt()
         f = self.trust * w / (g + weight_decay * w + self.eps)
         if self.trust_clip:
-            f = (f / lr).clamp(max=1.0)
+            f = torch.where(f < lr, f / lr, 1.0)
         return torch.where((w > 0) & (g > 0), f, 1.0)

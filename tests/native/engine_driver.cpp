@@ -52,7 +52,9 @@ struct Model {
   std::vector<double> stats, radii;
 
   Model(int direction, int rule, DType dtype, const double* hyper) {
-    const int64_t sizes[] = {1, 15, 16, 17, 1000, chunk_size + 3, 0, 8 * chunk_size + 100};
+    // the last is shared out between threads; in float32 alone, since sanitizers are slow
+    const int64_t large = dtype == DType::f32 ? 8 * chunk_size + 100 : 100;
+    const int64_t sizes[] = {1, 15, 16, 17, 1000, chunk_size + 3, 0, large};
     const int n = sizeof sizes / sizeof *sizes;
     std::mt19937 random(7);
     plan.direction = direction;
@@ -116,7 +118,7 @@ void run(Model& m, int threads, bool skip) {
     }
     for (std::thread& thread : pool) thread.join();
   };
-  for (int i = 0; i < 3; ++i) step(m.plan, config, threads, parallel);
+  for (int i = 0; i < 2; ++i) step(m.plan, config, threads, parallel);
 }
 
 }  // namespace
