@@ -189,11 +189,22 @@ struct Sum {
     }
   }
   double total() const {
-    double d[8];
     Pack<double> all = lanes[0];
     for (int h = 1; h < Wide<T>::halves; ++h) all = all + lanes[h];
+    // halves onto each other, in every instruction set
+#if defined(__AVX512F__)
+    const __m256d four = _mm512_castpd512_pd256(all.v[0]) + _mm512_extractf64x4_pd(all.v[0], 1);
+#elif defined(__AVX2__)
+    const __m256d four = all.v[0] + all.v[1];
+#endif
+#if defined(__AVX2__)
+    const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+    return two[0] + two[1];
+#else
+    double d[8];
     store(d, all);
-    return ((d[0] + d[1]) + (d[2] + d[3])) + ((d[4] + d[5]) + (d[6] + d[7]));
+    return ((d[0] + d[4]) + (d[2] + d[6])) + ((d[1] + d[5]) + (d[3] + d[7]));
+#endif
   }
 };
 

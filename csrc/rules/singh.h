@@ -12,7 +12,7 @@ struct Singh {
   static constexpr bool raw_gradient = false;
   LAYERLR_HD static LayerScale scale(const LayerStats& s, double, double, double, const double*) {
     const double n = sqrt(s.gg);
-    const double f = n > 0 ? 1 + log1p(n) - log(n) : 0;
+    const double f = n > 0 ? 1 + log((1 + n) / n) : 0;
     return {f, 1, 0, f};
   }
 };

@@ -21,9 +21,10 @@ class Singh(LayerRule):
 
     Notes
     -----
-    Computed as ``1 + log1p(n) - log(n)``, which cannot overflow. Two passes over memory, the first
-    over the gradient alone (24 bytes per float32 parameter on SGD with momentum). The paper's
-    layer is a module, weight and bias together: ``layers="module"``.
+    Computed as ``1 + log((1 + n)/n)``, n being the root of a float64 sum: at least 2e-162, so that
+    nothing overflows. Two passes over memory, the first over the gradient alone (24 bytes per
+    float32 parameter on SGD with momentum). The paper's layer is a module, weight and bias
+    together: ``layers="module"``.
 
     References
     ----------
@@ -37,4 +38,4 @@ class Singh(LayerRule):
 
     def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         n = s.gg.sqrt()
-        return torch.where(n > 0, 1.0 + torch.log1p(n) - torch.log(n), 0.0)
+        return torch.where(n > 0, 1.0 + torch.log((1.0 + n) / n), 0.0)
