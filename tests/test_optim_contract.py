@@ -181,6 +181,8 @@ def test_duplicates_in_a_group_warn(ours):
 
 @each_variant
 def test_groups_have_their_own_values(variant):
+    if variant == "adagrad" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11's Adagrad makes no state for a group that is added")
     results = []
     for build in (make, make_twin):
         a, b, c, d = params = weights()
@@ -457,7 +459,10 @@ def test_fused_wants_real_floating_point_as_in_torch(ours):
         pytest.skip("torch's RMSprop has no fused either")
     theirs = outcome(lambda: step(IN_TORCH.get(ours, torch.optim.SGD)))
     assert theirs[1].startswith("`fused=True` requires all the params to be floating point")
-    assert outcome(lambda: step(ours)) == theirs
+    kind, words = outcome(lambda: step(ours))
+    # the list of devices differs between torch's own optimizers in 2.11
+    assert kind is theirs[0] and words.split(": [")[0] == theirs[1].split(": [")[0]
+    assert words.endswith("but torch.complex128 and cpu")
 
 
 @each_class
