@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import _device_dtype_check_for_fused
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layers import names_of
 
@@ -28,6 +29,12 @@ def params(group: dict[str, Any], index: int) -> None:
             raise ValueError(
                 f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
                 "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
+            )
+        if is_traceable_wrapper_subclass(p):
+            raise ValueError(
+                f"parameter {name!r} is a {type(p).__name__}: sharded and wrapped tensors are not "
+                "supported yet, a layer's norm would be that of its local part; keep the model "
+                "whole (DistributedDataParallel) or use torch.optim"
             )
         if torch._debug_has_internal_overlap(p) == 1:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerlr import _C
 from layerlr.ops import step_
@@ -38,8 +37,8 @@ class CpuBackend:
         if spec.table.device.type != "cpu":
             return f"does not support parameters on {spec.table.device}"
         for p, name, state in zip(spec.table.params, spec.table.names, spec.states, strict=True):
-            if p.dtype not in _DTYPES or is_traceable_wrapper_subclass(p):
-                return f"does not support parameter {name!r} ({type(p).__name__}, {p.dtype})"
+            if p.dtype not in _DTYPES:
+                return f"does not support parameter {name!r} of dtype {p.dtype}"
             for key in spec.direction.states if state else ():
                 dtype = state[key].dtype  # type: ignore[index]
                 if dtype != state_dtype(p):
