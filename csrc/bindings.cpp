@@ -58,16 +58,7 @@ class PyPlan {
         states_(std::move(states)),
         stats_(std::move(stats)),
         n_states_(static_cast<int>(keys.size())) {
-    plan_.direction = index_of(direction_names(), direction, "direction");
-    plan_.has_rule = rule.has_value();
-    if (rule) plan_.rule = static_cast<RuleId>(index_of(rule_names(), *rule, "rule"));
-    std::copy(rule_hyper.begin(), rule_hyper.end(), plan_.rule_hyper);
-    plan_.stats = stats_.data_ptr<double>();
-    plan_.layers.resize(ruled.size());
-    for (size_t l = 0; l < ruled.size(); ++l) {
-      plan_.layers[l].ruled = ruled[l];
-      plan_.layers[l].lr_scale = lr_scale[l];
-    }
+    configure(plan_, direction, rule.value_or(""), rule_hyper, ruled, lr_scale, stats_);
     plan_.tensors.resize(params_.size());
     tensors_.resize(params_.size());
     for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys);
@@ -160,9 +151,7 @@ class PyPlan {
       t.dtype = p.dtype();
       t.sizes.assign(p.sizes().begin(), p.sizes().end());
       t.strides.assign(p.strides().begin(), p.strides().end());
-      const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
-      plan_.spans.push_back(
-          {static_cast<int32_t>(tensor), static_cast<int32_t>(layer), begin * row, end * row});
+      plan_.spans.push_back(span_of_rows(p, tensor, begin, end, layer));
       if (!led[layer]) radii_.push_back({int(layer), int(tensor), place[tensor]});
       led[layer] = 1;
       ++place[tensor];

@@ -17,33 +17,17 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
              at::ArrayRef<double> direction_hyper, double weight_decay, bool decoupled,
              bool maximize, bool skip) {
   Plan plan;
-  plan.direction = index_of(direction_names(), std::string(direction), "direction");
-  plan.has_rule = !rule.empty();
-  if (plan.has_rule) {
-    plan.rule = static_cast<RuleId>(index_of(rule_names(), std::string(rule), "rule"));
-  }
-  TORCH_CHECK(rule_hyper.size() <= max_rule_hyper && direction_hyper.size() <= max_direction_hyper);
+  configure(plan, std::string(direction), std::string(rule), rule_hyper,
+            std::vector<bool>(ruled.begin(), ruled.end()), lr_scale, stats);
+  TORCH_CHECK(direction_hyper.size() <= max_direction_hyper);
   TORCH_CHECK(spans.size() % 4 == 0 && radii.size() % 3 == 0);
   TORCH_CHECK(grads.size() == params.size() && steps.size() == params.size());
-  TORCH_CHECK(ruled.size() == lr_scale.size());
-  TORCH_CHECK(stats.scalar_type() == at::kDouble && stats.is_contiguous() &&
-              stats.numel() == int64_t(ruled.size()) * columns);
-  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule_hyper);
-  plan.stats = stats.data_ptr<double>();
-  plan.layers.resize(ruled.size());
-  for (size_t l = 0; l < ruled.size(); ++l) {
-    plan.layers[l].ruled = ruled[l] != 0;
-    plan.layers[l].lr_scale = lr_scale[l];
-  }
   std::vector<int> parts(params.size());
   for (size_t i = 0; i < spans.size(); i += 4) ++parts.at(spans[i]);
   for (size_t i = 0; i < spans.size(); i += 4) {
-    const at::Tensor& p = params[spans[i]];
-    const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
-    TORCH_CHECK(0 <= spans[i + 1] && spans[i + 1] <= spans[i + 2] && spans[i + 2] <= rows);
     TORCH_CHECK(0 <= spans[i + 3] && spans[i + 3] < int64_t(ruled.size()));
     plan.spans.push_back(
-        {int32_t(spans[i]), int32_t(spans[i + 3]), spans[i + 1] * row, spans[i + 2] * row});
+        span_of_rows(params[spans[i]], spans[i], spans[i + 1], spans[i + 2], spans[i + 3]));
   }
   const size_t n_states = params.empty() ? 0 : state.size() / params.size();
   TORCH_CHECK(n_states <= max_states && n_states * params.size() == state.size());

@@ -25,7 +25,6 @@ struct TensorRow {
   const void* grad = nullptr;
   void* state[max_states] = {};
   void* step = nullptr;  // the count of steps taken, float32 or float64
-  int64_t numel = 0;
   DType dtype = DType::f32;
   bool step_is_double = false;
   bool active = false;  // takes part in this step

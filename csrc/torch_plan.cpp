@@ -50,7 +50,6 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
   if (!dense) contiguous = at::empty(x.param->sizes(), x.param->options());
   const at::Tensor& like = dense ? *x.param : contiguous;
   row.dtype = dtype_of(*x.param);
-  row.numel = elements(*x.param);
   row.param = staging.pointer(*x.param, like, true);
   row.grad = staging.pointer(*x.grad, like, false);
   for (int k = 0; k < x.n_states; ++k) row.state[k] = staging.pointer(*x.states[k], like, true);
@@ -59,6 +58,9 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
   row.active = true;
 }
 
+namespace {
+
+/// Index of a name in a list of them.
 int index_of(const std::vector<std::string>& names, const std::string& name, const char* what) {
   std::string known;
   for (size_t i = 0; i < names.size(); ++i) {
@@ -66,6 +68,32 @@ int index_of(const std::vector<std::string>& names, const std::string& name, con
     known += (i ? ", " : "") + names[i];
   }
   TORCH_CHECK(false, "layerlr: unknown ", what, " '", name, "', known are ", known);
+}
+
+}  // namespace
+
+void configure(Plan& plan, const std::string& direction, const std::string& rule,
+               at::ArrayRef<double> rule_hyper, const std::vector<bool>& ruled,
+               at::ArrayRef<double> lr_scale, const at::Tensor& stats) {
+  TORCH_CHECK(rule_hyper.size() <= max_rule_hyper && ruled.size() == lr_scale.size());
+  TORCH_CHECK(stats.scalar_type() == at::kDouble && stats.is_contiguous() &&
+              stats.numel() == int64_t(ruled.size()) * columns);
+  plan.direction = index_of(direction_names(), direction, "direction");
+  plan.has_rule = !rule.empty();
+  if (plan.has_rule) plan.rule = static_cast<RuleId>(index_of(rule_names(), rule, "rule"));
+  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule_hyper);
+  plan.stats = stats.data_ptr<double>();
+  plan.layers.resize(ruled.size());
+  for (size_t l = 0; l < ruled.size(); ++l) {
+    plan.layers[l].ruled = ruled[l];
+    plan.layers[l].lr_scale = lr_scale[l];
+  }
+}
+
+Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer) {
+  const int64_t rows = p.dim() ? p.size(0) : 1, row = rows ? elements(p) / rows : 0;
+  TORCH_CHECK(0 <= begin && begin <= end && end <= rows);
+  return {static_cast<int32_t>(tensor), static_cast<int32_t>(layer), begin * row, end * row};
 }
 
 void step_with_torch_threads(Plan& plan, const StepConfig& config) {

@@ -57,8 +57,14 @@ struct Operands {
 /// Fill a row of the plan for one parameter that takes part, and whose dense layout is known.
 void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
 
-/// Index of a name in a list of them; throws naming the alternatives.
-int index_of(const std::vector<std::string>& names, const std::string& name, const char* what);
+/// Give a plan its direction, rule (empty: none), layers and statistics; throws for unknown names,
+/// naming the alternatives, and for sizes that do not fit.
+void configure(Plan& plan, const std::string& direction, const std::string& rule,
+               at::ArrayRef<double> rule_hyper, const std::vector<bool>& ruled,
+               at::ArrayRef<double> lr_scale, const at::Tensor& stats);
+
+/// The span of rows [begin, end) of dim 0, in elements.
+Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer);
 
 /// Step with torch's thread pool.
 void step_with_torch_threads(Plan& plan, const StepConfig& config);

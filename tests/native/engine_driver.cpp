@@ -77,7 +77,6 @@ struct Model {
       row.grad = g.data;
       for (int s = 0; s < k.states; ++s) row.state[s] = buffer(k.state_bytes).data;
       row.step = &counts[i];
-      row.numel = sizes[i];
       row.dtype = dtype;
       row.active = true;
       plan.tensors.push_back(row);
