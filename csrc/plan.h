@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "decide.h"
 #include "directions/all.h"
-#include "rules/all.h"
 
 namespace layerlr {
 
@@ -59,13 +59,16 @@ struct StepConfig {
   bool maximize = false;
   bool skip = false;  // leave layers with a sum that is not finite alone
   double direction_hyper[max_direction_hyper] = {};
+
+  /// Weight decay that is added to the gradient, and that which is not.
+  LAYERLR_HD double l2() const { return decoupled ? 0 : weight_decay; }
+  LAYERLR_HD double apart() const { return decoupled ? weight_decay : 0; }
 };
 
 struct Plan {
   int direction = 0;
   bool has_rule = false;
-  RuleId rule = RuleId::Plain;
-  double rule_hyper[max_rule_hyper] = {};
+  RuleConfig rule;
   std::vector<TensorRow> tensors;
   std::vector<Span> spans;  // by tensor
   std::vector<Layer> layers;
@@ -77,24 +80,11 @@ struct Plan {
   /// Cut the spans into chunks. Call once, when tensors, spans and layers are set.
   void finish();
 
-  /// L2 coefficient: decay that is added to the gradient.
-  static double l2(const StepConfig& c) { return c.decoupled ? 0 : c.weight_decay; }
-
-  /// The rule of one layer.
-  RuleId rule_of(const Layer& layer) const { return layer.ruled ? rule : RuleId::Plain; }
+  /// What the first pass measures of a layer.
+  RuleInfo rule_of(const Layer& layer) const {
+    return rule_info(layer.ruled ? rule.rule : RuleId::Plain);
+  }
 };
-
-/// A rule's answer in terms of w and the bare direction, and what is left alone.
-struct Verdict {
-  LayerScale scale;    // as applied
-  LayerStats seen;     // the sums that the rule saw
-  double shown_a = 1;  // a with respect to them
-  bool keep = false;
-};
-
-/// From a layer's sums to its scale: decay, edge rules, the radius. Shared by all engines.
-Verdict decide(const Plan& plan, const StepConfig& c, const Layer& layer, const LayerStats& sums,
-               double lr, bool first_order, bool whole);
 
 /// Names in the order of their ids.
 std::vector<std::string> direction_names();

@@ -80,8 +80,9 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
               stats.numel() == int64_t(ruled.size()) * columns);
   plan.direction = index_of(direction_names(), direction, "direction");
   plan.has_rule = !rule.empty();
-  if (plan.has_rule) plan.rule = static_cast<RuleId>(index_of(rule_names(), rule, "rule"));
-  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule_hyper);
+  if (plan.has_rule) plan.rule.rule = static_cast<RuleId>(index_of(rule_names(), rule, "rule"));
+  plan.rule.update = rule_info(plan.rule.rule).update;
+  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule.hyper);
   plan.stats = stats.data_ptr<double>();
   plan.layers.resize(ruled.size());
   for (size_t l = 0; l < ruled.size(); ++l) {

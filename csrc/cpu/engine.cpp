@@ -88,16 +88,12 @@ class Step {
     p.n = chunk.count;
     p.direction = t.direction;
     p.sign = config_.maximize ? -1 : 1;
-    p.l2 = Plan::l2(config_);
+    p.l2 = config_.l2();
     p.skip = config_.skip;
     return p;
   }
 
   bool active(const Chunk& chunk) const { return plan_.tensors[chunk.tensor].active; }
-
-  const RuleInfo& rule(const Layer& layer) const {
-    return rule_infos[static_cast<int>(plan_.rule_of(layer))];
-  }
 
   // -- the two passes over a chunk, and what lies between --------------------------------------
 
@@ -105,8 +101,8 @@ class Step {
     const Chunk& chunk = plan_.chunks[c];
     if (!active(chunk)) return;
     const Kernels& k = *tensors_[chunk.tensor].kernels;
-    const RuleInfo& info = rule(layer);
-    plan_.partials[c] = info.update
+    const RuleInfo info = plan_.rule_of(layer);
+    plan_.partials[c] = plan_.rule.update
                             ? k.advance(piece(chunk))
                             : k.measure(piece(chunk), {info.measures_ww, info.raw_gradient});
   }
@@ -132,7 +128,14 @@ class Step {
       if (measured_) sums = sums + plan_.partials[c];
     }
     const double lr = config_.lr * layer.lr_scale * rate;
-    Verdict v = decide(plan_, config_, layer, sums, lr, first_order, whole);
+    const LayerConfig of{layer.ruled,
+                         lr,
+                         config_.l2(),
+                         config_.apart(),
+                         first_order,
+                         config_.skip,
+                         whole ? layer.radius : nullptr};
+    const Verdict v = decide(plan_.rule, of, sums);
     plan_.kept[l] = v.keep;
     if (measured_ && first) {
       double* row = plan_.stats + l * columns;
@@ -151,7 +154,7 @@ class Step {
     const Chunk& chunk = plan_.chunks[c];
     if (!active(chunk) || v.keep) return;
     const Kernels& k = *tensors_[chunk.tensor].kernels;
-    if (rule(layer).update) {
+    if (plan_.rule.update) {
       k.apply(piece(chunk), v.scale);
     } else if (measured_) {
       plan_.partials[c] = k.advance_apply_measured(piece(chunk), v.scale);
@@ -163,7 +166,7 @@ class Step {
   /// A gradient rule's step is known after the second pass only.
   void after(int64_t l, const Verdict& v) {
     const Layer& layer = plan_.layers[l];
-    if (!measured_ || v.keep || rule(layer).update) return;
+    if (!measured_ || v.keep || plan_.rule.update) return;
     LayerStats sums;
     bool any = false;
     for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) {

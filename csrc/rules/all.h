@@ -23,17 +23,28 @@ struct RuleInfo {
   bool update, measures_ww, raw_gradient;
 };
 
-constexpr RuleInfo rule_infos[] = {
-#define LAYERLR_INFO(R) {R::name, R::update, R::measures_ww, R::raw_gradient},
-    LAYERLR_RULES(LAYERLR_INFO)
-#undef LAYERLR_INFO
-};
-
 enum class RuleId : int32_t {
 #define LAYERLR_ID(R) R,
   LAYERLR_RULES(LAYERLR_ID)
 #undef LAYERLR_ID
 };
+
+constexpr int rule_count = 0
+#define LAYERLR_ONE(R) +1
+    LAYERLR_RULES(LAYERLR_ONE)
+#undef LAYERLR_ONE
+    ;
+
+LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
+  switch (rule) {
+#define LAYERLR_CASE(R) \
+  case RuleId::R:       \
+    return {R::name, R::update, R::measures_ww, R::raw_gradient};
+    LAYERLR_RULES(LAYERLR_CASE)
+#undef LAYERLR_CASE
+  }
+  return {};
+}
 
 LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& s, double lr, double l2,
                                double radius, const double* h) {

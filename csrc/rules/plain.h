@@ -4,14 +4,15 @@
 
 namespace layerlr {
 
-/// f = 1: the step of the direction itself, for parameters outside every layer.
+/// f = 1, or b = -lr: the step of the direction itself, for parameters outside every layer, in the
+/// order that their group's rule has.
 struct Plain {
   static constexpr const char* name = "plain";
   static constexpr bool update = false;        // scales the gradient, not the step
   static constexpr bool measures_ww = false;   // the first pass reads the weights
   static constexpr bool raw_gradient = false;  // gg before L2 decay is added
-  LAYERLR_HD static LayerScale scale(const LayerStats&, double, double, double, const double*) {
-    return {};
+  LAYERLR_HD static LayerScale scale(const LayerStats&, double lr, double, double, const double*) {
+    return {1, 1, -lr, 1};
   }
 };
 

@@ -62,13 +62,12 @@ class ReferencePlan:
         lr = self._layer_lr(hyper)
         ruled = [i for i in self.active if table.ruled[self.spans[i][0].layer]]
         plain = [i for i in self.active if not table.ruled[self.spans[i][0].layer]]
-        if ruled and self.spec.rule is not None:
-            scale = (
-                self._scale_gradient if self.spec.rule.order == "gradient" else self._scale_update
-            )
-            scale(hyper, self.spec.rule, lr, ruled)
+        rule = self.spec.rule or Plain()
+        scale = self._scale_gradient if rule.order == "gradient" else self._scale_update
+        if ruled:
+            scale(hyper, rule, lr, ruled)
         if plain:
-            self._scale_gradient(hyper, Plain(), lr, plain)
+            scale(hyper, Plain(), lr, plain)
 
     @torch._disable_dynamo
     def traced_step(self, hyper: Hyper) -> None:

@@ -59,8 +59,9 @@ struct Model {
     std::mt19937 random(7);
     plan.direction = direction;
     plan.has_rule = rule >= 0;
-    if (rule >= 0) plan.rule = static_cast<RuleId>(rule);
-    std::copy(hyper, hyper + max_rule_hyper, plan.rule_hyper);
+    if (rule >= 0) plan.rule.rule = static_cast<RuleId>(rule);
+    plan.rule.update = rule_info(plan.rule.rule).update;
+    std::copy(hyper, hyper + max_rule_hyper, plan.rule.hyper);
     counts.assign(n, 0);
     buffers.reserve(16 * n);
     const Kernels& k = kernels_for(direction, dtype);
