@@ -13,10 +13,11 @@ TORCH ?= 2.13.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
+                                     -o -name '*.cu' -o -name '*.cuh')
 # What an installation is made of beyond the Python files, which an editable one reads in place.
 BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
-              $(CXX_FILES)
+              $(filter csrc/%,$(CXX_FILES))
 
 .PHONY: demo test bench lint format install clean
 .DELETE_ON_ERROR:

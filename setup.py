@@ -1,15 +1,21 @@
-"""Build of the native extension. The static metadata is in pyproject.toml.
+"""Build of the native extensions. The static metadata is in pyproject.toml.
 
-torch's own BuildExtension knows no per-file flags, which the instruction sets need, and falls back
-silently when ninja is missing. So this file writes one build.ninja per interpreter and torch
-version, under build/, and copies what ninja made to where setuptools expects it. ninja tracks the
-headers, so after an edit only what depends on it is compiled again.
+torch's own BuildExtension knows no per-file flags, which the instruction sets need, falls back
+silently when ninja is missing and compiles CUDA only under a torch with CUDA. So this file writes
+one build.ninja per interpreter and torch version, under build/, and copies what ninja made to where
+setuptools expects it. ninja tracks the headers, so after an edit only what depends on it is
+compiled again.
 
 Environment: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS bounds the compiler processes.
+LAYERLR_CUDA: 1 builds the CUDA kernels, 0 does not, auto (the default) does if there is an nvcc in
+CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda. LAYERLR_CUDA_ARCH: what to compile for, by
+default "80;90;100"; PTX serves the GPUs after the newest. nvcc itself reads NVCC_CCBIN and
+NVCC_APPEND_FLAGS.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,7 +50,14 @@ ISA_FLAGS = {
         *"-Wno-maybe-uninitialized -Wno-uninitialized".split(),
     ],
 }
-LINK_FLAGS = ["-shared", "-s", "-fopenmp"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
+NVCC_FLAGS = [
+    *"-std=c++17 -O3 -fmad=false".split(),
+    f"-Xcompiler={','.join(COMPILE_FLAGS)}",
+    # Registers and spills of every kernel, in a log beside the object; the tests read it.
+    "-Xptxas=-v,--warn-on-spills",
+]
+LINK_FLAGS = ["-shared", "-s"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
+CUDA_ARCHITECTURES = "80;90;100"
 
 
 def stop(message):
@@ -57,11 +70,36 @@ def isa_flags(source):
     return next((flags for end, flags in ISA_FLAGS.items() if Path(source).stem.endswith(end)), [])
 
 
-def native_sources():
-    """Return the C++ files of layerlr._C for this architecture, relative to the root."""
-    files = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
-    names = [str(file.relative_to(ROOT)) for file in files]
-    return [name for name in names if X86 or not isa_flags(name)]
+def sources(*patterns, but=()):
+    """Return the files of an extension for this architecture, relative to the root."""
+    files = {str(file.relative_to(ROOT)) for pattern in patterns for file in ROOT.glob(pattern)}
+    return sorted(file for file in files - set(but) if X86 or not isa_flags(file))
+
+
+def native_extensions():
+    """Return what each extension is made of."""
+    cuda_bindings = "csrc/cuda/bindings.cpp"
+    extensions = [
+        Extension(
+            "layerlr._C",
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", but=[cuda_bindings]),
+            libraries=["c10", "torch_cpu", "torch_python"],
+            extra_link_args=["-fopenmp"] if LINUX else [],
+        )
+    ]
+    nvcc = find_nvcc()
+    if nvcc:
+        extensions.append(
+            Extension(
+                "layerlr._cuda",
+                sources("csrc/cuda/*.cu", cuda_bindings),
+                define_macros=[("LAYERLR_CUDA_ARCH", f'"{";".join(cuda_architectures(nvcc))}"')],
+                library_dirs=cuda_library_dirs(nvcc),
+                # The static runtime: loads without a driver, and beside torch's own.
+                libraries=["cudart_static", "dl", "rt", "pthread"],
+            )
+        )
+    return extensions
 
 
 def find_torch():
@@ -93,6 +131,46 @@ def find_compiler():
     return command
 
 
+def find_nvcc():
+    """Return CUDA's compiler, or None where the CUDA kernels are not to be built."""
+    wanted = os.environ.get("LAYERLR_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        stop(f"LAYERLR_CUDA is auto, 0 or 1, not '{wanted}'.")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if not nvcc and wanted == "1":
+        stop("LAYERLR_CUDA=1 needs nvcc and found none: point CUDA_HOME at the CUDA toolkit.")
+    return nvcc
+
+
+def cuda_architectures(nvcc):
+    """Return the architectures to compile for, oldest first: '80', '90'."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
+    known = re.findall(r"compute_(\d+)$", listing, flags=re.MULTILINE)
+    asked = os.environ.get("LAYERLR_CUDA_ARCH")
+    wanted = re.findall(r"[^;\s]+", asked or CUDA_ARCHITECTURES)
+    found = sorted(set(wanted) & set(known), key=int)
+    # An older nvcc compiles the default for what it knows; what was asked for must be known.
+    if not found or (asked and not set(wanted) <= set(known)):
+        stop(
+            f"LAYERLR_CUDA_ARCH={';'.join(wanted)} cannot be compiled by {nvcc}, which knows "
+            f"{', '.join(known) or 'none'}. LAYERLR_CUDA=0 leaves the CUDA kernels out."
+        )
+    return found
+
+
+def cuda_library_dirs(nvcc):
+    """Return the folders that nvcc links from. Only nvcc knows: it may be a script in /usr/bin."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    trace = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+    (line,) = re.findall(r"^#\$ LIBRARIES=(.*)", trace, flags=re.MULTILINE) or [""]
+    return [word.removeprefix("-L") for word in shlex.split(line)]
+
+
 def find_ninja():
     """Return the ninja program: the environment's, activated or not, or the one on the PATH."""
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
@@ -121,6 +199,21 @@ def path(name):
     return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def cuda_rule(nvcc):
+    """Return the ninja rule for .cu files: a cubin per architecture, PTX of the newest."""
+    architectures = cuda_architectures(nvcc)
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
+    codes.append("arch=compute_{0},code=compute_{0}".format(architectures[-1]))
+    flags = [*NVCC_FLAGS, *(f"-gencode={code}" for code in codes), f"-I{ROOT / 'csrc'}"]
+    return [
+        "rule cuda",
+        f"  command = {words([nvcc, *flags])} -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
+        "|| { cat $out.log; exit 1; }; grep -w warning $out.log || :",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+
+
 def build_ninja(torch, extensions):
     """Return the text of build.ninja: one object per source, one library per extension."""
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -136,36 +229,50 @@ def build_ninja(torch, extensions):
         *("-isystem", find_python_headers()),
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
-    # No rpath: layerlr imports torch, and with it these libraries, before its own.
-    libraries = [f"-L{folder}" for folder in library_paths()]
-    libraries += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     link_flags = [*LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {words(find_compiler())}",
         f"flags = {words(compile_flags)}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $isa -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $flags $more -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {words(link_flags)} $in -o $out {words(libraries)}",
+        f"  command = $cxx {words(link_flags)} $in -o $out $libraries",
     ]
+    nvcc = find_nvcc()
+    lines += cuda_rule(nvcc) if nvcc else []
     for extension in extensions:
+        macros = [f"-D{name}={value}" for name, value in extension.define_macros]
         objects = []
         for source in extension.sources:
-            objects.append(path(Path(source).with_suffix(".o")))
-            lines.append(f"build {objects[-1]}: compile {path(ROOT / source)}")
-            lines.append(f"  isa = {words(isa_flags(source))}")
+            objects.append(path(f"{source}.o"))
+            rule = "cuda" if source.endswith(".cu") else "compile"
+            lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)}")
+            lines.append(f"  more = {words([*isa_flags(source), *macros])}")
+        # No rpath: layerlr imports torch, and with it these libraries, before its own.
+        libraries = [f"-L{folder}" for folder in [*library_paths(), *extension.library_dirs]]
+        libraries += [*(f"-l{name}" for name in extension.libraries), *extension.extra_link_args]
         lines.append(f"build {extension.name}.so: link {' '.join(objects)}")
+        lines.append(f"  libraries = {words(libraries)}")
     return "\n".join(lines) + "\n"
 
 
 class NinjaBuild(build_ext):
     """setuptools' build_ext with ninja in place of its compiler driver."""
 
+    def run(self):
+        """Build, and remove the CUDA library of an earlier build if this one makes none."""
+        super().run()
+        if "layerlr._cuda" not in {extension.name for extension in self.extensions}:
+            for folder in [self.build_lib, *([ROOT] if self.inplace else [])]:
+                Path(folder, self.get_ext_filename("layerlr._cuda")).unlink(missing_ok=True)
+
     def build_extensions(self):
         """Write build.ninja, run it, put the libraries where setuptools wants them."""
+        if not find_nvcc() and os.environ.get("LAYERLR_CUDA") != "0":
+            print("layerlr: no nvcc found: the cuda backend is not built")
         torch = find_torch()
         program = find_ninja()
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
@@ -173,7 +280,10 @@ class NinjaBuild(build_ext):
         (folder / "build.ninja").write_text(build_ninja(torch, self.extensions))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([program, "-C", folder, *jobs]).returncode:
-            stop("the native build failed; the compiler's messages are above.")
+            stop(
+                "the native build failed; the compiler's messages are above. "
+                "LAYERLR_CUDA=0 leaves the CUDA kernels out."
+            )
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +300,6 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={"layerlr": ["py.typed", "*.pyi"]},
-    ext_modules=[Extension("layerlr._C", native_sources())],
+    ext_modules=native_extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

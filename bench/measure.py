@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench.peers import BASELINES, STREAM_IN_PLACE, Contender, Stepper, Stream
+from bench import memory
+from bench.peers import BASELINES, STREAM, Contender, Stream
 from bench.report import Row
-from bench.shapes import shapes
-from bench.timing import Lane, Spread, ratios, run_rounds, timer_for
+from bench.shapes import MODELS, shapes
+from bench.timing import Lane, Spread, Timer, ratios, run_rounds, timer_for
+
+# On a GPU: enough for the median of a few short steps, and for the references not to take it all.
+GPU_ROUNDS = {"sample_seconds": 0.005, "lane_seconds": 2.0}
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,29 @@ class Case:
     device: torch.device
     dtype: torch.dtype
     repeats: int
-    clock: str
+    clock: str = "wall"
+    flush: bool = True
+    deadline: float = math.inf  # of time.monotonic(): nothing is begun after it
+    interleaved: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.model + ("" if self.dtype == torch.float32 else f", {_name(self.dtype)}")
+
+    def label(self, contender: str) -> str:
+        return f"{self.name}: {contender}"
 
 
 @dataclass(frozen=True)
 class Entry:
     contender: Contender
-    stepper: Stepper
     lane: Lane
+    extra_bytes: int | None = None
+    stream_bytes: int | None = None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def make_params(case: Case) -> list[Tensor]:
@@ -55,7 +77,7 @@ def _prepare(contender: Contender, params: list[Tensor], grads: list[Tensor]) ->
     stepper = contender.build(params)
     lane = Lane(contender.name, stepper.step)
     if isinstance(stepper, Stream):
-        return Entry(contender, stepper, lane)
+        return Entry(contender, lane, stream_bytes=stepper.bytes)
 
     def restore() -> None:
         for p, g in zip(params, grads, strict=True):
@@ -70,68 +92,111 @@ def _prepare(contender: Contender, params: list[Tensor], grads: list[Tensor]) ->
     # Half precision may round a step this small away.
     if before.dtype.itemsize >= 4 and torch.equal(before, params[-1]):
         raise RuntimeError("a step left the weights as they were")
-    return Entry(contender, stepper, lane)
+    extra = memory.extra_bytes(stepper.step, params[0].device)
+    lane.restore()
+    return Entry(contender, lane, extra)
 
 
 def measure(
     case: Case,
     chosen: Sequence[Contender],
     left_out: dict[str, str],
-    tick: Callable[[], None],
+    tick: Callable[[], object],
 ) -> list[Row]:
     """Rows of all the chosen contenders; those that fail go to ``left_out`` with the reason.
 
     They share weights and gradients and keep a state each: GPT-2 under a dozen Adams then fits in
-    16 GiB, and luck with physical pages is shared too.
+    16 GiB, and luck with physical pages is shared too. Where a GPU cannot hold them side by side,
+    they run one after the other.
     """
-    params = make_params(case)
-    grads: list[Tensor] = []
-    if any(contender.writes_grad for contender in chosen):
-        grads = [p.grad.clone() for p in params if p.grad is not None]
-    entries: list[Entry] = []
-    for contender in chosen:
-        try:
-            entries.append(_prepare(contender, params, grads))
-        except Exception as error:
-            left_out[f"{case.model}: {contender.name}"] = f"{type(error).__name__}: {error}"
-    lanes = [entry.lane for entry in entries]
-    timer = timer_for(case.device, case.clock)
-    run_rounds(lanes, case.repeats, timer, tick=tick)
-    if not all(bool(p.isfinite().all()) for p in params):
-        left_out[f"{case.model}: all of {case.family}"] = "in the end a weight was not finite"
+    size = MODELS[case.model][2]
+    everybody = case.label(f"all of {case.family}")
+    if reason := memory.shortage(memory.weights_bytes(size, case.dtype), case.device):
+        left_out[everybody] = reason
         return []
-    return _rows(case, entries, params)
+    together = memory.fit_together(chosen, case.family, size, case.dtype, case.device)
+    case = replace(case, interleaved=together)
+    params = make_params(case)
+    timer = timer_for(case.device, case.clock, case.flush)
+    entries: list[Entry] = []
+    for group in [chosen] if together else [[contender] for contender in chosen]:
+        entries += _run(case, group, params, timer, left_out, tick)
+    if not all(bool(p.isfinite().all()) for p in params):
+        left_out[everybody] = "in the end a weight was not finite"
+        return []
+    return _rows(case, entries, len(params), size)
 
 
-def _rows(case: Case, entries: Sequence[Entry], params: Sequence[Tensor]) -> list[Row]:
+def _run(
+    case: Case,
+    group: Sequence[Contender],
+    params: list[Tensor],
+    timer: Timer,
+    left_out: dict[str, str],
+    tick: Callable[[], object],
+) -> list[Entry]:
+    """Time a group of contenders in turn; they keep no memory beyond that."""
+    entries: list[Entry] = []
+    grads: list[Tensor] = []
+    for contender in group:
+        reason = _obstacle(case, contender)
+        try:
+            if reason is None:
+                if contender.writes_grad and not grads:
+                    grads = [p.grad.clone() for p in params if p.grad is not None]
+                entries.append(_prepare(contender, params, grads))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        if reason is not None:
+            left_out[case.label(contender.name)] = reason
+    how = GPU_ROUNDS if case.device.type == "cuda" else {}
+    run_rounds([entry.lane for entry in entries], case.repeats, timer, tick=tick, **how)
+    for entry in entries:
+        entry.lane.close()
+    return entries
+
+
+def _obstacle(case: Case, contender: Contender) -> str | None:
+    """Why a contender need not be tried, or None."""
+    if time.monotonic() > case.deadline:
+        return "no time left"
+    need = memory.own_bytes(contender, case.family, MODELS[case.model][2], case.dtype)
+    return memory.shortage(need, case.device)
+
+
+def _rows(case: Case, entries: Sequence[Entry], tensors: int, count: int) -> list[Row]:
     by_name = {entry.contender.name: entry for entry in entries}
-    baseline = by_name[BASELINES[case.family]].lane
-    count = sum(p.numel() for p in params)
-    stream = by_name.get(STREAM_IN_PLACE)
+    baseline = by_name.get(BASELINES[case.family])
+    stream = by_name.get(STREAM[case.device.type])
     stream_speed = _speed(stream, count, case.dtype) if stream else None
 
     def row(entry: Entry) -> Row:
         contender, lane = entry.contender, entry.lane
         seconds = Spread.of(lane.seconds)
         speed = _speed(entry, count, case.dtype)
-        timed = not isinstance(entry.stepper, Stream)
+        timed = entry.stream_bytes is None
         return Row(
             model=case.model,
-            tensors=len(params),
+            tensors=tensors,
             parameters=count,
-            dtype=str(case.dtype).removeprefix("torch."),
+            dtype=_name(case.dtype),
             family=case.family,
             contender=contender.name,
             package=contender.package,
             rule=contender.rule,
             seconds=seconds,
-            ratio=ratios(lane, baseline) if timed else None,
+            ratio=ratios(lane, baseline.lane, case.interleaved) if timed and baseline else None,
             bytes_per_param=contender.bytes_per_param(case.dtype),
             gb_per_s=speed,
             of_stream=speed / stream_speed if speed and stream_speed else None,
-            us_per_tensor=seconds.median / len(params) * 1e6 if timed else None,
+            us_per_tensor=seconds.median / tensors * 1e6 if timed else None,
             rounds=len(lane.seconds),
             steps_per_sample=lane.steps_per_sample,
+            backend=contender.backend,
+            once_bytes_per_param=contender.once_bytes_per_param(case.dtype),
+            host_seconds=Spread.of(lane.host) if timed and lane.host else None,
+            extra_bytes=entry.extra_bytes,
+            interleaved=case.interleaved,
         )
 
     return [row(entry) for entry in entries]
@@ -139,8 +204,7 @@ def _rows(case: Case, entries: Sequence[Entry], params: Sequence[Tensor]) -> lis
 
 def _speed(entry: Entry, count: int, dtype: torch.dtype) -> float | None:
     """GB/s at the bytes the design moves; None where that is unknown or too little to tell."""
-    if isinstance(entry.stepper, Stream):
-        moved = entry.stepper.bytes
-    else:
+    moved = entry.stream_bytes
+    if moved is None:
         moved = (entry.contender.bytes_per_param(dtype) or 0) * count
-    return moved / Spread.of(entry.lane.seconds).median / 1e9 if moved > 1e6 else None
+    return moved / statistics.median(entry.lane.seconds) / 1e9 if moved > 1e6 else None

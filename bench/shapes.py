@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 Shape = tuple[int, ...]
 
@@ -44,31 +45,41 @@ def _transformer_block(d: int) -> Iterator[Shape]:
     yield from ((d, 4 * d), (d,))
 
 
-def vit_b() -> Iterator[Shape]:
-    """ViT-B/16 at 224 pixels (Dosovitskiy et al. 2021): 12 blocks of width 768, 196 patches."""
-    d = 768
+def vit(d: int, blocks: int) -> Iterator[Shape]:
+    """ViT/16 at 224 pixels, 196 patches (Dosovitskiy et al. 2021): B is 768 x 12, L 1024 x 24."""
     yield (1, 1, d)
     yield (1, 197, d)
     yield from ((d, 3, 16, 16), (d,))
-    for _ in range(12):
+    for _ in range(blocks):
         yield from _transformer_block(d)
     yield from ((d,), (d,))
     yield from ((1000, d), (1000,))
 
 
-def gpt2() -> Iterator[Shape]:
-    """GPT-2 small (Radford et al. 2019): 12 blocks of width 768, output layer tied."""
-    d = 768
+def gpt2(d: int, blocks: int) -> Iterator[Shape]:
+    """GPT-2 (Radford et al. 2019), output layer tied: small is 768 x 12, XL 1600 x 48."""
     yield (50257, d)
     yield (1024, d)
-    for _ in range(12):
+    for _ in range(blocks):
         yield from _transformer_block(d)
     yield from ((d,), (d,))
 
 
-def tiny300() -> Iterator[Shape]:
-    """300 tensors so small that only the cost of each is left; 2-D, so that every rule governs."""
-    for _ in range(300):
+def llama3_8b() -> Iterator[Shape]:
+    """Llama 3 8B (2024): 32 blocks, 8 heads of keys and values for 32, untied, no biases."""
+    d, kv, mlp = 4096, 1024, 14336
+    yield (128256, d)
+    for _ in range(32):
+        yield from ((d, d), (kv, d), (kv, d), (d, d))  # queries, keys, values, output
+        yield from ((mlp, d), (mlp, d), (d, mlp))  # gate, up, down
+        yield from ((d,), (d,))
+    yield (d,)
+    yield (128256, d)
+
+
+def tiny(tensors: int) -> Iterator[Shape]:
+    """Tensors so small that only the cost of each is left; 2-D, so that every rule governs."""
+    for _ in range(tensors):
         yield (4, 8)
 
 
@@ -81,10 +92,21 @@ def l2() -> Iterator[Shape]:
 # name: (generator, number of tensors, number of parameters)
 MODELS: dict[str, tuple[Callable[[], Iterator[Shape]], int, int]] = {
     "resnet50": (resnet50, 161, 25_557_032),
-    "vit_b": (vit_b, 152, 86_567_656),
-    "gpt2": (gpt2, 148, 124_439_808),
-    "tiny300": (tiny300, 300, 9_600),
+    "vit_b": (partial(vit, 768, 12), 152, 86_567_656),
+    "gpt2": (partial(gpt2, 768, 12), 148, 124_439_808),
+    "vit_l": (partial(vit, 1024, 24), 296, 304_326_632),
+    "gpt2_xl": (partial(gpt2, 1600, 48), 580, 1_557_611_200),
+    "llama3_8b": (llama3_8b, 291, 8_030_261_248),
+    "tiny128": (partial(tiny, 128), 128, 4_096),
+    "tiny300": (partial(tiny, 300), 300, 9_600),
+    "tiny1500": (partial(tiny, 1500), 1500, 48_000),
     "l2": (l2, 64, 8_388_608),
+}
+TINY = ("tiny128", "tiny300", "tiny1500")
+# What a run takes unless told otherwise, the models of most interest first: time may run out.
+DEFAULTS = {
+    "cpu": ("resnet50", "vit_b", "gpt2", "tiny300", "l2"),
+    "cuda": ("resnet50", "vit_b", *TINY, "vit_l", "gpt2_xl", "llama3_8b"),
 }
 
 

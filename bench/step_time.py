@@ -1,6 +1,7 @@
 """Time of ``opt.step()``: layerlr beside torch.optim, timm and pytorch_optimizer.
 
     python -m bench.step_time --models resnet50,vit_b,gpt2,tiny300,l2 --out step_time.json
+    python -m bench.step_time --device cuda --dtype float32,bfloat16 --out gpu.json
 
 How it measures and how to read what it prints: ``bench/README.md``.
 """
@@ -9,29 +10,34 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from bench import goals, report
 from bench.measure import Case, measure
-from bench.peers import BASELINES, SLOW_MODEL, Contender, contenders
-from bench.shapes import MODELS
+from bench.peers import BASELINES, Contender, contenders
+from bench.progress import tqdm
+from bench.shapes import DEFAULTS, MODELS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+BACKENDS = {"cpu": "cpu", "cuda": "cuda,triton"}
 QUICK = r"timm La.. foreach|layerlr (SGD \w+|Adam layca|AdamW lamb)$|in place"
 
 
-def choose(family: str, model: str, only: str | None, backend: str) -> list[Contender]:
+def choose(
+    family: str, model: str, only: str | None, backends: Sequence[str], device: str = "cpu"
+) -> list[Contender]:
     """The family's contenders whose name matches ``only``; its baseline always."""
     chosen = []
-    for contender in contenders(family, backend):
-        if contender.slow and model != SLOW_MODEL:
+    for contender in contenders(family, backends, device):
+        if contender.models is not None and model not in contender.models:
             continue
         if contender.name == BASELINES[family] or not only or re.search(only, contender.name):
             chosen.append(contender)
@@ -39,45 +45,69 @@ def choose(family: str, model: str, only: str | None, backend: str) -> list[Cont
 
 
 def run(
-    models: Sequence[str],
+    models: Sequence[str] | None = None,
     *,
     families: Sequence[str] = ("sgd", "adam"),
-    dtype: str = "float32",
+    dtypes: Sequence[str] = ("float32",),
     device: str = "cpu",
     threads: int = 1,
     repeats: int = 15,
     clock: str = "wall",
-    backend: str = "cpu",
+    flush: bool = True,
+    backend: str | None = None,
     only: str | None = None,
+    seconds: float = math.inf,
     command: Sequence[str] = (),
+    save: Callable[[report.Result], object] = lambda result: None,
 ) -> report.Result:
-    """Measure, printing a table as soon as each model is done."""
+    """Measure; print a table and ``save`` what there is as soon as each model is done.
+
+    Nothing is begun after ``seconds``.
+    """
     torch.set_num_threads(threads)
     where = torch.device(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # whose stream events are recorded on
+    backend = backend or BACKENDS.get(where.type, "reference")
+    deadline = time.monotonic() + seconds
     result = report.Result(report.machine_facts(where, clock, command))
     plan = [
         (
-            Case(model, family, where, getattr(torch, dtype), repeats, clock),
-            choose(family, model, only, backend),
+            Case(model, family, where, getattr(torch, dtype), repeats, clock, flush, deadline),
+            choose(family, model, only, backend.split(","), where.type),
         )
-        for model in models
+        for dtype in dtypes
+        for model in models or DEFAULTS.get(where.type, ())
         for family in families
     ]
     total = sum(len(chosen) for _, chosen in plan) * repeats
     with tqdm(total=total, unit="sample", leave=False, dynamic_ncols=True) as bar:
         for case, chosen in plan:
             bar.set_description(f"{case.model} {case.family}")
+            if time.monotonic() > deadline:
+                result.left_out[case.label(f"all of {case.family}")] = "no time left"
+                continue
             rows = measure(case, chosen, result.left_out, bar.update)
             gc.collect()  # the optimizers and their state go before the next ones come
             result.rows += rows
             bar.total -= (len(chosen) - len(rows)) * repeats  # those left out
             if rows:
-                bar.write(report.table(rows) + "\n")
-    # What the goals are stated for.
-    if dtype == "float32" and threads == 1 and backend in ("cpu", "auto"):
-        verdicts = goals.verdicts(result.rows)
-        result.verdicts = [v for v in verdicts if v["met"] is not None or not only]
+                bar.write(f"{case.name}\n{report.table(rows)}\n")
+            result.verdicts = verdicts(result, where, threads, backend, only)
+            save(result)
     return result
+
+
+def verdicts(
+    result: report.Result, device: torch.device, threads: int, backend: str, only: str | None
+) -> list[dict[str, object]]:
+    """On the goals, where the run is of the kind that they are stated for."""
+    if device.type == "cuda":
+        return goals.gpu_verdicts(result.rows) if backend.startswith("cuda") else []
+    if threads > 1 or backend not in ("cpu", "auto"):
+        return []
+    rows = [row for row in result.rows if row.dtype == "float32"]
+    return [v for v in goals.verdicts(rows) if v["met"] is not None or not only]
 
 
 def quick(out: Path | None = None) -> report.Result:
@@ -94,10 +124,10 @@ def quick(out: Path | None = None) -> report.Result:
 
 def finish(result: report.Result, out: Path | None) -> None:
     """What stands below the tables: verdicts, who was left out, the file."""
-    for verdict in result.verdicts:
-        print(goals.line(verdict))
-    for name, reason in result.left_out.items():
-        print(f"left out {name}: {reason}")
+    for line in goals.lines(result.verdicts):
+        print(line)
+    for line in report.left_out(result):
+        print(line)
     if out is not None:
         report.write(out, result)
         print(f"wrote {out}")
@@ -125,8 +155,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--models",
         type=lambda text: _choices(list(MODELS), text),
-        default=list(MODELS),
-        help=f"parameter shapes, of {','.join(MODELS)} (default: all)",
+        help=f"parameter shapes, of {','.join(MODELS)} (default: those of interest on the device)",
     )
     p.add_argument(
         "--families",
@@ -134,8 +163,14 @@ def parser() -> argparse.ArgumentParser:
         default=list(BASELINES),
         help="sgd, adam or both (default)",
     )
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", default="cpu", help="(default: cpu, the only one timed so far)")
+    p.add_argument(
+        "--dtype",
+        dest="dtypes",
+        type=lambda text: _choices(DTYPES, text),
+        default=["float32"],
+        help=f"of weights and gradients, of {','.join(DTYPES)} (default: float32)",
+    )
+    p.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     p.add_argument("--threads", type=int, default=1, help="of torch's (default: 1)")
     p.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
     p.add_argument(
@@ -144,7 +179,18 @@ def parser() -> argparse.ArgumentParser:
         default="wall",
         help="cpu: the thread's processor time, for a busy machine and one thread",
     )
-    p.add_argument("--backend", default="cpu", help="of layerlr (default: cpu)")
+    p.add_argument(
+        "--no-flush",
+        dest="flush",
+        action="store_false",
+        help="on a GPU, leave in its L2 cache what the step before left there",
+    )
+    p.add_argument(
+        "--backend", help=f"of layerlr (default: cpu; on a GPU {BACKENDS['cuda']})", metavar="NAMES"
+    )
+    p.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin nothing after so many seconds"
+    )
     p.add_argument("--only", help="contenders whose name matches this regular expression")
     p.add_argument("--out", type=_out, help="a .json (everything) or .csv (rows) to write")
     p.add_argument("--quick", action="store_true", help="15 s: resnet50, main contenders")
@@ -155,14 +201,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     out = args.pop("out")
     if args.pop("quick"):
+        if args["device"] != "cpu":
+            parser().error("--quick is a run on the CPU")
         quick(out)
         return 0
     if args["threads"] > 1 and args["clock"] == "cpu":
         parser().error("--clock cpu sees one thread only")
     if args["threads"] > 1 and "OMP_WAIT_POLICY" not in os.environ:
         print("advice: OMP_WAIT_POLICY=passive, or spinning threads slow virtual machines down")
+    if args["device"].startswith("cuda") and not torch.cuda.is_available():
+        parser().error("no CUDA device")
     command = ["python", "-m", "bench.step_time", *(sys.argv[1:] if argv is None else argv)]
-    finish(run(args.pop("models"), **args, command=command), out)
+    result = run(
+        args.pop("models"),
+        **args,
+        command=command,
+        save=lambda result: report.write(out, result) if out else None,
+    )
+    finish(result, out)
     return 0
 
 

@@ -32,6 +32,30 @@ struct LayerScale {
 LAYERLR_HD float root(float x) { return sqrtf(x); }
 LAYERLR_HD double root(double x) { return sqrt(x); }
 
+/// x^n for a whole n >= 0 by squaring, in twice the precision (Dekker's product: no fused add), so
+/// that host and device form the same bits: those of the exact power, rounded, but for rare ties.
+struct TwoDoubles {
+  double high, low;
+};
+LAYERLR_HD TwoDoubles product(TwoDoubles x, TwoDoubles y) {
+  const double split = 134217729;  // 2^27 + 1
+  const double xs = x.high * split, xh = xs - (xs - x.high), xl = x.high - xh;
+  const double ys = y.high * split, yh = ys - (ys - y.high), yl = y.high - yh;
+  const double high = x.high * y.high;
+  const double error = ((xh * yh - high) + xh * yl + xl * yh) + xl * yl;
+  const double low = error + (x.high * y.low + x.low * y.high);
+  const double sum = high + low;
+  return {sum, low - (sum - high)};
+}
+LAYERLR_HD double power(double x, double n) {
+  TwoDoubles result{1, 0}, square{x, 0};
+  for (uint64_t k = static_cast<uint64_t>(n); k; k >>= 1) {
+    if (k & 1) result = product(result, square);
+    square = product(square, square);
+  }
+  return result.high + result.low;
+}
+
 /// The larger value; NaN where either is NaN, as torch.maximum.
 template <class T>
 LAYERLR_HD T larger(T x, T y) {

@@ -54,6 +54,7 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
   row.grad = staging.pointer(*x.grad, like, false);
   for (int k = 0; k < x.n_states; ++k) row.state[k] = staging.pointer(*x.states[k], like, true);
   row.step = x.step->data_ptr();
+  if (!row.grad) row.grad = row.step;  // an empty gradient has no memory, but it is one
   row.step_is_double = x.step->scalar_type() == at::kDouble;
   row.active = true;
 }

@@ -14,7 +14,7 @@ class Snapshot:
     def __init__(self, dict: dict[Any, Any]) -> None: ...
     def matches(self, dict: dict[Any, Any]) -> bool: ...
 
-class Plan:
+class LivePlan:
     READY: int
     STALE: int
     def __init__(
@@ -31,6 +31,12 @@ class Plan:
         stats: Tensor,
     ) -> None: ...
     def prepare(self) -> int: ...
+    def finish(self) -> None: ...
+    def rows(self) -> Tensor: ...
+    def radii(self) -> Tensor: ...
+
+class CpuPlan(LivePlan):
+    def __init__(self, live: LivePlan) -> None: ...
     def step(
         self,
         lr: float,
@@ -40,3 +46,19 @@ class Plan:
         skip: bool,
         direction_hyper: Sequence[float],
     ) -> None: ...
+
+class DevicePlan(LivePlan):
+    def __init__(
+        self, live: LivePlan, engine: Any, blocks: int, hold: int, plain: bool
+    ) -> None: ...
+    def step(
+        self,
+        lr: float,
+        lr_there: Tensor | None,
+        weight_decay: float,
+        decoupled: bool,
+        maximize: bool,
+        skip: bool,
+        direction_hyper: Sequence[float],
+    ) -> None: ...
+    def memory(self) -> int: ...

@@ -52,10 +52,12 @@ def complete(
     if not isinstance(step, Tensor):
         # torch's SGD keeps no count; a buffer that is there has seen a step
         count = float(bool(present)) if step is None else float(step)
-        device = p.device if group.get("capturable") or group.get("fused") else "cpu"
-        state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=device)
+        # on the device: whether a step is skipped is decided there
+        state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=p.device)
     elif step.numel() != 1:
         _check_shape("step", step, (), name)
+    elif step.device != p.device:
+        state["step"] = step.to(p.device)
     if radii:
         radius = state.get("radius")
         if radius is None or radius.numel() != radii:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import cases
 import pytest
+import simt_engine
 import torch
 
 from layerlr.backends import BACKENDS
+
+BACKENDS["simt"] = simt_engine.SimtBackend()
 
 #: devices of a backend; those that are not listed run on the CPU
 _GPU = ["cuda"] if torch.cuda.is_available() else []
@@ -17,8 +20,10 @@ def _engines():
     for backend in BACKENDS:
         for device in _DEVICES.get(backend, ["cpu"]):
             name = backend if device in ("cpu", backend) else f"{backend}_{device}"
-            missing = device == "cuda" and not _GPU
-            marks = pytest.mark.skip(reason="no CUDA device") if missing else ()
+            missing = "no CUDA device" if device == "cuda" and not _GPU else None
+            if backend == "simt":
+                missing = simt_engine.unavailable()
+            marks = pytest.mark.skip(reason=missing) if missing else ()
             yield pytest.param(cases.Engine(backend, device), id=name, marks=marks)
 
 

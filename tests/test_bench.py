@@ -1,6 +1,8 @@
 """The step-time benchmark: its shapes, its rounds, and a small run from end to end."""
 
+import builtins
 import csv
+import importlib
 import importlib.util
 import json
 from dataclasses import fields
@@ -8,9 +10,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-pytest.importorskip("tqdm", reason="the benchmarks draw their progress with tqdm")
-
-from bench import goals, peers, report, shapes, step_time, timing
+from bench import goals, peers, progress, report, shapes, step_time, timing
 
 
 @pytest.fixture(autouse=True)
@@ -26,29 +26,35 @@ def test_shapes_have_the_totals_of_the_architectures(model):
     assert len(shapes.shapes(model)) == tensors
 
 
+def test_defaults_are_models():
+    for models in shapes.DEFAULTS.values():
+        assert set(models) <= set(shapes.MODELS)
+    assert set(goals.GPU_TINY) == set(shapes.TINY)
+    assert {*goals.GPU_ONCE, *goals.GPU_TWICE, *goals.GPU_TINY} == set(shapes.DEFAULTS["cuda"])
+
+
 def test_bytes_by_design():
-    traffic = {
-        "SGD": 20,
-        "SGD_SINGH": 24,
-        "SGD_LARS": 28,
-        "SGD_LAYCA": 28,
-        "ADAM": 28,
-        "ADAM_SINGH": 32,
-        "ADAM_UPDATE": 40,
-    }
-    for name, expected in traffic.items():
-        assert getattr(peers, name).bytes_per_param(torch.float32, torch.float32) == expected
     by_name = {c.name: c for c in peers.contenders("sgd")}
     # torch keeps its momentum in the dtype of the weights, layerlr in float32.
     assert by_name["torch SGD fused"].bytes_per_param(torch.bfloat16) == 10
     assert by_name["layerlr SGD None"].bytes_per_param(torch.bfloat16) == 14
+    assert by_name["layerlr SGD layca"].bytes_per_param(torch.float32) == 28
+    assert by_name["layerlr SGD layca"].once_bytes_per_param(torch.float32) == 20
+    assert by_name["timm Lars foreach"].bytes_per_param(torch.float32) is None
+    reference = by_name["layerlr SGD layca reference"]
+    assert reference.bytes_per_param(torch.float32) is None
+    assert reference.once_bytes_per_param(torch.float32) == 20
 
 
 def test_every_goal_names_a_contender():
     names = {c.name for family in peers.BASELINES for c in peers.contenders(family)}
     assert {name for limits in goals.RATIO_LIMITS.values() for name in limits} <= names
     assert {name for name, _ in goals.PEER_FACTORS.values()} <= names
-    assert {*peers.BASELINES.values(), peers.STREAM_IN_PLACE} <= names
+    assert {*peers.BASELINES.values(), *peers.STREAM.values()} <= names
+    backends = step_time.BACKENDS["cuda"].split(",")
+    names = {c.name for f in peers.BASELINES for c in peers.contenders(f, backends, "cuda")}
+    assert {*goals.GPU_OURS, *goals.GPU_PEERS.values(), *peers.STREAM.values()} <= names
+    assert {f"{name} reference" for name in goals.GPU_OURS} <= names
 
 
 def test_rounds_are_interleaved_and_restored():
@@ -59,7 +65,7 @@ def test_rounds_are_interleaved_and_restored():
         return timing.Lane(name, lambda: seen.append(name), lambda: restored.append(name))
 
     lanes = [lane(name) for name in "abc"]
-    timing.run_rounds(lanes, 20, lambda step, n: step() or 1.0)
+    timing.run_rounds(lanes, 20, lambda step, n: timing.Sample(step() or 1.0))
     timed = seen[-60:]
     rounds = [tuple(timed[i : i + 3]) for i in range(0, 60, 3)]
     assert all(set(turn) == set("abc") for turn in rounds)
@@ -72,6 +78,16 @@ def test_ratios_are_taken_within_a_round():
     quiet_then_busy = timing.Lane("base", print, seconds=[1.0, 10.0, 1.0])
     twice = timing.Lane("twice", print, seconds=[2.0, 20.0, 2.0])
     assert timing.ratios(twice, quiet_then_busy) == timing.Spread(2.0, 2.0, 2.0)
+
+
+def test_slow_lanes_drop_out_early():
+    quick, slow = timing.Lane("quick", lambda: 0.001), timing.Lane("slow", lambda: 1.0)
+    timer = lambda step, n: timing.Sample(step(), 0.0)  # noqa: E731
+    ticks = []
+    timing.run_rounds([quick, slow], 9, timer, lane_seconds=2.0, tick=lambda: ticks.append(1))
+    assert len(quick.seconds) == len(quick.host) == 9 and len(slow.seconds) == 3
+    assert len(ticks) == 18
+    assert timing.ratios(slow, quick).median == 1000.0
 
 
 def test_a_device_without_a_timer_is_refused():
@@ -123,7 +139,7 @@ def test_contender_that_fails_is_left_out_with_its_reason(monkeypatch):
         peers.Contender("broken", "torch", broken),
         peers.Contender("idle", "torch", lambda params: torch.optim.SGD(params, lr=0.0)),
     ]
-    monkeypatch.setattr(step_time, "contenders", lambda family, backend: rows)
+    monkeypatch.setattr(step_time, "contenders", lambda *_: rows)
     result = step_time.run(["tiny300"], families=["sgd"], repeats=1)
     assert [row.contender for row in result.rows] == ["torch SGD fused"]
     assert result.left_out["tiny300: broken"] == "ValueError: no such thing"
@@ -132,7 +148,7 @@ def test_contender_that_fails_is_left_out_with_its_reason(monkeypatch):
 
 def test_weights_that_blow_up_spoil_the_family_and_it_says_so(monkeypatch):
     rows = [peers.Contender("torch SGD fused", "torch", lambda p: torch.optim.SGD(p, lr=1e38))]
-    monkeypatch.setattr(step_time, "contenders", lambda family, backend: rows)
+    monkeypatch.setattr(step_time, "contenders", lambda *_: rows)
     result = step_time.run(["tiny300"], families=["sgd"], repeats=1)
     assert not result.rows
     assert result.left_out == {"tiny300: all of sgd": "in the end a weight was not finite"}
@@ -140,13 +156,19 @@ def test_weights_that_blow_up_spoil_the_family_and_it_says_so(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--models", "resnet51"], ["--out", "run.txt"], ["--threads", "2", "--clock", "cpu"]],
+    [
+        ["--models", "resnet51"],
+        ["--out", "run.txt"],
+        ["--threads", "2", "--clock", "cpu"],
+        ["--device", "cuda"],
+    ],
 )
-def test_wrong_arguments_are_named(arguments, capsys):
+def test_wrong_arguments_are_named(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         step_time.main(arguments)
     message = capsys.readouterr().err
-    assert "resnet51" in message or "run.txt" in message or "one thread" in message
+    assert any(w in message for w in ("resnet51", "run.txt", "one thread", "no CUDA device"))
 
 
 def test_verdicts():
@@ -167,6 +189,35 @@ def test_verdicts():
     faster = found["layerlr SGD lars, times as fast as the fastest peer's lars"]
     assert faster["value"] == 2.0 and faster["met"] is True
     assert goals.line(faster).endswith("fastest peer's lars: 2.000 >= 1.00")
+
+
+def test_nothing_is_begun_when_time_is_up():
+    result = step_time.run(["tiny128"], repeats=1, seconds=-1.0)
+    assert result.left_out == {f"tiny128: all of {f}": "no time left" for f in ("sgd", "adam")}
+    lines = report.left_out(result)
+    assert lines[0] == "left out all of sgd (tiny128): no time left"
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "tqdm":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    try:
+        bar = importlib.reload(progress).tqdm(total=3, unit="sample")
+    finally:
+        monkeypatch.undo()
+        importlib.reload(progress)
+    with bar:
+        bar.set_description("a model")
+        bar.update()
+        bar.total -= 1
+        bar.write("a table")
+    assert capsys.readouterr().out == "a table\n"
 
 
 def test_plot_is_drawn(tmp_path):

@@ -2,16 +2,10 @@
 #pragma once
 
 #include "cpu/vec.h"
+#include "half.h"
 
 namespace layerlr {
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 template <class P>
 struct Arithmetic {
@@ -81,20 +75,6 @@ inline void store(Float16* p, Pack<float> x) {
   }
 }
 #else
-inline float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-/// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.
-inline BFloat16 narrow_bf16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>(f != f ? 0x7fc0u : rounded)};
-}
-
 inline Pack<float> load(const BFloat16* p) {
   float f[16];
   for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
@@ -106,43 +86,6 @@ inline void store(BFloat16* p, Pack<float> x) {
   for (int i = 0; i < 16; ++i) p[i] = narrow_bf16(f[i]);
 }
 
-inline float widen(Float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  uint32_t bits;
-  if (magnitude >= 0x7c00u) {  // inf, NaN
-    bits = 0x7f800000u | (magnitude << 13);
-  } else if (magnitude >= 0x0400u) {
-    bits = (magnitude + 0x1c000u) << 13;
-  } else {  // subnormal: exact in float
-    const float f = static_cast<float>(magnitude) * 0x1p-24f;
-    std::memcpy(&bits, &f, sizeof bits);
-  }
-  bits |= sign;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-inline Float16 narrow_f16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (bits >= 0x477ff000u) {  // rounds to above the largest half
-    half = 0x7c00u;
-  } else if (bits >= 0x38800000u) {
-    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-  } else {  // subnormal: adding 0.5 aligns the last place, the hardware rounds
-    float m;
-    std::memcpy(&m, &bits, sizeof m);
-    m += 0.5f;
-    std::memcpy(&half, &m, sizeof half);
-    half -= 0x3f000000u;
-  }
-  return {static_cast<uint16_t>(sign | half)};
-}
 inline Pack<float> load(const Float16* p) {
   float f[16];
   for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);

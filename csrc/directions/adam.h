@@ -21,8 +21,8 @@ struct Adam {
         beta2(T(h[1])),
         one_minus_beta2(T(1 - h[1])),
         eps(T(h[2])),
-        unbias1(T(h[3] != 0 ? 1 / (1 - std::pow(h[0], t)) : 1)),
-        unbias2(T(h[3] != 0 ? 1 / std::sqrt(1 - std::pow(h[1], t)) : 1)) {}
+        unbias1(T(h[3] != 0 ? 1 / (1 - power(h[0], t)) : 1)),
+        unbias2(T(h[3] != 0 ? 1 / root(1 - power(h[1], t)) : 1)) {}
   LAYERLR_HD static double rate(const double*, double) { return 1; }
 
   template <class V>

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from .base import COLUMNS, Backend, Hyper, Plan, PlanSpec
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 
 #: fastest first; ``backend="auto"`` takes the first that supports the case
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CudaBackend(), CpuBackend(), ReferenceBackend())
+}
 
 
 def validate(name: str) -> None:

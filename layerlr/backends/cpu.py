@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from layerlr import _C
 from layerlr.ops import step_
 
-from .base import Hyper, PlanSpec, accumulator, check_gradient, state_dtype
-
-_DTYPES = frozenset(
-    {
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.float16,
-        torch.complex64,
-        torch.complex128,
-    }
-)
+from . import native
+from .base import Hyper, PlanSpec
 
 
 class CpuBackend:
@@ -28,24 +16,9 @@ class CpuBackend:
 
     def unsupported(self, spec: PlanSpec) -> str | None:
         """Why a case must go elsewhere."""
-        if spec.differentiable:
-            return "does not support differentiable=True"
-        if spec.direction.name not in _C.directions():
-            return f"has no direction {spec.direction.name!r}"
-        if spec.rule is not None and spec.rule.name not in _C.rules():
-            return f"has no rule {spec.rule.name!r}"
         if spec.table.device.type != "cpu":
             return f"does not support parameters on {spec.table.device}"
-        for p, name, state in zip(spec.table.params, spec.table.names, spec.states, strict=True):
-            if p.dtype not in _DTYPES:
-                return f"does not support parameter {name!r} of dtype {p.dtype}"
-            for key in spec.direction.states if state else ():
-                dtype = state[key].dtype  # type: ignore[index]
-                if dtype != state_dtype(p):
-                    return f"keeps state in {accumulator(p.dtype)}, {name!r} has {key} in {dtype}"
-            if state and state["step"].dtype not in (torch.float32, torch.float64):
-                return f"counts steps in floating point, {name!r} in {state['step'].dtype}"
-        return None
+        return native.unsupported(spec)
 
     def plan(self, spec: PlanSpec) -> CpuPlan:
         """Plan for a supported case."""
@@ -57,32 +30,11 @@ class CpuPlan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
-        table, rule = spec.table, spec.rule
-        self._native = _C.Plan(
-            table.params,
-            spec.states,
-            list(spec.direction.states),
-            table.spans,
-            table.ruled,
-            table.lr_scale,
-            spec.direction.name,
-            None if rule is None else rule.name,
-            () if rule is None else rule.hyper(),
-            spec.stats,
-        )
+        self._native = _C.CpuPlan(native.live_plan(spec))
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh."""
-        answer = self._native.prepare()
-        if answer >= 0:
-            p, name = self.spec.table.params[answer], self.spec.table.names[answer]
-            assert p.grad is not None
-            check_gradient(name, p, p.grad)
-            raise RuntimeError(
-                f"backend 'cpu' wants gradients in the parameter's dtype; {name!r} is {p.dtype}, "
-                f"its gradient {p.grad.dtype}: use backend='reference'"
-            )
-        return bool(answer == _C.Plan.READY)
+        return native.prepare(self._native, self.spec, "cpu")
 
     def step(self, h: Hyper) -> None:
         """One pass, or two where there is something to measure."""

@@ -1,0 +1,185 @@
+// What is done to the elements of a tile that lies in shared memory.
+#pragma once
+
+#include "cuda/sums.cuh"
+#include "cuda/tile.cuh"
+
+namespace layerlr {
+
+/// y where the gradient is finite (its difference to itself is 0), x elsewhere.
+template <class T>
+LAYERLR_DEVICE T where_finite(T g, T y, T x) {
+  return g - g == 0 ? y : x;
+}
+/// moved + step; where the step is zero, moved to the bit, the sign of a zero too.
+template <class T>
+LAYERLR_DEVICE T add_step(T moved, T step) {
+  return step == 0 ? moved : moved + step;
+}
+
+/// Where a tile's arrays lie in shared memory, and how many elements it has.
+struct Arrays {
+  char* w;
+  char* g;
+  char* s[max_states];
+  char* u;
+  int count;
+};
+
+/// What a step does to every gradient.
+struct Gradient {
+  double sign, l2;
+  bool raw;   // the rule measures it before L2 decay
+  bool ww;    // the rule measures the weights
+  bool skip;  // an element with a bad gradient keeps its state
+};
+
+/// The tile of direction D over parameters of type P.
+template <template <class> class D, class P>
+struct Tile {
+  using T = typename Wide<P>::type;
+  static constexpr int states = D<T>::states;
+
+  const Arrays& at;
+  const D<T>& d;
+  const Gradient& how;
+  T sign, l2;
+  bool decays;
+
+  LAYERLR_DEVICE Tile(const Arrays& at, const D<T>& d, const Gradient& how)
+      : at(at), d(d), how(how), sign(T(how.sign)), l2(T(how.l2)), decays(how.l2 != 0) {}
+
+  LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.w); }
+  LAYERLR_DEVICE T* u() const { return reinterpret_cast<T*>(at.u); }
+  LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.s[k]); }
+  template <class Whole>
+  LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* g) const {
+    load(whole, reinterpret_cast<const P*>(at.g) + e, n, g);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) g[i] = g[i] * sign;
+  }
+  LAYERLR_DEVICE bool aligned() const {
+    int off = shift(at.w) | shift(at.g);
+    for (int k = 0; k < states; ++k) off |= shift(at.s[k]);
+    return off == 0;
+  }
+  LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
+  /// The state of element i, out of the four that were loaded, and back.
+  LAYERLR_DEVICE void take(const T (*four)[4], int i, T* x) const {
+    for (int k = 0; k < states; ++k) x[k] = four[k][i];
+  }
+  LAYERLR_DEVICE void give(T (*four)[4], int i, const T* x) const {
+    for (int k = 0; k < states; ++k) four[k][i] = x[k];
+  }
+
+  /// Gradient rules: gg, and ww where it is asked for.
+  LAYERLR_DEVICE LayerStats measure() const {
+    LayerStats sums;
+    const bool reads_w = how.ww || (decays && !how.raw);
+    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
+      T w[4] = {}, g[4];
+      load_gradient(whole, e, n, g);
+      if (reads_w) load(whole, this->w() + e, n, w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T x = how.raw ? g[i] : decayed(g[i], w[i]);
+        add(sums.ww, w[i], w[i]);
+        add(sums.gg, x, x);
+      }
+    });
+    return sums;
+  }
+
+  /// Update rules: advance the state, sum all four, leave u.
+  LAYERLR_DEVICE LayerStats advance() const {
+    LayerStats sums;
+    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
+      T w[4], g[4], u[4], four[states + 1][4];
+      load(whole, this->w() + e, n, w);
+      load_gradient(whole, e, n, g);
+      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T raw = g[i], used = decayed(raw, w[i]);
+        T old[states + 1], now[states + 1];
+        take(four, i, old);
+        for (int k = 0; k < states; ++k) now[k] = old[k];
+        d.advance(used, now);
+        if (how.skip) {
+          for (int k = 0; k < states; ++k) now[k] = where_finite(raw, now[k], old[k]);
+        }
+        give(four, i, now);
+        u[i] = i < n ? d.direction(used, now) : T(0);
+        add(sums.ww, w[i], w[i]);
+        add(sums.gg, used, used);
+        add(sums.uu, u[i], u[i]);
+        add(sums.wu, w[i], u[i]);
+      }
+      for (int k = 0; k < states; ++k) store(whole, s(k) + e, n, four[k]);
+      store(whole, this->u() + e, n, u);
+    });
+    return sums;
+  }
+
+  /// Update rules, a tile read again: u from the state as it is.
+  LAYERLR_DEVICE void direction() const {
+    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
+      T w[4] = {}, g[4] = {}, u[4], four[states + 1][4];
+      if (D<T>::needs_grad) {
+        load_gradient(whole, e, n, g);
+        if (decays) load(whole, this->w() + e, n, w);
+      }
+      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        T now[states + 1];
+        take(four, i, now);
+        u[i] = d.direction(decayed(g[i], w[i]), now);
+      }
+      store(whole, this->u() + e, n, u);
+    });
+  }
+
+  /// Update rules: w <- a*w + b*u.
+  LAYERLR_DEVICE void apply(const LayerScale& scale) const {
+    const T a = T(scale.a), b = T(scale.b);
+    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
+      T w[4], u[4];
+      load(whole, this->w() + e, n, w);
+      load(whole, this->u() + e, n, u);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) w[i] = add_step(w[i] * a, u[i] * b);
+      store(whole, this->w() + e, n, w);
+    });
+  }
+
+  /// Gradient rules: advance with grad*g, apply; sums of what the rule did not see.
+  LAYERLR_DEVICE LayerStats advance_apply(const LayerScale& scale) const {
+    const T grad = T(scale.grad), a = T(scale.a), b = T(scale.b);
+    LayerStats sums;
+    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
+      T w[4], g[4], four[states + 1][4];
+      load(whole, this->w() + e, n, w);
+      load_gradient(whole, e, n, g);
+      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const T used = decayed(g[i], w[i]) * grad;
+        T now[states + 1];
+        take(four, i, now);
+        d.advance(used, now);
+        give(four, i, now);
+        const T u = i < n ? d.direction(used, now) : T(0);
+        add(sums.ww, w[i], w[i]);
+        add(sums.uu, u, u);
+        add(sums.wu, w[i], u);
+        w[i] = add_step(w[i] * a, u * b);
+      }
+      for (int k = 0; k < states; ++k) store(whole, s(k) + e, n, four[k]);
+      store(whole, this->w() + e, n, w);
+    });
+    return sums;
+  }
+};
+
+}  // namespace layerlr

@@ -1,0 +1,115 @@
+// The functions behind engine.h.
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/kernels.cuh"
+#include "cuda/launch.cuh"
+
+namespace layerlr {
+
+#if !defined(LAYERLR_SIMT)
+#define LAYERLR_EXTERN(D) extern template DirectionKernels kernels_of<D>();
+LAYERLR_DIRECTIONS(LAYERLR_EXTERN)
+#undef LAYERLR_EXTERN
+#endif
+
+namespace {
+
+DirectionKernels kernels_for(int direction) {
+  DirectionKernels (*const all[])() = {
+#define LAYERLR_ROW(D) kernels_of<D>,
+      LAYERLR_DIRECTIONS(LAYERLR_ROW)
+#undef LAYERLR_ROW
+  };
+  return all[direction]();
+}
+
+const char* step(const StepArgs& args, int device, bool plain, void* stream) {
+  const DirectionKernels k = kernels_for(args.direction);
+  const int shared = args.rings.bytes_in_all();
+  const char* error = select_device(device);
+  const auto run = [&](void (*kernel)(StepArgs), Phase phase, int grid) {
+    if (error || !grid) return;
+    StepArgs now = args;
+    now.phase = phase;
+    const int bytes = kernel == k.step ? shared : 0;
+    error = launch(kernel, grid, bytes, phase == whole_step && kernel == k.step, now, stream);
+  };
+  if (plain) {
+    if (args.measured) {
+      run(k.step, first_pass, args.blocks);
+      run(k.decide, whole_step, args.layers);
+    }
+    run(k.step, second_pass, args.blocks);
+    run(k.finish, whole_step, args.layers + 1);
+  } else {
+    run(k.step, whole_step, args.blocks);
+  }
+  return error;
+}
+
+#if defined(LAYERLR_SIMT)
+
+const char* info(int, DeviceInfo* answer) {
+  *answer = {4, tile_threads, 48 * 1024, true};
+  return nullptr;
+}
+
+const char* upload(void* to, const void* from, size_t bytes, int, void*) {
+  std::memcpy(to, from, bytes);
+  return nullptr;
+}
+
+#else
+
+const char* info(int device, DeviceInfo* answer) {
+  int cooperative = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&answer->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  }
+  answer->tile_threads = tile_threads;
+  answer->cooperative = cooperative != 0;
+  return outcome(error);
+}
+
+/// What a launch can carry along.
+struct Payload {
+  char bytes[3840];
+};
+
+__global__ void upload_kernel(char* to, const Payload payload, int bytes) {
+  for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) {
+    *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(payload.bytes + i);
+  }
+}
+
+/// The bytes travel as arguments of a kernel: in stream order, without pinned memory or a wait.
+const char* upload(void* to, const void* from, size_t bytes, int device, void* stream) {
+  const char* error = select_device(device);
+  for (size_t done = 0; done < bytes && !error; done += sizeof(Payload)) {
+    Payload payload;
+    const size_t part = std::min(bytes - done, sizeof payload);
+    std::memcpy(payload.bytes, static_cast<const char*>(from) + done, part);
+    upload_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<char*>(to) + done, payload, static_cast<int>(part));
+    error = outcome(cudaGetLastError());
+  }
+  return error;
+}
+
+#endif
+
+}  // namespace
+
+const Engine& cuda_engine() {
+  static const Engine engine{info, step, upload};
+  return engine;
+}
+
+}  // namespace layerlr

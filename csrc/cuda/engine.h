@@ -1,0 +1,32 @@
+// The door to the GPU kernels: plain pointers in, launches out. No torch here, nor CUDA.
+#pragma once
+
+#include <cstddef>
+
+namespace layerlr {
+
+struct StepArgs;
+
+/// What a schedule needs to know of a device.
+struct DeviceInfo {
+  int multiprocessors = 0;
+  int tile_threads = 0;      // of a block: what these kernels were built for
+  int shared_bytes = 0;      // of a block, at most, dynamic
+  bool cooperative = false;  // a grid that waits for itself can be launched
+};
+
+/// The functions of one build of the kernels. Each returns null, or what went wrong. `device`
+/// counts as the CUDA runtime does, `stream` is a cudaStream_t of it.
+struct Engine {
+  /// Properties of a device.
+  const char* (*info)(int device, DeviceInfo* answer);
+  /// One step, in one launch or (plain) in a few.
+  const char* (*step)(const StepArgs& args, int device, bool plain, void* stream);
+  /// Copy bytes, a multiple of 4, to device memory in stream order; `from` is free on return.
+  const char* (*upload)(void* to, const void* from, size_t bytes, int device, void* stream);
+};
+
+/// Name of the PyCapsule that holds a `const Engine*`.
+constexpr const char* engine_capsule = "layerlr.Engine";
+
+}  // namespace layerlr

@@ -1,0 +1,38 @@
+// A plan whose tables lie in a GPU's memory.
+#pragma once
+
+#include "cuda/schedule.h"
+#include "live_plan.h"
+
+namespace layerlr {
+
+class DevicePlan : public LivePlan {
+ public:
+  /// `engine` runs the kernels; `tuning` is what results do not depend on.
+  DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
+
+  /// One step. An lr on the device is read there, so that nobody waits for it.
+  void step(const StepConfig& config, const std::optional<at::Tensor>& lr);
+
+  /// Bytes of device memory that the plan keeps.
+  int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }
+
+ private:
+  void build(bool measured);
+  void fill(const StepConfig& config);
+  void upload(void* stream);
+  void* stream() const;
+  void check(const char* error) const;
+
+  const Engine* engine_;
+  Tuning tuning_;
+  DeviceInfo info_;
+  std::optional<bool> measured_;  // what the schedule was made for
+  Schedule schedule_;
+  StepArgs args_{};
+  at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
+  std::vector<char> now_, there_;       // fresh_ as it should be, and as it is
+  size_t grads_at_ = 0, presence_at_ = 0, radii_at_ = 0, rows_at_ = 0;
+};
+
+}  // namespace layerlr

@@ -1,0 +1,68 @@
+"""The launches of a step, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from .directions import DIRECTIONS
+from .rows import begin, decide, finish
+from .rules import RULES
+from .tiles import advance, apply, measure
+
+
+class Blocks(NamedTuple):
+    """What one program works on. The bits of the sums depend on it: there is no tuning."""
+
+    elements: int = 2048
+    rows: int = 1  # tensors and layers
+    slots: int = 1024  # tiles of a layer whose sums are added side by side
+
+
+#: the interpreter takes its time for each operation, on however many elements
+INTERPRETED = Blocks(elements=4096, rows=16, slots=8)
+
+#: no fused multiply-add that is not written
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+class Launch(NamedTuple):
+    """A kernel over all rows, or over the tiles of one dtype."""
+
+    kernel: Any
+    dtype: str | None
+    constants: dict[str, Any]
+
+
+def launches(
+    direction: str, rule: str, measured: bool, dtypes: Sequence[str], blocks: Blocks
+) -> list[Launch]:
+    """The launches of a plan; ``measured``: there are sums to take, by the rule or to skip."""
+    d, r = DIRECTIONS[direction], RULES[rule]
+    of_rows = {"ROWS": blocks.rows, "SLOTS": blocks.slots}
+    formulas = {"ADVANCE": d.advance, "DIRECTION": d.direction, "STATES": d.states}
+    passes = {"UPDATE": r.update, "MEASURED": measured}
+
+    def over_tiles(kernel: Any, **constants: Any) -> list[Launch]:
+        return [Launch(kernel, dtype, {**_of(dtype, blocks), **constants}) for dtype in dtypes]
+
+    first: list[Launch] = []
+    if measured and r.update:
+        first = over_tiles(advance, **formulas)
+    elif measured:
+        first = over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient)
+    asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "FIRST_ORDER": d.first_order}
+    return [
+        Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}),
+        *first,
+        Launch(decide, None, {**asked, **passes, **of_rows}),
+        *over_tiles(apply, **formulas, **passes),
+        Launch(finish, None, {"TELLS": measured and not r.update, **of_rows}),
+    ]
+
+
+def _of(dtype: str, blocks: Blocks) -> dict[str, Any]:
+    arithmetic = tl.float64 if dtype == "float64" else tl.float32
+    return {"DT": getattr(tl, dtype), "T": arithmetic, "BLOCK": blocks.elements}

@@ -1,0 +1,165 @@
+"""What is done once a tensor or layer; a program for each block of rows."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import finite
+from .rules import plain
+from .tables import (
+    APART,
+    DIRECTION_HYPER,
+    KEEP,
+    L2,
+    LR,
+    RATE,
+    RULE_HYPER,
+    RULED,
+    SKIPPED,
+    STATS,
+    STEP,
+    STEP_IS_DOUBLE,
+    WIDTH,
+    is_active,
+    skipped,
+)
+
+
+@triton.jit
+def _count(t, tensor, active):
+    """Addresses of the step counts, which of them are float64, and the counts."""
+    at = tl.load(t.tensors + tensor * WIDTH + STEP, mask=active, other=0)
+    wide = active & (
+        tl.load(t.tensors + tensor * WIDTH + STEP_IS_DOUBLE, mask=active, other=0) != 0
+    )
+    double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
+    single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=active & ~wide, other=0.0)
+    return at, wide, double + single.to(tl.float64)
+
+
+@triton.jit
+def begin(t, MAKE: tl.constexpr, RATE_OF: tl.constexpr, ROWS: tl.constexpr):
+    """Scalars of each tensor's coming step: formed in float64 once, rounded by who reads them."""
+    tensor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    active = is_active(t, tensor)
+    _, _, count = _count(t, tensor, active)
+    h, to = t.config + DIRECTION_HYPER, t.scalars + tensor * WIDTH
+    values = MAKE(h, count + 1.0)
+    for k in tl.static_range(len(values)):
+        tl.store(to + k, values[k])
+    tl.store(to + RATE, RATE_OF(h, count + 1.0))
+
+
+@triton.jit
+def _gather(t, layer, SLOTS: tl.constexpr):
+    """Add the sums of each layer's active tiles.
+
+    Returns ww, gg, uu, wu, the first active tensor, whether there is one, whether all are active.
+    """
+    begin = tl.load(t.layers + layer * WIDTH)
+    end = tl.load(t.layers + layer * WIDTH + 1)
+    ww = tl.zeros([layer.shape[0], SLOTS], tl.float64)
+    gg, uu, wu = ww, ww, ww
+    first, absent = end, end - end
+    for start in range(0, tl.max(end - begin), SLOTS):
+        tile = begin[:, None] + start + tl.arange(0, SLOTS)[None, :]
+        inside = tile < end[:, None]
+        tensor = tl.load(t.tiles + tile * WIDTH, mask=inside, other=0)
+        active = inside & is_active(t, tensor)
+        at = t.sums + tile * WIDTH
+        ww += tl.load(at, mask=active, other=0.0)
+        gg += tl.load(at + 1, mask=active, other=0.0)
+        uu += tl.load(at + 2, mask=active, other=0.0)
+        wu += tl.load(at + 3, mask=active, other=0.0)
+        first = tl.minimum(first, tl.min(tl.where(active, tile, end[:, None]), 1))
+        absent += tl.sum((inside & ~active).to(tl.int64), 1)
+    tensor = tl.load(t.tiles + first * WIDTH, mask=first < end, other=0)
+    ww, gg, uu, wu = tl.sum(ww, 1), tl.sum(gg, 1), tl.sum(uu, 1), tl.sum(wu, 1)
+    return ww, gg, uu, wu, tensor, first < end, absent == 0
+
+
+@triton.jit
+def decide(
+    t,
+    SCALE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURES_WW: tl.constexpr,
+    FIRST_ORDER: tl.constexpr,
+    MEASURED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """From each layer's sums to what is applied: decay, edge rules, the stored radius."""
+    layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ww, gg, uu, wu, tensor, takes_part, whole = _gather(t, layer, SLOTS)
+    ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
+    rate = tl.load(t.scalars + tensor * WIDTH + RATE)
+    lr = tl.load(t.config + LR) * tl.load(t.lr_scale + layer) * rate
+    h, l2, apart = t.config + RULE_HYPER, tl.load(t.config + L2), tl.load(t.config + APART)
+    if UPDATE:
+        keep = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
+        # the rule sees u + apart*w, whose sums follow from those of u
+        uu = uu + 2.0 * apart * wu + apart * apart * ww
+        uu = tl.where(uu < 0, 0.0, uu)
+        wu = wu + apart * ww
+        at = tl.load(t.radii + layer)
+        stored = (at != 0) & whole
+        at = at.to(tl.pointer_type(tl.float64))
+        radius = tl.load(at, mask=stored, other=0.0)
+    else:
+        good = finite(gg)
+        if MEASURES_WW:
+            good = good & (finite(ww) | ~ruled)
+        keep = skipped(t, good)
+        radius = 0.0
+    grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, radius, h)
+    plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, radius, h)
+    grad = tl.where(ruled, grad, plain_grad)
+    a, b = tl.where(ruled, a, plain_a), tl.where(ruled, b, plain_b)
+    scale = tl.where(ruled, scale, plain_scale)
+    if UPDATE:
+        shown_a = a
+        a = a + b * apart
+        latch = stored & ~keep & (radius == 0) & (ww > 0) & (b != 0)
+        tl.store(at, tl.sqrt(ww), mask=latch)
+    else:
+        b = -lr if FIRST_ORDER else -(lr * grad)
+        grad = grad if FIRST_ORDER else 1.0
+        a = 1.0 - lr * apart
+        shown_a = a
+    to = t.scales + layer * WIDTH
+    tl.store(to, grad)
+    tl.store(to + 1, a)
+    tl.store(to + 2, b)
+    tl.store(to + KEEP, keep.to(tl.float64))
+    if MEASURED:
+        to = t.stats + layer * STATS
+        values = (ww, gg, uu, wu, scale, lr * scale, shown_a, b)
+        for k in tl.static_range(8):
+            tl.store(to + k, values[k], mask=takes_part & ~keep)
+        kept = takes_part & keep
+        tl.store(to + SKIPPED, tl.load(to + SKIPPED, mask=kept, other=0.0) + 1.0, mask=kept)
+
+
+@triton.jit
+def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Advance the step counts; tell what a gradient rule's step was, which is known only now."""
+    if TELLS:
+        layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        ww, _, uu, wu, _, takes_part, _ = _gather(t, layer, SLOTS)
+        moved = takes_part & (tl.load(t.scales + layer * WIDTH + KEEP) == 0)
+        to = t.stats + layer * STATS
+        tl.store(to, ww, mask=moved)
+        tl.store(to + 2, uu, mask=moved)
+        tl.store(to + 3, wu, mask=moved)
+    tensor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.load(t.parts + tensor * WIDTH)
+    last = tl.load(t.parts + tensor * WIDTH + 1)
+    counts = tensor < 0
+    for k in range(0, tl.max(last - part)):  # a count stands still where all layers were left alone
+        owner = tl.load(t.owners + part + k, mask=part + k < last, other=0)
+        keep = tl.load(t.scales + owner * WIDTH + KEEP, mask=part + k < last, other=1.0)
+        counts = counts | (keep == 0)
+    counts = counts & is_active(t, tensor)
+    at, wide, count = _count(t, tensor, counts)
+    tl.store(at.to(tl.pointer_type(tl.float64)), count + 1.0, mask=wide)
+    tl.store(at.to(tl.pointer_type(tl.float32)), (count + 1.0).to(tl.float32), mask=counts & ~wide)

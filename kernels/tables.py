@@ -1,0 +1,76 @@
+"""What the kernels walk. Every table has whole blocks: rows beyond the last take no part."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Tables(NamedTuple):
+    """Device memory of a plan, rows of 8 numbers; float64 where nothing else is said.
+
+    A tile is a part of one tensor, at most a block of elements, all of it in one layer. Each has
+    room of its own for its sums, and a layer's are added in an order that depends on their number
+    alone: no atomics, and the same bits wherever the layer stands.
+    """
+
+    #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states, count
+    #: of steps; then its dtype and whether the count is float64
+    tensors: Any
+    #: int64, by layer: tensor, layer, first element, number of elements
+    tiles: Any
+    #: int64: first tile, last tile + 1, whether the rule governs the layer
+    layers: Any
+    #: int64: first and last + 1 of the tensor's places in ``owners``
+    parts: Any
+    #: int64, one a part of a tensor: its layer
+    owners: Any
+    #: one a layer
+    lr_scale: Any
+    #: int64, one a layer: address of the stored radius, or 0
+    radii: Any
+    #: the numbers of the step, at the places below
+    config: Any
+    #: each tensor's scalars of the coming step, and the factor on lr
+    scalars: Any
+    #: of each tile: ww, gg, uu, wu
+    sums: Any
+    #: of each layer: grad, a, b, keep
+    scales: Any
+    #: rows of 9, of each layer: ww, gg, uu, wu, scale, lr, a, b, skipped
+    stats: Any
+
+
+WIDTH = tl.constexpr(8)
+STATS = tl.constexpr(9)
+# columns
+GRAD = tl.constexpr(1)
+STATE = tl.constexpr(2)
+STEP = tl.constexpr(5)
+STEP_IS_DOUBLE = tl.constexpr(7)
+RULED = tl.constexpr(2)
+RATE = tl.constexpr(7)
+KEEP = tl.constexpr(3)
+SKIPPED = tl.constexpr(8)
+# places in config
+LR = tl.constexpr(0)
+L2 = tl.constexpr(1)  # weight decay that is added to the gradient
+APART = tl.constexpr(2)  # weight decay that is not
+SIGN = tl.constexpr(3)  # -1: maximize
+SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
+DIRECTION_HYPER = tl.constexpr(5)  # 5 numbers
+RULE_HYPER = tl.constexpr(10)  # 3 numbers
+
+
+@triton.jit
+def is_active(t, tensor):
+    """Whether tensors have a gradient in this step."""
+    return tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
+
+
+@triton.jit
+def skipped(t, good):
+    """What is left alone: nothing, unless what is not finite is to be skipped."""
+    return tl.where(tl.load(t.config + SKIP) != 0, ~good, False)

@@ -1,0 +1,181 @@
+"""The passes over the elements, a program for each tile of one dtype.
+
+``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import add_step, finite, narrow, widen
+from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, skipped
+
+
+@triton.jit
+def _tile(t, order):
+    """The program's tile: its number, tensor, layer, first element, length; the tensor's row."""
+    tile = tl.load(order + tl.program_id(0))
+    at = t.tiles + tile * WIDTH
+    tensor = tl.load(at)
+    return (
+        tile,
+        tensor,
+        tl.load(at + 1),
+        tl.load(at + 2),
+        tl.load(at + 3),
+        t.tensors + tensor * WIDTH,
+    )
+
+
+@triton.jit
+def _addresses(
+    row, begin, count, STATES: tl.constexpr, DT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Addresses of weights, gradient, states; whether all can be read 16 bytes at a time."""
+    w = tl.load(row) + begin * (DT.primitive_bitwidth // 8)
+    g = tl.load(row + GRAD) + begin * (DT.primitive_bitwidth // 8)
+    s = ()
+    bits = w | g
+    for k in tl.static_range(STATES):
+        state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
+        s = s + (state,)
+        bits = bits | state
+    return w, g, s, (count == BLOCK) & (bits % 16 == 0)
+
+
+@triton.jit
+def _load(address, lane, inside, full, DT: tl.constexpr, T: tl.constexpr):
+    """Elements in the dtype of the arithmetic. Both ways end in one layout, hence in equal sums."""
+    p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
+    if full:
+        x = tl.load(tl.multiple_of(p, 16) + lane)
+    else:
+        x = tl.load(p + lane, mask=inside, other=0)
+    return widen(x) if DT == tl.bfloat16 else x.to(T)
+
+
+@triton.jit
+def _load_states(addresses, lane, inside, full, T: tl.constexpr):
+    s = ()
+    for k in tl.static_range(len(addresses)):
+        s = s + (_load(addresses[k], lane, inside, full, T, T),)
+    return s
+
+
+@triton.jit
+def _store(address, x, lane, inside, full, DT: tl.constexpr):
+    p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
+    y = narrow(x) if DT == tl.bfloat16 else x.to(DT)
+    if full:
+        tl.store(tl.multiple_of(p, 16) + lane, y)
+    else:
+        tl.store(p + lane, y, mask=inside)
+
+
+@triton.jit
+def _decayed(g, w, l2):
+    return tl.where(l2 != 0, g + w * l2.to(g.dtype), g)
+
+
+@triton.jit
+def measure(
+    t,
+    order,
+    MEASURES_WW: tl.constexpr,
+    RAW: tl.constexpr,
+    DT: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """First pass of a gradient rule: gg, and ww where the rule wants it."""
+    tile, _, layer, begin, count, row = _tile(t, order)
+    if tl.load(row + GRAD) != 0:
+        w_at, g_at, _, full = _addresses(row, begin, count, 0, DT, T, BLOCK)
+        lane, sums = tl.arange(0, BLOCK), t.sums + tile * WIDTH
+        inside = lane < count
+        g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+        l2 = tl.load(t.config + L2)
+        if RAW:  # parameters outside the layers are measured as they are used
+            l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
+        if MEASURES_WW or l2 != 0:
+            w = _load(w_at, lane, inside, full, DT, T)
+            g = _decayed(g, w, l2)
+            w = w.to(tl.float64)
+            tl.store(sums, tl.sum(w * w))
+        g = g.to(tl.float64)
+        tl.store(sums + 1, tl.sum(g * g))
+
+
+@triton.jit
+def advance(
+    t,
+    order,
+    ADVANCE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    STATES: tl.constexpr,
+    DT: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """First pass of an update rule: the new state, and all sums."""
+    tile, tensor, _, begin, count, row = _tile(t, order)
+    if tl.load(row + GRAD) != 0:
+        w_at, g_at, s_at, full = _addresses(row, begin, count, STATES, DT, T, BLOCK)
+        lane, sums = tl.arange(0, BLOCK), t.sums + tile * WIDTH
+        inside = lane < count
+        w = _load(w_at, lane, inside, full, DT, T)
+        raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+        old = _load_states(s_at, lane, inside, full, T)
+        g = _decayed(raw, w, tl.load(t.config + L2))
+        c = t.scalars + tensor * WIDTH
+        new = ADVANCE(g, old, c)
+        keep = skipped(t, finite(raw))
+        s = ()
+        for k in tl.static_range(STATES):  # an element with a bad gradient keeps its state
+            s = s + (tl.where(keep, old[k], new[k]),)
+            _store(s_at[k], s[k], lane, inside, full, T)
+        u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
+        w, g = w.to(tl.float64), g.to(tl.float64)
+        tl.store(sums, tl.sum(w * w))
+        tl.store(sums + 1, tl.sum(g * g))
+        tl.store(sums + 2, tl.sum(u * u))
+        tl.store(sums + 3, tl.sum(w * u))
+
+
+@triton.jit
+def apply(
+    t,
+    order,
+    ADVANCE: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    STATES: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURED: tl.constexpr,
+    DT: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``w <- a*w + b*u``, u formed from the state, which a gradient rule advances here."""
+    tile, tensor, layer, begin, count, row = _tile(t, order)
+    scale, sums = t.scales + layer * WIDTH, t.sums + tile * WIDTH
+    if (tl.load(row + GRAD) != 0) & (tl.load(scale + KEEP) == 0):
+        w_at, g_at, s_at, full = _addresses(row, begin, count, STATES, DT, T, BLOCK)
+        lane = tl.arange(0, BLOCK)
+        inside = lane < count
+        w = _load(w_at, lane, inside, full, DT, T)
+        g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+        s = _load_states(s_at, lane, inside, full, T)
+        g = _decayed(g, w, tl.load(t.config + L2))
+        c = t.scalars + tensor * WIDTH
+        if not UPDATE:
+            g = g * tl.load(scale).to(T)
+            s = ADVANCE(g, s, c)
+            for k in tl.static_range(STATES):
+                _store(s_at[k], s[k], lane, inside, full, T)
+        u = DIRECTION(g, s, c)
+        moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
+        _store(w_at, moved, lane, inside, full, DT)
+        if MEASURED and not UPDATE:
+            w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
+            tl.store(sums, tl.sum(w * w))
+            tl.store(sums + 2, tl.sum(u * u))
+            tl.store(sums + 3, tl.sum(w * u))

@@ -1,0 +1,105 @@
+"""The CUDA engine: the whole step in one launch on the current stream."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerlr import _C
+
+from . import native
+from .base import Hyper, PlanSpec
+
+
+class Tuning(NamedTuple):
+    """What a plan may choose freely, results being the same to the bit; 0: by the device."""
+
+    blocks: int = 0  # of the grid
+    hold: int = 0  # tiles of a layer that a block keeps on chip, at most
+    plain: bool = False  # measure, decide, apply and finish in a launch each
+
+
+_tuning = Tuning()
+
+
+@contextlib.contextmanager
+def tuning(**values: Any) -> Iterator[None]:
+    """Plans that are built within use these values of `Tuning`, for measurements and tests."""
+    global _tuning
+    before, _tuning = _tuning, Tuning(**values)
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+class CudaBackend:
+    """float32, float64, bfloat16, float16 and complex parameters in memory of an NVIDIA GPU.
+
+    Compute capability 8.0 and above. Nothing waits for the device: step counts and verdicts on
+    non-finite gradients stay there.
+    """
+
+    name = "cuda"
+    device = "cuda"
+
+    def engine(self) -> Any:
+        """The capsule with the kernels."""
+        from layerlr import _cuda
+
+        return _cuda.engine()
+
+    def missing(self) -> str | None:
+        """Why there are no kernels, or None."""
+        if importlib.util.find_spec("layerlr._cuda") is None:
+            return "was not built: install layerlr where nvcc is found"
+        return None
+
+    def unsupported(self, spec: PlanSpec) -> str | None:
+        """Why a case must go elsewhere."""
+        if spec.table.device.type != self.device or torch.version.hip:
+            return f"does not support parameters on {spec.table.device}"
+        return (
+            self.missing()
+            or native.unsupported(spec)
+            or native.counts_elsewhere(spec, spec.table.device)
+        )
+
+    def plan(self, spec: PlanSpec) -> CudaPlan:
+        """Plan for a supported case."""
+        return CudaPlan(spec, self)
+
+
+class CudaPlan:
+    """A plan with tables in device memory, built at its first step."""
+
+    def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
+        self.spec, self.name = spec, backend.name
+        self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of device memory that the plan keeps: O(layers) and 0.02 an element."""
+        return self._native.memory()
+
+    def prepare(self) -> bool:
+        """Read gradients and data pointers afresh; nothing reaches the device yet."""
+        return native.prepare(self._native, self.spec, self.name)
+
+    def step(self, h: Hyper) -> None:
+        """One launch, and one more for what changed since the last step."""
+        there = h.lr if isinstance(h.lr, Tensor) and h.lr.device.type != "cpu" else None
+        lr = 0.0 if there is not None else float(h.lr)
+        self._native.step(lr, there, h.weight_decay, h.decoupled, h.maximize, h.skip, h.direction)
+
+    @torch._disable_dynamo
+    def traced_step(self, h: Hyper) -> None:
+        """Outside the graph."""
+        if not self.prepare():
+            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
+        self.step(h)

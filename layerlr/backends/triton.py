@@ -1,0 +1,167 @@
+"""The Triton engine: one cached plan, a few small launches a step."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerlr.layers import Span, rows
+
+from . import native
+from .base import Hyper, PlanSpec
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets the kernels, on tensors in memory of the host."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonBackend:
+    """float32, float64, bfloat16, float16 and complex parameters in memory of a GPU."""
+
+    name = "triton"
+
+    def unsupported(self, spec: PlanSpec) -> str | None:
+        """Why a case must go elsewhere."""
+        device = spec.table.device
+        if device.type != ("cpu" if _interpreted() else "cuda"):
+            return f"does not support parameters on {device}"
+        if importlib.util.find_spec("triton") is None:
+            return "needs Triton: pip install triton"
+        return native.unsupported(spec) or native.counts_elsewhere(spec, device)
+
+    def plan(self, spec: PlanSpec) -> TritonPlan:
+        """Plan for a supported case."""
+        return TritonPlan(spec)
+
+
+class TritonPlan:
+    """Tables in device memory, of which a step writes again what changed."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        from layerlr import kernels  # imports Triton
+
+        self.spec, self._kernels = spec, kernels
+        self._native = native.live_plan(spec)
+        self._blocks = kernels.INTERPRETED if _interpreted() else kernels.Blocks()
+        device = spec.table.device
+        host = _tables(spec, self._blocks.elements, self._blocks.rows)
+        tables = {name: table.to(device) for name, table in host.items()}
+        self._tables = kernels.Tables(**tables, stats=spec.stats)
+        self._programs = len(host["tensors"]) // self._blocks.rows
+        self._known: dict[str, Tensor] = {}  # what was written last into the tables that change
+        dtypes = [str(p.dtype.to_real()).removeprefix("torch.") for p in spec.table.params]
+        names = list(dict.fromkeys(dtypes))
+        of_tiles = torch.tensor([names.index(d) for d in dtypes])[host["tiles"][:, 0]]
+        self._tiles = {
+            name: (of_tiles == k).nonzero().flatten().to(device) for k, name in enumerate(names)
+        }
+        self._launches = {measured: self._plan(measured) for measured in (False, True)}
+
+    def _plan(self, measured: bool) -> list[Any]:
+        """The launches of a step: kernel and grid, arguments, constants."""
+        direction, rule = self.spec.direction.name, self.spec.rule
+        name = "plain" if rule is None else rule.name
+        launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
+        return [
+            (
+                x.kernel[(self._programs if x.dtype is None else len(self._tiles[x.dtype]),)],
+                (self._tables,) if x.dtype is None else (self._tables, self._tiles[x.dtype]),
+                {**x.constants, **self._kernels.OPTIONS},
+            )
+            for x in launches
+        ]
+
+    def prepare(self) -> bool:
+        """Read gradients and data pointers afresh; nothing reaches the device yet."""
+        return native.prepare(self._native, self.spec, "triton")
+
+    def step(self, h: Hyper) -> None:
+        """Write the tables where they changed, and launch; the host does not wait."""
+        with torch.accelerator.device_index(self.spec.table.device.index):
+            self._write("tensors", self._native.rows())
+            self._write("radii", self._native.radii())
+            self._configure(h)
+            measured = self.spec.rule is not None or h.skip
+            for kernel, arguments, constants in self._launches[measured]:
+                kernel(*arguments, **constants)
+        self._native.finish()
+
+    @torch._disable_dynamo
+    def traced_step(self, h: Hyper) -> None:
+        """Outside the graph."""
+        if not self.prepare():
+            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
+        self.step(h)
+
+    def _configure(self, h: Hyper) -> None:
+        """Write the step's numbers, in the order of ``kernels.tables``."""
+        rule = () if self.spec.rule is None else self.spec.rule.hyper()
+        there = isinstance(h.lr, Tensor) and h.lr.device.type != "cpu"
+        lr = -math.inf if there else float(h.lr)  # it is copied on the device
+        decay = (0.0, h.weight_decay) if h.decoupled else (h.weight_decay, 0.0)
+        numbers = (lr, *decay, -1.0 if h.maximize else 1.0, float(h.skip))
+        values = (*numbers, *_fill(h.direction, 5), *_fill(rule, 3))
+        self._write("config", torch.tensor(values, dtype=torch.float64))
+        if there:
+            self._tables.config[:1].copy_(h.lr)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        """Bring a table up to date, in stream order."""
+        known = self._known.get(name)
+        if known is None or not torch.equal(known, value):
+            self._known[name] = value
+            table = getattr(self._tables, name)
+            value = value.pin_memory() if table.is_cuda else value
+            table[: len(value)].copy_(value, non_blocking=True)
+
+
+def _fill(values: tuple[float, ...], n: int) -> tuple[float, ...]:
+    return (*values, *(n - len(values)) * (0.0,))
+
+
+def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
+    """The tables of ``kernels.Tables``, those of tensors and layers in whole blocks of rows."""
+    table = spec.table
+    n = max(len(table.params), len(table.layers))
+    n += -n % multiple
+    tiles = torch.cat([_tiles(spec, s, block) for s in sorted(table.spans, key=lambda s: s.layer)])
+    layers, parts = torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8, dtype=torch.int64)
+    owners = torch.tensor([(s.tensor, s.layer) for s in table.spans])
+    for ranges, members in ((layers, tiles[:, 1]), (parts, owners[:, 0])):
+        sizes = members.bincount(minlength=n)
+        ranges[:, 1] = sizes.cumsum(0)
+        ranges[:, 0] = ranges[:, 1] - sizes
+    layers[: len(table.layers), 2] = torch.tensor(table.ruled)
+    lr_scale = torch.zeros(n, dtype=torch.float64)
+    lr_scale[: len(table.layers)] = torch.tensor(table.lr_scale, dtype=torch.float64)
+    return {
+        "tensors": torch.zeros(n, 8, dtype=torch.int64),
+        "tiles": tiles,
+        "layers": layers,
+        "parts": parts,
+        "owners": owners[:, 1].contiguous(),
+        "lr_scale": lr_scale,
+        "radii": torch.zeros(n, dtype=torch.int64),
+        "config": torch.zeros(13, dtype=torch.float64),
+        "scalars": torch.zeros(n, 8, dtype=torch.float64),
+        "sums": torch.zeros(len(tiles), 8, dtype=torch.float64),
+        "scales": torch.zeros(n, 8, dtype=torch.float64),
+    }
+
+
+def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
+    """Rows of the tiles of a span; an empty one has an empty tile, since it takes part too."""
+    p = spec.table.params[span.tensor]
+    row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+    begin, end = span.begin * row, span.end * row
+    first = torch.arange(begin, max(end, begin + 1), block)
+    tiles = torch.zeros(len(first), 8, dtype=torch.int64)
+    tiles[:, 0], tiles[:, 1], tiles[:, 2] = span.tensor, span.layer, first
+    tiles[:, 3] = (end - first).clamp(max=block)
+    return tiles

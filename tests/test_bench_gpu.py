@@ -1,0 +1,302 @@
+"""The benchmarks on a GPU, as far as they can be seen without one: timer, goals, script."""
+
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import (
+    goals,
+    measure,
+    memory,
+    peers,
+    repeat,
+    report,
+    sanitize_step,
+    shapes,
+    small,
+    step_time,
+    summary,
+    timing,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Device:
+    """A device that a made-up clock drives: the host is quick, the device does 5 s of work."""
+
+    def __init__(self):
+        self.clock, self.busy_until, self.log = 0.0, 0.0, []
+
+    def enqueue(self, seconds, word):
+        self.busy_until = max(self.busy_until, self.clock) + seconds
+        self.log.append(word)
+
+    def synchronize(self):
+        self.clock = max(self.clock, self.busy_until)
+        self.log.append("wait")
+
+    def event(self):
+        return Event(self)
+
+    def step(self):
+        self.clock += 2.0  # before the device gets to see any of it
+        self.enqueue(5.0, "step")
+
+    def timer(self):
+        return timing.EventTimer(
+            event=self.event,
+            synchronize=self.synchronize,
+            occupy=lambda seconds: self.enqueue(seconds, "occupy"),
+            flush=lambda: self.enqueue(1.0, "flush"),
+            now=lambda: self.clock,
+        )
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.at = max(self.device.busy_until, self.device.clock)
+        self.device.log.append("event")
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+def test_device_time_is_apart_from_the_host_s():
+    device = Device()
+    sample = device.timer()(device.step, 3)
+    # Were the device not kept busy, it would show the host's two seconds as its own.
+    assert sample == (pytest.approx(5.0), pytest.approx(2.0))
+    assert device.log[:6] == ["wait", "step"] * 3
+    assert device.log[6:] == ["flush", "occupy", "event", "step", "event", "wait"] * 3
+
+
+def test_contenders_of_a_gpu():
+    every = peers.contenders("adam", ["cuda", "triton"], "cuda")
+    names = {c.name: c for c in every}
+    assert len(names) == len(every)
+    for name in ("layerlr AdamW None", "layerlr Adam singh", "layerlr Adam layca"):
+        assert names[name].backend == "cuda"
+        assert names[f"{name} triton"].backend == "triton"
+    assert "timm Lamb foreach" in names and "timm Lamb loop" not in names
+    for model, expected in (
+        ("resnet50", {"AdamW None", "Adam singh", "Adam layca", "AdamW lamb"}),
+        ("gpt2_xl", {"AdamW lamb"}),
+        ("tiny300", set()),
+    ):
+        chosen = [c.name for c in step_time.choose("adam", model, None, ["cuda"], "cuda")]
+        assert {f"layerlr {name} reference" for name in expected} == {
+            name for name in chosen if name.endswith("reference")
+        }
+        assert "layerlr AdamW lamb" in chosen
+
+
+def gpu_rows(slower=1.0, host_us=0.2, extra=0, leave_out=()):
+    """A made-up run on a GPU that copies 4 TB/s and where ours reach 95% of it, over `slower`."""
+    rows = []
+    for model in shapes.DEFAULTS["cuda"]:
+        _, tensors, count = shapes.MODELS[model]
+        for family in peers.BASELINES:
+            for c in peers.contenders(family, ["cuda"], "cuda"):
+                if c.name in leave_out or model in leave_out:
+                    continue
+                once, two = (
+                    c.once_bytes_per_param(torch.float32),
+                    c.bytes_per_param(torch.float32),
+                )
+                moved = (once if model in goals.GPU_ONCE else two) or once or 100
+                seconds = moved * count / (0.95 * 4e12)
+                base = (20 if family == "sgd" else 28) * count / (0.95 * 4e12)
+                if c.package == "layerlr":
+                    seconds *= 20 if c.backend == "reference" else slower
+                speed = 4000.0 if c.name == "memory copy" else None
+                spread = timing.Spread(seconds, seconds, seconds)
+                ratio = timing.Spread(*[seconds / base] * 3)
+                host = timing.Spread(*[host_us * 1e-6 * tensors] * 3)
+                rows.append(
+                    report.Row(
+                        *(model, tensors, count, "float32", family, c.name, c.package, c.rule),
+                        *(spread, None if c.package == "memory" else ratio, two, speed, None),
+                        *(None, 9, 1, c.backend, once, host, extra),
+                    )
+                )
+    return rows
+
+
+def parts(rows):
+    """The word of each part's line."""
+    found = goals.gpu_verdicts(rows)
+    lines = [goals.summary(part, found) for part in goals.GPU_PARTS]
+    assert all(line.startswith(f"goal ({part})") for part, line in zip("abcde", lines))
+    return [line[9:].partition("  ")[0].strip() for line in lines]
+
+
+def test_gpu_goals_met():
+    assert parts(gpu_rows()) == ["met"] * 5
+    found = goals.gpu_verdicts(gpu_rows())
+    assert goals.lines(found) == [goals.summary(part, found) for part in goals.GPU_PARTS]
+    assert "40 met; worst: resnet50 layerlr SGD None" in goals.summary("a", found)
+
+
+def test_gpu_goals_missed():
+    assert parts(gpu_rows(slower=1.04)) == ["met", "MISSED", "met", "met", "met"]
+    assert parts(gpu_rows(slower=1.5))[:3] == ["MISSED"] * 3
+    assert parts(gpu_rows(host_us=0.31)) == ["met"] * 3 + ["MISSED", "met"]
+    assert parts(gpu_rows(extra=2 << 20)) == ["met"] * 4 + ["MISSED"]
+    found = goals.gpu_verdicts(gpu_rows(host_us=0.31))
+    missed = [line for line in goals.lines(found) if line.startswith("MISSED")]
+    assert len(missed) == 3 * len(goals.GPU_OURS)
+    assert "0.310 <= 0.30" in missed[0]
+
+
+def test_gpu_goals_not_measured():
+    assert parts([]) == ["not measured"] * 5
+    assert parts(gpu_rows(leave_out=goals.GPU_OURS)) == ["not measured"] * 5
+    half = [replace(row, dtype="bfloat16") for row in gpu_rows()]
+    assert parts(half) == ["not measured"] * 5, "the goals are stated for float32"
+    assert parts(gpu_rows(leave_out=["llama3_8b"])) == ["met so far"] * 3 + ["met", "met so far"]
+    # A peer that is not there takes its comparison along, no more.
+    found = goals.gpu_verdicts(gpu_rows(leave_out=["timm Lars foreach"]))
+    assert goals.summary("c", found).startswith("goal (c) met so far")
+    assert "27 met, 5 not measured" in goals.summary("c", found)
+
+
+def test_gpu_limits_follow_the_bytes():
+    limits = goals.GPU_RATIO_LIMITS
+    assert limits["vit_b"]["layerlr SGD layca"] == 1.0
+    assert limits["gpt2_xl"]["layerlr SGD layca"] == pytest.approx(1.05 * 1.4)
+    assert limits["llama3_8b"]["layerlr AdamW lamb"] == pytest.approx(1.5)
+
+
+def test_verdicts_from_a_file(tmp_path, capsys):
+    out = tmp_path / "run.json"
+    report.write(out, report.Result({"gpu": "a GPU", "cpu": "a CPU", "torch": "2"}, gpu_rows()))
+    assert len(report.read(out).rows) == len(gpu_rows())
+    goals.main([str(out)])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line[:13] for line in printed] == [f"goal ({part}) met " for part in "abcde"]
+    goals.main([str(tmp_path / "missing.json")])
+    assert capsys.readouterr().out.count("not measured") >= 5
+    summary.main([str(out), str(tmp_path / "run.md")])
+    page = (tmp_path / "run.md").read_text()
+    assert "### llama3_8b, float32" in page and "The copy moves 4,000 GB/s." in page
+
+
+def test_models_too_large_run_one_after_the_other(monkeypatch, capsys):
+    made: list[weakref.ref] = []
+
+    def build(params):
+        assert all(ref() is None for ref in made), "a contender before is still there"
+        made.append(weakref.ref(optimizer := torch.optim.SGD(params, lr=1e-3)))
+        return optimizer
+
+    rows = [peers.Contender(n, "torch", build) for n in ("torch SGD fused", "other")]
+    monkeypatch.setattr(step_time, "contenders", lambda *_: rows)
+    monkeypatch.setattr(memory, "fit_together", lambda *_: False)
+    result = step_time.run(["tiny128"], families=["sgd"], repeats=2)
+    assert len(made) == 2 and not result.left_out
+    assert [row.interleaved for row in result.rows] == [False, False]
+    assert "one after the other" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 50 << 10)
+    result = step_time.run(["tiny300"], families=["adam"], repeats=1, only="AdamW loop")
+    assert result.left_out == {"tiny300: all of adam": "needs 0.0 GB at least, 0.0 GB are free"}
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    ours, torchs = peers.contenders("adam", ["cuda"], "cuda")[8], peers.contenders("adam")[0]
+    assert memory.weights_bytes(10, half) == 40
+    assert memory.own_bytes(ours, "adam", 10, half) == 80
+    assert memory.own_bytes(torchs, "adam", 10, half) == 40
+    assert not memory.fit_together([ours, torchs], "adam", 1 << 30, torch.float32, cuda)
+    assert memory.shortage(51 << 10, cuda) and not memory.shortage(50 << 10, cuda)
+
+
+def test_host_time_is_shown_apart(monkeypatch):
+    monkeypatch.setattr(measure, "timer_for", lambda *_: lambda step, n: timing.Sample(2e-3, 3e-4))
+    result = step_time.run(["tiny128"], families=["sgd"], repeats=2, only="foreach")
+    (row,) = [row for row in result.rows if row.contender == "torch SGD foreach"]
+    assert row.host_seconds == timing.Spread(3e-4, 3e-4, 3e-4)
+    text = report.table(result.rows)
+    assert "host us/tensor" in text and "300.0" in text and " 2.344" in text
+
+
+def test_repeatability_is_checked(capsys, monkeypatch):
+    where = ["--backend", "cpu", "--device", "cpu", "--shapes", "small", "--dtypes", "float32"]
+    assert repeat.main([*where, "--runs", "2"]) == 0
+    assert "13 of 13 the same to the bit over 2 runs" in capsys.readouterr().out
+    turn = iter(range(100))
+    step = small.step
+
+    def unsteady(case, params, *more):
+        optimizer = step(case, params, *more)
+        params[0].data[0] += 1e-3 * next(turn)
+        return optimizer
+
+    monkeypatch.setattr(repeat, "step", unsteady)
+    monkeypatch.setattr(repeat, "CASES", small.CASES[:1])
+    assert repeat.main([*where, "--runs", "2"]) == 1
+    assert "DIFFERS small float32 SGD no rule momentum=0.9: run 1" in capsys.readouterr().out
+
+
+def test_variants_of_the_cuda_engine():
+    variants = repeat.variants("cuda")
+    assert len({name for name, _, _ in variants}) == len(variants) > 4
+    for _, held, _ in variants:
+        with held():  # the engine knows every choice
+            pass
+
+
+def test_sanitized_steps_run(capsys):
+    assert sanitize_step.main(["--backend", "cpu", "--device", "cpu", "--steps", "1"]) == 0
+    assert "26 steps" in capsys.readouterr().out
+
+
+def test_small_tensors_lie_back_to_back():
+    buffer = small.Buffer(small.SMALL, torch.float32, "cpu")
+    params = buffer.params(shift=1)
+    assert [tuple(p.shape) for p in params] == list(small.SMALL)
+    ends = [p.storage_offset() + p.numel() for p in params]
+    assert [p.storage_offset() for p in params] == [1, *ends[:-1]]
+    plain = buffer.params()
+    assert all(torch.equal(a, b) and torch.equal(a.grad, b.grad) for a, b in zip(params, plain))
+
+
+def bash(*arguments, **environment):
+    if shutil.which("bash") is None:
+        pytest.skip("there is no bash")
+    command = ["bash", *arguments]
+    # The package under test may be an installed one, beside which there is no bench folder.
+    where = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+
+
+def test_gpu_script_is_bash():
+    assert bash("-n", "bench/gpu.sh").returncode == 0
+
+
+def test_gpu_script_s_dry_run():
+    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("no CUDA device: stopped here\n")
+    modules = ("step_time", "roofline", "summary", "repeat", "sanitize_step", "goals")
+    for module in modules:
+        assert f"bench.{module} imports and reads its arguments" in done.stdout
+    for stage in ("build", "tests", "memory check", "race check", "repeatability", "step times"):
+        assert f"== {stage} (" in done.stdout
+    assert "pip install" in done.stdout and "--tool racecheck" in done.stdout
+
+
+def test_gpu_script_refuses_what_it_does_not_know():
+    done = bash("bench/gpu.sh", "--fast")
+    assert done.returncode == 2 and "--dry-run" in done.stdout
