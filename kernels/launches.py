@@ -16,13 +16,14 @@ from .tiles import advance, apply, measure
 class Blocks(NamedTuple):
     """What one program works on. The bits of the sums depend on it: there is no tuning."""
 
-    elements: int = 2048
-    rows: int = 1  # tensors and layers
+    tiles: int = 1
+    elements: int = 2048  # of a tile
+    rows: int = 1  # of tensors and of layers
     slots: int = 1024  # tiles of a layer whose sums are added side by side
 
 
-#: the interpreter takes its time for each operation, on however many elements
-INTERPRETED = Blocks(elements=4096, rows=16, slots=8)
+#: the interpreter takes its time for each operation, however many elements it is on
+INTERPRETED = Blocks(tiles=8, elements=512, rows=16, slots=32)
 
 #: no fused multiply-add that is not written
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -65,4 +66,5 @@ def launches(
 
 def _of(dtype: str, blocks: Blocks) -> dict[str, Any]:
     arithmetic = tl.float64 if dtype == "float64" else tl.float32
-    return {"DT": getattr(tl, dtype), "T": arithmetic, "BLOCK": blocks.elements}
+    sizes = {"TILES": blocks.tiles, "BLOCK": blocks.elements}
+    return {"DT": getattr(tl, dtype), "T": arithmetic, **sizes}

@@ -1,6 +1,7 @@
-"""The passes over the elements, a program for each tile of one dtype.
+"""The passes over the elements; a program takes TILES tiles of one dtype side by side.
 
-``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic.
+``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic. What is one for
+each tile is a column, [TILES, 1], elements are [TILES, BLOCK].
 """
 
 import triton
@@ -11,26 +12,29 @@ from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, skipped
 
 
 @triton.jit
-def _tile(t, order):
-    """The program's tile: its number, tensor, layer, first element, length; the tensor's row."""
-    tile = tl.load(order + tl.program_id(0))
+def _tiles(t, order, TILES: tl.constexpr):
+    """Numbers of the program's tiles, their tensor, layer, first element and length."""
+    tile = tl.load(order + tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None])
     at = t.tiles + tile * WIDTH
     tensor = tl.load(at)
-    return (
-        tile,
-        tensor,
-        tl.load(at + 1),
-        tl.load(at + 2),
-        tl.load(at + 3),
-        t.tensors + tensor * WIDTH,
-    )
+    active = tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
+    count = tl.where(active, tl.load(at + 3), 0)  # else there is nothing to do
+    return tile, tensor, tl.load(at + 1), tl.load(at + 2), count
 
 
 @triton.jit
 def _addresses(
-    row, begin, count, STATES: tl.constexpr, DT: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr
+    t,
+    tensor,
+    begin,
+    count,
+    STATES: tl.constexpr,
+    DT: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Addresses of weights, gradient, states; whether all can be read 16 bytes at a time."""
+    row = t.tensors + tensor * WIDTH
     w = tl.load(row) + begin * (DT.primitive_bitwidth // 8)
     g = tl.load(row + GRAD) + begin * (DT.primitive_bitwidth // 8)
     s = ()
@@ -39,7 +43,7 @@ def _addresses(
         state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
         s = s + (state,)
         bits = bits | state
-    return w, g, s, (count == BLOCK) & (bits % 16 == 0)
+    return w, g, s, tl.max((bits % 16) + (BLOCK - count)) == 0
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def _load(address, lane, inside, full, DT: tl.constexpr, T: tl.constexpr):
     """Elements in the dtype of the arithmetic. Both ways end in one layout, hence in equal sums."""
     p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
     if full:
-        x = tl.load(tl.multiple_of(p, 16) + lane)
+        x = tl.load(tl.multiple_of(p, (16, 16)) + lane)
     else:
         x = tl.load(p + lane, mask=inside, other=0)
     return widen(x) if DT == tl.bfloat16 else x.to(T)
@@ -66,7 +70,7 @@ def _store(address, x, lane, inside, full, DT: tl.constexpr):
     p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
     y = narrow(x) if DT == tl.bfloat16 else x.to(DT)
     if full:
-        tl.store(tl.multiple_of(p, 16) + lane, y)
+        tl.store(tl.multiple_of(p, (16, 16)) + lane, y)
     else:
         tl.store(p + lane, y, mask=inside)
 
@@ -77,6 +81,11 @@ def _decayed(g, w, l2):
 
 
 @triton.jit
+def _sum(product):
+    return tl.sum(product, 1, keep_dims=True)
+
+
+@triton.jit
 def measure(
     t,
     order,
@@ -84,25 +93,26 @@ def measure(
     RAW: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """First pass of a gradient rule: gg, and ww where the rule wants it."""
-    tile, _, layer, begin, count, row = _tile(t, order)
-    if tl.load(row + GRAD) != 0:
-        w_at, g_at, _, full = _addresses(row, begin, count, 0, DT, T, BLOCK)
-        lane, sums = tl.arange(0, BLOCK), t.sums + tile * WIDTH
-        inside = lane < count
-        g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
-        l2 = tl.load(t.config + L2)
+    tile, tensor, layer, begin, count = _tiles(t, order, TILES)
+    w_at, g_at, _, full = _addresses(t, tensor, begin, count, 0, DT, T, BLOCK)
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = lane < count
+    sums = t.sums + tile * WIDTH
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    l2 = tl.load(t.config + L2)
+    if MEASURES_WW or l2 != 0:
+        w = _load(w_at, lane, inside, full, DT, T)
         if RAW:  # parameters outside the layers are measured as they are used
             l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
-        if MEASURES_WW or l2 != 0:
-            w = _load(w_at, lane, inside, full, DT, T)
-            g = _decayed(g, w, l2)
-            w = w.to(tl.float64)
-            tl.store(sums, tl.sum(w * w))
-        g = g.to(tl.float64)
-        tl.store(sums + 1, tl.sum(g * g))
+        g = _decayed(g, w, l2)
+        w = w.to(tl.float64)
+        tl.store(sums, _sum(w * w))
+    g = g.to(tl.float64)
+    tl.store(sums + 1, _sum(g * g))
 
 
 @triton.jit
@@ -114,31 +124,32 @@ def advance(
     STATES: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """First pass of an update rule: the new state, and all sums."""
-    tile, tensor, _, begin, count, row = _tile(t, order)
-    if tl.load(row + GRAD) != 0:
-        w_at, g_at, s_at, full = _addresses(row, begin, count, STATES, DT, T, BLOCK)
-        lane, sums = tl.arange(0, BLOCK), t.sums + tile * WIDTH
-        inside = lane < count
-        w = _load(w_at, lane, inside, full, DT, T)
-        raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
-        old = _load_states(s_at, lane, inside, full, T)
-        g = _decayed(raw, w, tl.load(t.config + L2))
-        c = t.scalars + tensor * WIDTH
-        new = ADVANCE(g, old, c)
-        keep = skipped(t, finite(raw))
-        s = ()
-        for k in tl.static_range(STATES):  # an element with a bad gradient keeps its state
-            s = s + (tl.where(keep, old[k], new[k]),)
-            _store(s_at[k], s[k], lane, inside, full, T)
-        u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
-        w, g = w.to(tl.float64), g.to(tl.float64)
-        tl.store(sums, tl.sum(w * w))
-        tl.store(sums + 1, tl.sum(g * g))
-        tl.store(sums + 2, tl.sum(u * u))
-        tl.store(sums + 3, tl.sum(w * u))
+    tile, tensor, _, begin, count = _tiles(t, order, TILES)
+    w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = lane < count
+    w = _load(w_at, lane, inside, full, DT, T)
+    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    old = _load_states(s_at, lane, inside, full, T)
+    g = _decayed(raw, w, tl.load(t.config + L2))
+    c = t.scalars + tensor * WIDTH
+    new = ADVANCE(g, old, c)
+    keep = skipped(t, finite(raw))
+    s = ()
+    for k in tl.static_range(STATES):  # an element with a bad gradient keeps its state
+        s = s + (tl.where(keep, old[k], new[k]),)
+        _store(s_at[k], s[k], lane, inside, full, T)
+    u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
+    w, g = w.to(tl.float64), g.to(tl.float64)
+    sums = t.sums + tile * WIDTH
+    tl.store(sums, _sum(w * w))
+    tl.store(sums + 1, _sum(g * g))
+    tl.store(sums + 2, _sum(u * u))
+    tl.store(sums + 3, _sum(w * u))
 
 
 @triton.jit
@@ -152,30 +163,32 @@ def apply(
     MEASURED: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``w <- a*w + b*u``, u formed from the state, which a gradient rule advances here."""
-    tile, tensor, layer, begin, count, row = _tile(t, order)
-    scale, sums = t.scales + layer * WIDTH, t.sums + tile * WIDTH
-    if (tl.load(row + GRAD) != 0) & (tl.load(scale + KEEP) == 0):
-        w_at, g_at, s_at, full = _addresses(row, begin, count, STATES, DT, T, BLOCK)
-        lane = tl.arange(0, BLOCK)
-        inside = lane < count
-        w = _load(w_at, lane, inside, full, DT, T)
-        g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
-        s = _load_states(s_at, lane, inside, full, T)
-        g = _decayed(g, w, tl.load(t.config + L2))
-        c = t.scalars + tensor * WIDTH
-        if not UPDATE:
-            g = g * tl.load(scale).to(T)
-            s = ADVANCE(g, s, c)
-            for k in tl.static_range(STATES):
-                _store(s_at[k], s[k], lane, inside, full, T)
-        u = DIRECTION(g, s, c)
-        moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
-        _store(w_at, moved, lane, inside, full, DT)
-        if MEASURED and not UPDATE:
-            w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
-            tl.store(sums, tl.sum(w * w))
-            tl.store(sums + 2, tl.sum(u * u))
-            tl.store(sums + 3, tl.sum(w * u))
+    tile, tensor, layer, begin, count = _tiles(t, order, TILES)
+    scale = t.scales + layer * WIDTH
+    count = tl.where(tl.load(scale + KEEP) == 0, count, 0)
+    w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = lane < count
+    w = _load(w_at, lane, inside, full, DT, T)
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    s = _load_states(s_at, lane, inside, full, T)
+    g = _decayed(g, w, tl.load(t.config + L2))
+    c = t.scalars + tensor * WIDTH
+    if not UPDATE:
+        g = g * tl.load(scale).to(T)
+        s = ADVANCE(g, s, c)
+        for k in tl.static_range(STATES):
+            _store(s_at[k], s[k], lane, inside, full, T)
+    u = DIRECTION(g, s, c)
+    moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
+    _store(w_at, moved, lane, inside, full, DT)
+    if MEASURED and not UPDATE:
+        w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
+        sums = t.sums + tile * WIDTH
+        tl.store(sums, _sum(w * w))
+        tl.store(sums + 2, _sum(u * u))
+        tl.store(sums + 3, _sum(w * u))

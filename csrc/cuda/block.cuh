@@ -66,7 +66,7 @@ struct Block {
     cursor.now = args.runs[cursor.run];
     cursor.row = args.rows[cursor.now.tensor];
     cursor.g = args.grads[cursor.now.tensor];
-    cursor.t = coming_step(cursor.row);
+    cursor.t = cursor.g ? coming_step(cursor.row) : 0;  // a row without gradient may be empty
     cursor.layer = args.segment[cursor.now.segment].layer;
     const RuleInfo info = rule_of(cursor.layer);
     cursor.measures_w = info.measures_ww || (l2() != 0 && !info.raw_gradient);

@@ -53,13 +53,10 @@ class TritonPlan:
         host = _tables(spec, self._blocks.elements, self._blocks.rows)
         tables = {name: table.to(device) for name, table in host.items()}
         self._tables = kernels.Tables(**tables, stats=spec.stats)
-        self._programs = len(host["tensors"]) // self._blocks.rows
         self._known: dict[str, Tensor] = {}  # what was written last into the tables that change
-        dtypes = [str(p.dtype.to_real()).removeprefix("torch.") for p in spec.table.params]
-        names = list(dict.fromkeys(dtypes))
-        of_tiles = torch.tensor([names.index(d) for d in dtypes])[host["tiles"][:, 0]]
         self._tiles = {
-            name: (of_tiles == k).nonzero().flatten().to(device) for k, name in enumerate(names)
+            name: tiles.to(device)
+            for name, tiles in _by_dtype(spec, host["tiles"], self._blocks.tiles).items()
         }
         self._launches = {measured: self._plan(measured) for measured in (False, True)}
 
@@ -68,14 +65,16 @@ class TritonPlan:
         direction, rule = self.spec.direction.name, self.spec.rule
         name = "plain" if rule is None else rule.name
         launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
-        return [
-            (
-                x.kernel[(self._programs if x.dtype is None else len(self._tiles[x.dtype]),)],
-                (self._tables,) if x.dtype is None else (self._tables, self._tiles[x.dtype]),
-                {**x.constants, **self._kernels.OPTIONS},
+        plan = []
+        for x in launches:
+            programs, arguments = len(self._tables.tensors) // self._blocks.rows, [self._tables]
+            if x.dtype is not None:
+                programs = len(self._tiles[x.dtype]) // self._blocks.tiles
+                arguments.append(self._tiles[x.dtype])
+            plan.append(
+                (x.kernel[(programs,)], arguments, {**x.constants, **self._kernels.OPTIONS})
             )
-            for x in launches
-        ]
+        return plan
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh; nothing reaches the device yet."""
@@ -130,9 +129,10 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     table = spec.table
     n = max(len(table.params), len(table.layers))
     n += -n % multiple
-    tiles = torch.cat([_tiles(spec, s, block) for s in sorted(table.spans, key=lambda s: s.layer)])
-    layers, parts = torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8, dtype=torch.int64)
+    spans = sorted(table.spans, key=lambda s: s.layer)
+    tiles = torch.cat([_tiles(spec, span, block) for span in spans])
     owners = torch.tensor([(s.tensor, s.layer) for s in table.spans])
+    layers, parts = torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8, dtype=torch.int64)
     for ranges, members in ((layers, tiles[:, 1]), (parts, owners[:, 0])):
         sizes = members.bincount(minlength=n)
         ranges[:, 1] = sizes.cumsum(0)
@@ -142,7 +142,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     lr_scale[: len(table.layers)] = torch.tensor(table.lr_scale, dtype=torch.float64)
     return {
         "tensors": torch.zeros(n, 8, dtype=torch.int64),
-        "tiles": tiles,
+        "tiles": torch.cat([tiles, torch.zeros(1, 8, dtype=torch.int64)]),
         "layers": layers,
         "parts": parts,
         "owners": owners[:, 1].contiguous(),
@@ -150,7 +150,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "radii": torch.zeros(n, dtype=torch.int64),
         "config": torch.zeros(13, dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
-        "sums": torch.zeros(len(tiles), 8, dtype=torch.float64),
+        "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),
         "scales": torch.zeros(n, 8, dtype=torch.float64),
     }
 
@@ -165,3 +165,16 @@ def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
     tiles[:, 0], tiles[:, 1], tiles[:, 2] = span.tensor, span.layer, first
     tiles[:, 3] = (end - first).clamp(max=block)
     return tiles
+
+
+def _by_dtype(spec: PlanSpec, tiles: Tensor, multiple: int) -> dict[str, Tensor]:
+    """Numbers of the tiles of each dtype, filled up with that of the last, which is empty."""
+    of_params = [str(p.dtype.to_real()).removeprefix("torch.") for p in spec.table.params]
+    dtypes = list(dict.fromkeys(of_params))
+    of_tiles = torch.tensor([dtypes.index(d) for d in of_params])[tiles[:-1, 0]]
+    found = {}
+    for k, dtype in enumerate(dtypes):
+        numbers = (of_tiles == k).nonzero().flatten()
+        empty = numbers.new_full((-len(numbers) % multiple,), len(tiles) - 1)
+        found[dtype] = torch.cat([numbers, empty])
+    return found
