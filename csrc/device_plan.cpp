@@ -85,7 +85,8 @@ void DevicePlan::build(bool measured) {
   rows_at_ = fresh.put(p.tensors.size() * sizeof(DeviceRow));
   fresh_ = at::empty({int64_t(fresh.bytes)}, there);
   now_.assign(fresh.bytes, 0);
-  there_.clear();
+  there_.assign(fresh.bytes, 0);
+  unknown_ = true;
 
   args_.direction = p.direction;
   args_.rule = p.rule;
@@ -152,24 +153,32 @@ void DevicePlan::fill(const StepConfig& c) {
   }
 }
 
-void DevicePlan::upload(void* stream) {
+/// Send the bytes [begin, end) that are not there yet.
+void DevicePlan::upload(size_t begin, size_t end, bool all, void* stream) {
   char* to = static_cast<char*>(fresh_.data_ptr());
-  const bool all = there_.empty();
-  there_.resize(now_.size());
   const auto differs = [&](size_t at) {
-    return all || std::memcmp(&now_[at], &there_[at], std::min(page, now_.size() - at)) != 0;
+    return all || std::memcmp(&now_[at], &there_[at], std::min(page, end - at)) != 0;
   };
-  for (size_t at = 0; at < now_.size();) {
+  for (size_t at = begin; at < end;) {
     if (!differs(at)) {
       at += page;
       continue;
     }
-    const size_t begin = at;
-    while (at < now_.size() && differs(at)) at += page;
-    const size_t n = std::min(at, now_.size()) - begin;
-    check(engine_->upload(to + begin, &now_[begin], n, device().index(), stream));
-    std::memcpy(&there_[begin], &now_[begin], n);
+    const size_t first = at;
+    while (at < end && differs(at)) at += page;
+    const size_t n = std::min(at, end) - first;
+    check(engine_->upload(to + first, &now_[first], n, device().index(), stream));
+    std::memcpy(&there_[first], &now_[first], n);
   }
+}
+
+/// A graph brings its own pointers along, as steps outside may put others there in between, but
+/// hyper-parameters only where they have changed: else it reads those that are there when it runs.
+void DevicePlan::upload(void* stream) {
+  const bool graph = engine_->capturing(stream);
+  upload(0, grads_at_, unknown_, stream);
+  upload(grads_at_, now_.size(), unknown_ || graph, stream);
+  unknown_ = graph;  // what a graph sends arrives when it runs
 }
 
 void DevicePlan::step(const StepConfig& config, const std::optional<at::Tensor>& lr) {

@@ -21,6 +21,7 @@ class DevicePlan : public LivePlan {
   void build(bool measured);
   void fill(const StepConfig& config);
   void upload(void* stream);
+  void upload(size_t begin, size_t end, bool all, void* stream);
   void* stream() const;
   void check(const char* error) const;
 
@@ -31,7 +32,8 @@ class DevicePlan : public LivePlan {
   Schedule schedule_;
   StepArgs args_{};
   at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
-  std::vector<char> now_, there_;       // fresh_ as it should be, and as it is
+  std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
+  bool unknown_ = true;
   size_t grads_at_ = 0, presence_at_ = 0, radii_at_ = 0, rows_at_ = 0;
 };
 

@@ -10,14 +10,13 @@
 """
 
 from .directions import DIRECTIONS
-from .launches import INTERPRETED, OPTIONS, Blocks, Launch, launches
+from .launches import INTERPRETED, Blocks, Launch, launches
 from .rules import RULES
 from .tables import Tables
 
 __all__ = [
     "DIRECTIONS",
     "INTERPRETED",
-    "OPTIONS",
     "RULES",
     "Blocks",
     "Launch",

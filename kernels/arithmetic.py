@@ -79,16 +79,15 @@ def _product(x, x_low, y, y_low):
 @triton.jit
 def power(x, n):
     """``x^n`` for whole n >= 0, float64: by squaring in twice the precision, then rounded."""
+    square = x + tl.zeros_like(n)
+    square_low = tl.zeros_like(square)
+    result = square_low + 1.0
+    low = square_low
     k = n.to(tl.int64)
-    square = tl.zeros_like(n) + x
-    square_low = tl.zeros_like(n)
-    result = tl.zeros_like(n) + 1.0
-    low = tl.zeros_like(n)
     while tl.max(k) > 0:
-        odd = (k & 1) == 1
         more, more_low = _product(result, low, square, square_low)
-        result = tl.where(odd, more, result)
-        low = tl.where(odd, more_low, low)
+        odd = (k & 1) == 1
+        result, low = tl.where(odd, more, result), tl.where(odd, more_low, low)
         square, square_low = _product(square, square_low, square, square_low)
         k = k >> 1
     return result + low

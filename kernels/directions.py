@@ -188,9 +188,11 @@ def _centered_momentum_advance(g, s, c):
 def _adam_scalars(h, t):
     """``beta1, gain, beta2, 1 - beta2, eps, 1/(1 - beta1^t), 1/sqrt(1 - beta2^t)``."""
     beta1, beta2 = tl.load(h), tl.load(h + 1)
+    both = tl.load(h + tl.arange(0, 2))[None, :]
+    power1, power2 = tl.split(power(both, t[:, None]))
     corrects = tl.load(h + 3) != 0
-    unbias1 = tl.where(corrects, 1.0 / (1.0 - power(beta1, t)), 1.0)
-    unbias2 = tl.where(corrects, 1.0 / root(1.0 - power(beta2, t)), 1.0)
+    unbias1 = tl.where(corrects, 1.0 / (1.0 - power1), 1.0)
+    unbias2 = tl.where(corrects, 1.0 / root(1.0 - power2), 1.0)
     gain = tl.where(tl.load(h + 4) != 0, 1.0 - beta1, 1.0)
     return beta1, gain, beta2, 1.0 - beta2, tl.load(h + 2), unbias1, unbias2
 

@@ -25,9 +25,6 @@ class Blocks(NamedTuple):
 #: the interpreter takes its time for each operation, however many elements it is on
 INTERPRETED = Blocks(tiles=8, elements=512, rows=16, slots=32)
 
-#: no fused multiply-add that is not written
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-
 
 class Launch(NamedTuple):
     """A kernel over all rows, or over the tiles of one dtype."""
@@ -35,6 +32,12 @@ class Launch(NamedTuple):
     kernel: Any
     dtype: str | None
     constants: dict[str, Any]
+    warps: int = 8
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the compiler: no fused multiply-add that is not written."""
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
 
 
 def launches(
@@ -56,7 +59,7 @@ def launches(
         first = over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient)
     asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "FIRST_ORDER": d.first_order}
     return [
-        Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}),
+        Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}, 1),
         *first,
         Launch(decide, None, {**asked, **passes, **of_rows}),
         *over_tiles(apply, **formulas, **passes),

@@ -171,7 +171,7 @@ struct Block {
       for (int k = 0; k < D<T>::states; ++k) {
         at.s[k] = place(j, 2 + k) + shift(row.state[k] + job.begin * sizeof(T));
       }
-      at.u = place(j, 0) - args.rings.offset[0] + args.rings.u_offset;
+      at.u = args.rings.u_is_g ? at.g : place(j, 0) + args.rings.u_offset;
       const void* room = sizeof(T) == 8 ? shared.wide : shared.single;
       body(Tile<D, P>(at, *static_cast<const D<T>*>(room), how));
     });

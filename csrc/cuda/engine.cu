@@ -60,6 +60,8 @@ const char* upload(void* to, const void* from, size_t bytes, int, void*) {
   return nullptr;
 }
 
+bool capturing(void*) { return false; }
+
 #else
 
 const char* info(int device, DeviceInfo* answer) {
@@ -103,12 +105,18 @@ const char* upload(void* to, const void* from, size_t bytes, int device, void* s
   return error;
 }
 
+bool capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+         status != cudaStreamCaptureStatusNone;
+}
+
 #endif
 
 }  // namespace
 
 const Engine& cuda_engine() {
-  static const Engine engine{info, step, upload};
+  static const Engine engine{info, step, upload, capturing};
   return engine;
 }
 

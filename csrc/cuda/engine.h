@@ -24,6 +24,8 @@ struct Engine {
   const char* (*step)(const StepArgs& args, int device, bool plain, void* stream);
   /// Copy bytes, a multiple of 4, to device memory in stream order; `from` is free on return.
   const char* (*upload)(void* to, const void* from, size_t bytes, int device, void* stream);
+  /// Whether what is launched there is recorded for a graph, not run.
+  bool (*capturing)(void* stream);
 };
 
 /// Name of the PyCapsule that holds a `const Engine*`.

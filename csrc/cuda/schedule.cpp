@@ -30,6 +30,7 @@ int place_bytes(const Plan& plan, int threads, bool state) {
 }
 
 /// Update rules hold w and u, and let go of the rest when it is measured; gradient rules hold all.
+/// u takes the place of g where an element of both has the same size.
 Rings make_rings(const Plan& plan, int threads) {
   const int states = states_of(plan.direction);
   const int param = place_bytes(plan, threads, false), state = place_bytes(plan, threads, true);
@@ -41,8 +42,12 @@ Rings make_rings(const Plan& plan, int threads) {
   };
   put(0, 0, param);
   r.u_offset = r.bytes[0];
-  if (plan.rule.update) r.bytes[0] += state;
-  put(1, plan.rule.update, param);
+  r.u_is_g = plan.rule.update;
+  for (const TensorRow& row : plan.tensors) {
+    r.u_is_g = r.u_is_g && param_bytes(row.dtype) == state_bytes(row.dtype);
+  }
+  if (plan.rule.update && !r.u_is_g) r.bytes[0] += state;
+  put(1, plan.rule.update && !r.u_is_g, param);
   for (int k = 0; k < states; ++k) put(2 + k, plan.rule.update, state);
   return r;
 }

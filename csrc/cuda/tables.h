@@ -105,6 +105,7 @@ struct Rings {
   int32_t ring[2 + max_states];    // of w, g, the states
   int32_t offset[2 + max_states];  // of each in its place
   int32_t u_offset;                // of the step, in the first ring
+  bool u_is_g;                     // it takes the place of g
 
   LAYERLR_HD int32_t bytes_of_tiles() const { return bytes[0] * places[0] + bytes[1] * places[1]; }
   /// Shared memory of a block: the tiles, and their jobs.

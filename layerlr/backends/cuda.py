@@ -50,9 +50,9 @@ class CudaBackend:
 
     def engine(self) -> Any:
         """The capsule with the kernels."""
-        from layerlr import _cuda
+        import layerlr._cuda
 
-        return _cuda.engine()
+        return layerlr._cuda.engine()
 
     def missing(self) -> str | None:
         """Why there are no kernels, or None."""

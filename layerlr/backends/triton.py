@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -44,7 +45,7 @@ class TritonPlan:
     """Tables in device memory, of which a step writes again what changed."""
 
     def __init__(self, spec: PlanSpec) -> None:
-        from layerlr import kernels  # imports Triton
+        kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
 
         self.spec, self._kernels = spec, kernels
         self._native = native.live_plan(spec)
@@ -71,9 +72,7 @@ class TritonPlan:
             if x.dtype is not None:
                 programs = len(self._tiles[x.dtype]) // self._blocks.tiles
                 arguments.append(self._tiles[x.dtype])
-            plan.append(
-                (x.kernel[(programs,)], arguments, {**x.constants, **self._kernels.OPTIONS})
-            )
+            plan.append((x.kernel[(programs,)], arguments, x.constants | x.options))
         return plan
 
     def prepare(self) -> bool:

@@ -1,0 +1,6 @@
+from typing import Any
+
+architectures: list[str]
+
+def engine() -> Any: ...
+def device_info(index: int) -> dict[str, Any]: ...

@@ -1,0 +1,157 @@
+// A plan over tensors of awkward sizes, for drivers that run an engine without torch.
+#pragma once
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "half.h"
+#include "plan.h"
+
+namespace layerlr {
+
+inline int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline DType state_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+/// n zeros that end where their allocation ends, so that one read too far is seen; the odd start
+/// puts them off every alignment but their own.
+struct Buffer {
+  std::unique_ptr<char[]> memory;
+  char* data;
+  size_t size;  // in bytes
+  DType dtype;
+
+  Buffer(int64_t n, DType dtype, bool odd) : size(n * bytes_of(dtype)), dtype(dtype) {
+    const size_t shift = odd ? bytes_of(dtype) : 0;
+    memory.reset(new char[size + shift]());
+    data = memory.get() + shift;
+  }
+  int64_t numel() const { return size / bytes_of(dtype); }
+
+  double get(int64_t i) const {
+    switch (dtype) {
+      case DType::f32:
+        return at<float>(i);
+      case DType::f64:
+        return at<double>(i);
+      case DType::bf16:
+        return widen(at<BFloat16>(i));
+      case DType::f16:
+        return widen(at<Float16>(i));
+    }
+    return 0;
+  }
+  void set(int64_t i, double x) {
+    switch (dtype) {
+      case DType::f32:
+        at<float>(i) = static_cast<float>(x);
+        break;
+      case DType::f64:
+        at<double>(i) = x;
+        break;
+      case DType::bf16:
+        at<BFloat16>(i) = narrow_bf16(static_cast<float>(x));
+        break;
+      case DType::f16:
+        at<Float16>(i) = narrow_f16(static_cast<float>(x));
+        break;
+    }
+  }
+
+ private:
+  template <class T>
+  T& at(int64_t i) const {
+    return reinterpret_cast<T*>(data)[i];
+  }
+};
+
+inline int states_of(int direction) {
+  const int states[] = {
+#define LAYERLR_STATES(D) D<float>::states,
+      LAYERLR_DIRECTIONS(LAYERLR_STATES)
+#undef LAYERLR_STATES
+  };
+  return states[direction];
+}
+
+struct Shape {
+  int64_t size;
+  DType dtype;
+};
+
+/// Eight tensors in eight layers: 0 and 1 share one, 4 is split in two, 6 is outside.
+struct Model {
+  Plan plan;
+  std::vector<Buffer> buffers;  // of each tensor: w, g, states, count
+  std::vector<double> stats, radii;
+
+  Model(int direction, int rule, const std::vector<Shape>& shapes) {
+    const double rule_hyper[][max_rule_hyper] = {{}, {}, {1e-3, 1e-8, 0}, {10, 0}, {1e-6}};
+    std::mt19937 random(7);
+    plan.direction = direction;
+    plan.has_rule = rule >= 0;
+    if (rule >= 0) plan.rule.rule = static_cast<RuleId>(rule);
+    plan.rule.update = rule_info(plan.rule.rule).update;
+    std::copy_n(rule_hyper[rule < 0 ? 0 : rule], max_rule_hyper, plan.rule.hyper);
+    for (const Shape& shape : shapes) add(shape, random);
+    const int layer_of[] = {0, 0, 1, 2, 3, 5, 6, 7};
+    for (int i = 0; i < 8; ++i) {
+      if (i == 4) {
+        plan.spans.push_back({4, 3, 0, 600});
+        plan.spans.push_back({4, 4, 600, shapes[4].size});
+      } else {
+        plan.spans.push_back({i, layer_of[i], 0, shapes[i].size});
+      }
+    }
+    plan.layers.resize(8);
+    radii.assign(8, 0);
+    for (int l = 0; l < 8; ++l) {
+      plan.layers[l].ruled = rule >= 0 && l != 6;
+      plan.layers[l].radius = &radii[l];
+    }
+    stats.assign(8 * columns, 0);
+    plan.stats = stats.data();
+    plan.finish();
+  }
+
+  /// What a step may change, to be compared.
+  std::string bits() const {
+    std::string all;
+    for (const Buffer& b : buffers) all.append(b.data, b.size);
+    for (const std::vector<double>* v : {&stats, &radii}) {
+      all.append(reinterpret_cast<const char*>(v->data()), v->size() * sizeof(double));
+    }
+    return all;
+  }
+
+ private:
+  /// Steps are counted in float32 and float64, from 0 or a little above.
+  void add(const Shape& shape, std::mt19937& random) {
+    const size_t i = plan.tensors.size();
+    std::normal_distribution<double> normal;
+    const auto buffer = [&](int64_t n, DType dtype) -> Buffer& {
+      return buffers.emplace_back(n, dtype, i % 2 == 1);
+    };
+    const auto filled = [&] {
+      Buffer& b = buffer(shape.size, shape.dtype);
+      for (int64_t e = 0; e < shape.size; ++e) b.set(e, normal(random));
+      return b.data;
+    };
+    TensorRow row;
+    row.param = filled();
+    row.grad = filled();
+    for (int k = 0; k < states_of(plan.direction); ++k) {
+      row.state[k] = buffer(shape.size, state_of(shape.dtype)).data;
+    }
+    row.step_is_double = i % 3 == 1;
+    Buffer& count = buffer(1, row.step_is_double ? DType::f64 : DType::f32);
+    count.set(0, i % 3);
+    row.step = count.data;
+    row.dtype = shape.dtype;
+    row.active = true;
+    plan.tensors.push_back(row);
+  }
+};
+
+}  // namespace layerlr

@@ -1,0 +1,195 @@
+"""Triton's kernels: names, rounding, and what they compile to, without a GPU.
+
+That they compute the right numbers is for the tests over all engines, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import layerlr
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = triton.language
+kernels = pytest.importorskip("layerlr.kernels")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# -- registries ------------------------------------------------------------------------------------
+
+
+def test_directions_agree():
+    assert list(kernels.DIRECTIONS) == list(layerlr.directions.DIRECTIONS)
+    for name, ours in kernels.DIRECTIONS.items():
+        theirs = layerlr.directions.DIRECTIONS[name]
+        assert (ours.states, ours.first_order) == (len(theirs.states), theirs.first_order), name
+
+
+def test_rules_agree():
+    assert list(kernels.RULES) == list(layerlr.rules.RULES)
+    for name, ours in kernels.RULES.items():
+        theirs = layerlr.rules.RULES[name]
+        update = theirs.order == "update"
+        weights = update or "ww" in theirs.measures  # an update rule takes every sum
+        assert ours[1:] == (update, weights, theirs.raw_gradient), name
+
+
+def test_import_is_lazy():
+    code = """
+import sys, torch, layerlr
+assert "triton" not in sys.modules
+layerlr.SGD([torch.ones(1, requires_grad=True)], lr=0.1)  # torch itself imports it here
+assert "layerlr.kernels" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=compiled())
+
+
+# -- bfloat16 --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _narrow_and_widen(x, bits, back, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    narrow = kernels.arithmetic.narrow(tl.load(x + i))
+    tl.store(bits + i, narrow)
+    tl.store(back + i, kernels.arithmetic.widen(narrow))
+
+
+def test_bfloat16():
+    # every bfloat16, on and around the middle between each two of them
+    device = "cpu" if INTERPRETED else "cuda"
+    if not (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+    high = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x = (high + low[:, None]).flatten().view(torch.float32).to(device)
+    bits, back = torch.zeros_like(x, dtype=torch.int16), torch.zeros_like(x)
+    _narrow_and_widen[(len(low),)](x, bits, back, BLOCK=len(high))
+    expected = x.bfloat16()
+    nan = x.isnan()
+    assert torch.equal(bits[~nan], expected[~nan].view(torch.int16))
+    assert torch.equal(back[~nan].view(torch.int32), expected[~nan].float().view(torch.int32))
+    assert (bits[nan] == 0x7FC0).all()
+
+
+# -- what they compile to --------------------------------------------------------------------------
+
+#: direction, rule, dtype, compute capability
+COMPILED = [(d, "layca", "float32", 90) for d in kernels.DIRECTIONS]
+COMPILED += [("adam", r, "bfloat16", 90) for r in kernels.RULES]
+COMPILED += [("nesterov", "lars", dtype, 90) for dtype in ("float64", "float16", "float32")]
+COMPILED += [("momentum", "layca", "bfloat16", arch) for arch in (80, 100)]
+COMPILED += [("adam", "lars", "float32", arch) for arch in (80, 100)]
+ROWS = ("begin", "decide", "finish")
+
+
+def compiled() -> dict[str, str]:
+    """An environment in which Triton compiles."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def main() -> None:
+    """Compile and print, line by line, what the tests look at."""
+    seen = set()
+    for direction, rule, dtype, arch in COMPILED:
+        for x in kernels.launches(direction, rule, True, [dtype], kernels.Blocks()):
+            key = (x.kernel, arch, repr(x.constants))
+            if key in seen:
+                continue
+            seen.add(key)
+            code = build(x, arch)
+            row = {"kernel": x.kernel.__name__, "direction": direction, "rule": rule}
+            row |= {"states": kernels.DIRECTIONS[direction].states, "dtype": dtype, "arch": arch}
+            row |= {"ptx": code.asm["ptx"], "use": usage(code)}
+            print(json.dumps(row))
+
+
+def build(x, arch):
+    """Compile a launch for tables as the backend makes them: 16-byte aligned."""
+    wide = ("lr_scale", "config", "scalars", "sums", "scales", "stats")
+    fields = kernels.Tables._fields
+    signature = {"t": kernels.Tables(*("*fp64" if f in wide else "*i64" for f in fields))}
+    aligned = [["tt.divisibility", 16]]
+    attrs = {(0, i): aligned for i in range(len(fields))}
+    if x.dtype is not None:
+        signature["order"] = "*i64"
+        attrs[1,] = aligned
+    source = triton.compiler.ASTSource(
+        fn=x.kernel,
+        signature=signature | dict.fromkeys(x.constants, "constexpr"),
+        constexprs=x.constants,
+        attrs=attrs,
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=x.options)
+
+
+def usage(code) -> str:
+    """Registers, stack and local memory, as the tool of Triton's wheel tells them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return ""
+    file = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    file.write_bytes(code.asm["cubin"])
+    command = [str(tool), "-res-usage", str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run(
+        [sys.executable, __file__], env={**compiled(), **cache}, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def label(row) -> str:
+    return " ".join(str(row[k]) for k in ("kernel", "direction", "rule", "dtype", "arch"))
+
+
+def test_accesses_of_16_bytes(built):
+    for row in built:
+        if row["kernel"] in ROWS:
+            continue
+        wide = "v2.b64" if row["dtype"] == "float64" else "v4.b32"
+        assert f"ld.global.{wide}" in row["ptx"], label(row)
+        writes = row["kernel"] == "apply" or (row["kernel"] == "advance" and row["states"])
+        assert (f"st.global.{wide}" in row["ptx"]) == bool(writes), label(row)
+
+
+def test_second_pass_reads_what_it_needs(built):
+    # a thread has 8 elements; momentum under layca forms u from the buffer alone
+    (row,) = [r for r in built if label(r) == "apply momentum layca float32 90"]
+    assert row["ptx"].count("ld.global.v4.b32") == 2 * 8 * 4 // 16
+    (row,) = [r for r in built if label(r) == "apply nesterov layca float32 90"]
+    assert row["ptx"].count("ld.global.v4.b32") == 3 * 8 * 4 // 16
+
+
+def test_roundings(built):
+    for row in built:
+        if row["kernel"] in ROWS:
+            continue
+        # neither approximations nor flushed subnormals nor fused operations
+        assert not re.search(r"\.(approx|ftz|full)\b|\bfma\.", row["ptx"]), label(row)
+
+
+def test_no_spills(built):
+    found = [re.search(r"STACK:(\d+).* LOCAL:(\d+)", row["use"]) for row in built]
+    if not any(found):
+        pytest.skip("Triton's wheel has no cuobjdump here")
+    for row, use in zip(built, found):
+        assert use and use.groups() == ("0", "0"), label(row)
+
+
+if __name__ == "__main__":
+    main()
