@@ -60,7 +60,9 @@ def _gather(t, layer, SLOTS: tl.constexpr):
     ww = tl.zeros([layer.shape[0], SLOTS], tl.float64)
     gg, uu, wu = ww, ww, ww
     first, absent = end, end - end
-    for start in range(0, tl.max(end - begin), SLOTS):
+    longest = tl.max(end - begin)
+    start = 0
+    while start < longest:
         tile = begin[:, None] + start + tl.arange(0, SLOTS)[None, :]
         inside = tile < end[:, None]
         tensor = tl.load(t.tiles + tile * WIDTH, mask=inside, other=0)
@@ -72,6 +74,7 @@ def _gather(t, layer, SLOTS: tl.constexpr):
         wu += tl.load(at + 3, mask=active, other=0.0)
         first = tl.minimum(first, tl.min(tl.where(active, tile, end[:, None]), 1))
         absent += tl.sum((inside & ~active).to(tl.int64), 1)
+        start += SLOTS
     tensor = tl.load(t.tiles + first * WIDTH, mask=first < end, other=0)
     ww, gg, uu, wu = tl.sum(ww, 1), tl.sum(gg, 1), tl.sum(uu, 1), tl.sum(wu, 1)
     return ww, gg, uu, wu, tensor, first < end, absent == 0
@@ -155,10 +158,11 @@ def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     part = tl.load(t.parts + tensor * WIDTH)
     last = tl.load(t.parts + tensor * WIDTH + 1)
     counts = tensor < 0
-    for k in range(0, tl.max(last - part)):  # a count stands still where all layers were left alone
-        owner = tl.load(t.owners + part + k, mask=part + k < last, other=0)
-        keep = tl.load(t.scales + owner * WIDTH + KEEP, mask=part + k < last, other=1.0)
+    while tl.max(last - part) > 0:  # a count stands still where all layers were left alone
+        owner = tl.load(t.owners + part, mask=part < last, other=0)
+        keep = tl.load(t.scales + owner * WIDTH + KEEP, mask=part < last, other=1.0)
         counts = counts | (keep == 0)
+        part += 1
     counts = counts & is_active(t, tensor)
     at, wide, count = _count(t, tensor, counts)
     tl.store(at.to(tl.pointer_type(tl.float64)), count + 1.0, mask=wide)

@@ -250,7 +250,10 @@ struct Block {
       }
     });
     const bool tells = args.measured && !args.rule.update;
-    if (tells) sum_warp(sums, shared.partials);
+    if (tells) {
+      __syncthreads();  // the sums before these have been read
+      sum_warp(sums, shared.partials);
+    }
     __syncthreads();
     if (tells) publish(job);
     const DeviceRow& row = args.rows[job.tensor];
