@@ -20,10 +20,10 @@ def convnet(shape: tuple[int, ...], classes: int) -> nn.Module:
     Images larger than 16x16 are halved by the first convolution, which keeps a step on MNIST to
     a few milliseconds.
     """
-    channels, height, width = shape
+    channels, height, width = _image(shape)
     stride = 2 if min(height, width) > 16 else 1
     side = [-(-size // stride) // 4 for size in (height, width)]
-    return _chain(
+    return chain(
         nn.init.kaiming_uniform_,
         conv1=nn.Conv2d(channels, 16, 3, stride=stride, padding=1),
         relu1=nn.ReLU(),
@@ -40,12 +40,12 @@ def convnet(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def lenet(shape: tuple[int, ...], classes: int) -> nn.Module:
     """Caffe's LeNet: no non-linearity after the convolutions, "xavier" filler, biases from 0."""
-    channels, height, width = shape
+    channels, height, width = _image(shape)
     side = [((size - 4) // 2 - 4) // 2 for size in (height, width)]
     if min(side) < 1:
         raise ValueError(f"lenet needs inputs of at least 16x16, given {height}x{width}")
-    return _chain(
-        _caffe_xavier_,
+    return chain(
+        caffe_xavier_,
         conv1=nn.Conv2d(channels, 20, 5),
         pool1=nn.MaxPool2d(2),
         conv2=nn.Conv2d(20, 50, 5),
@@ -59,7 +59,7 @@ def lenet(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def mlp(shape: tuple[int, ...], classes: int) -> nn.Module:
     """Two hidden layers of 128."""
-    return _chain(
+    return chain(
         nn.init.kaiming_uniform_,
         flatten=nn.Flatten(),
         dense1=nn.Linear(math.prod(shape), 128),
@@ -86,13 +86,19 @@ def build(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Modu
         return MODELS[name](shape, classes)
 
 
-def _caffe_xavier_(weight: torch.Tensor) -> None:
+def _image(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 3:
+        raise ValueError(f"the network takes images (channels, height, width), given {shape}")
+    return shape
+
+
+def caffe_xavier_(weight: torch.Tensor) -> None:
     # Caffe's XavierFiller looks at the fan-in only: uniform in +-sqrt(3 / fan_in).
     bound = math.sqrt(3.0 / weight[0].numel())
     nn.init.uniform_(weight, -bound, bound)
 
 
-def _chain(init_kernel: Callable[[torch.Tensor], object], **layers: nn.Module) -> nn.Module:
+def chain(init_kernel: Callable[[torch.Tensor], object], **layers: nn.Module) -> nn.Module:
     """Layers one after the other, by name (the plots show it); kernels drawn, biases 0."""
     model = nn.Sequential(OrderedDict(layers))
     for parameter in model.parameters():

@@ -26,7 +26,10 @@ _TEST_BATCH = 250
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: data, a fresh network, a mean loss and (or None) a mean error."""
+    """What is learned: data, a fresh network, a mean loss and (or None) a mean error.
+
+    `optimizer` builds what trains it, where the config alone does not say it.
+    """
 
     data: Data
     model: nn.Module
@@ -34,6 +37,7 @@ class Task:
     error: Callable[[Tensor, Tensor], Tensor] | None = lambda output, y: (
         (output.argmax(1) != y).double().mean()
     )
+    optimizer: Callable[[Config, nn.Module], torch.optim.Optimizer] = build_optimizer
 
     @classmethod
     def of(cls, config: Config, data: Data | None = None) -> Task:
@@ -71,7 +75,7 @@ class Trainer:
         self.device = _usable(config.device)
         self.data = task.data.to(self.device)
         self.model = task.model.to(self.device)
-        self.optimizer = build_optimizer(config, self.model)
+        self.optimizer = task.optimizer(config, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.factor)
         self.monitor = layerlr.monitor.LayerRotation(self.model)
         self.stats = layerlr.monitor.StatsLog(self.optimizer) if config.rule != "none" else None
@@ -113,7 +117,8 @@ class Trainer:
         indices = self.batches(self.step)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(self.data.x[indices]), self.data.y[indices])
-        loss.backward()
+        # Curvature, where a rule wants it, is the gradient of a gradient (as timm's AdaHessian does).
+        loss.backward(create_graph=getattr(self.optimizer, "is_second_order", False))
         before = time.perf_counter()
         self.optimizer.step()
         self.optimizer_seconds.append(time.perf_counter() - before)

@@ -16,8 +16,8 @@ class Tables(NamedTuple):
     alone: no atomics, and the same bits wherever the layer stands.
     """
 
-    #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states, count
-    #: of steps; then its dtype and whether the count is float64
+    #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states,
+    #: count of steps; then its dtype and whether the count is float64
     tensors: Any
     #: int64, by layer: tensor, layer, first element, number of elements
     tiles: Any

@@ -1,7 +1,8 @@
-"""The passes over the elements; a program takes TILES tiles of one dtype side by side.
+"""The passes over the elements; a program for each tile of one dtype.
 
-``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic. What is one for
-each tile is a column, [TILES, 1], elements are [TILES, BLOCK].
+``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic. In Triton's
+interpreter, which takes its time for each operation, a program takes several tiles side by side:
+what is a number for each tile is a column then.
 """
 
 import triton
@@ -12,9 +13,12 @@ from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, skipped
 
 
 @triton.jit
-def _tiles(t, order, TILES: tl.constexpr):
-    """Numbers of the program's tiles, their tensor, layer, first element and length."""
-    tile = tl.load(order + tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None])
+def _tiles(t, order, program, TILES: tl.constexpr):
+    """Number of a program's tile, its tensor, layer, first element and length."""
+    place = program * TILES
+    if TILES > 1:
+        place += tl.arange(0, TILES)[:, None]
+    tile = tl.load(order + place)
     at = t.tiles + tile * WIDTH
     tensor = tl.load(at)
     active = tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
@@ -43,15 +47,15 @@ def _addresses(
         state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
         s = s + (state,)
         bits = bits | state
-    return w, g, s, tl.max((bits % 16) + (BLOCK - count)) == 0
+    return w, g, s, (count == BLOCK) & (bits % 16 == 0)
 
 
 @triton.jit
 def _load(address, lane, inside, full, DT: tl.constexpr, T: tl.constexpr):
     """Elements in the dtype of the arithmetic. Both ways end in one layout, hence in equal sums."""
     p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
-    if full:
-        x = tl.load(tl.multiple_of(p, (16, 16)) + lane)
+    if len(address.shape) == 0 and full:
+        x = tl.load(tl.multiple_of(p, 16) + lane)
     else:
         x = tl.load(p + lane, mask=inside, other=0)
     return widen(x) if DT == tl.bfloat16 else x.to(T)
@@ -69,8 +73,8 @@ def _load_states(addresses, lane, inside, full, T: tl.constexpr):
 def _store(address, x, lane, inside, full, DT: tl.constexpr):
     p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
     y = narrow(x) if DT == tl.bfloat16 else x.to(DT)
-    if full:
-        tl.store(tl.multiple_of(p, (16, 16)) + lane, y)
+    if len(address.shape) == 0 and full:
+        tl.store(tl.multiple_of(p, 16) + lane, y)
     else:
         tl.store(p + lane, y, mask=inside)
 
@@ -82,7 +86,11 @@ def _decayed(g, w, l2):
 
 @triton.jit
 def _sum(product):
-    return tl.sum(product, 1, keep_dims=True)
+    if product.shape[0] == 1:
+        total = tl.sum(product)
+    else:
+        total = tl.sum(product, 1, keep_dims=True)
+    return total
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def measure(
     BLOCK: tl.constexpr,
 ):
     """First pass of a gradient rule: gg, and ww where the rule wants it."""
-    tile, tensor, layer, begin, count = _tiles(t, order, TILES)
+    tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
     w_at, g_at, _, full = _addresses(t, tensor, begin, count, 0, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
@@ -128,7 +136,7 @@ def advance(
     BLOCK: tl.constexpr,
 ):
     """First pass of an update rule: the new state, and all sums."""
-    tile, tensor, _, begin, count = _tiles(t, order, TILES)
+    tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
     w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
@@ -167,7 +175,8 @@ def apply(
     BLOCK: tl.constexpr,
 ):
     """``w <- a*w + b*u``, u formed from the state, which a gradient rule advances here."""
-    tile, tensor, layer, begin, count = _tiles(t, order, TILES)
+    last_first = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in cache
+    tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH
     count = tl.where(tl.load(scale + KEEP) == 0, count, 0)
     w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import cases
+import importlib.util
+import os
+
 import pytest
-import simt_engine
 import torch
 
-from layerlr.backends import BACKENDS
+_GPU = torch.cuda.is_available()
+if not _GPU:  # before anything imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import cases  # noqa: E402
+import simt_engine  # noqa: E402
+
+from layerlr.backends import BACKENDS  # noqa: E402
 
 BACKENDS["simt"] = simt_engine.SimtBackend()
 
 #: devices of a backend; those that are not listed run on the CPU
-_GPU = ["cuda"] if torch.cuda.is_available() else []
-_DEVICES = {"reference": ["cpu", *_GPU], "cuda": ["cuda"], "triton": ["cuda"]}
+_DEVICES = {
+    "reference": ["cpu", "cuda"] if _GPU else ["cpu"],
+    "cuda": ["cuda"],
+    "triton": ["cuda" if _GPU else "cpu"],
+}
+
+
+def _missing(backend: str, device: str) -> str | None:
+    """Why an engine cannot be tried here, or None."""
+    if device == "cuda" and not _GPU:
+        return "no CUDA device"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    return simt_engine.unavailable() if backend == "simt" else None
 
 
 def _engines():
     for backend in BACKENDS:
         for device in _DEVICES.get(backend, ["cpu"]):
             name = backend if device in ("cpu", backend) else f"{backend}_{device}"
-            missing = "no CUDA device" if device == "cuda" and not _GPU else None
-            if backend == "simt":
-                missing = simt_engine.unavailable()
+            missing = _missing(backend, device)
             marks = pytest.mark.skip(reason=missing) if missing else ()
             yield pytest.param(cases.Engine(backend, device), id=name, marks=marks)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -78,6 +79,36 @@ def test_bfloat16():
     assert torch.equal(bits[~nan], expected[~nan].view(torch.int16))
     assert torch.equal(back[~nan].view(torch.int32), expected[~nan].float().view(torch.int32))
     assert (bits[nan] == 0x7FC0).all()
+
+
+# -- as on a device: one tile a program, full tiles apart, one row a program ----------------------
+
+SMALL = [c for c in cases.SHORT if c.id.partition("-")[2] in ("none", "lars", "layca")]
+
+
+def stepped(case):
+    values = cases.random(((9, 23), (70,), (4, 32), (5, 13), (0, 2)), seed=4)
+    dtypes = (torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    params = [torch.nn.Parameter(v.to(d)) for v, d in zip(values, dtypes)]
+    opt = case.make(params, backend="triton")
+    cases.train(opt, params[:-1], 1)
+    cases.train(opt, params, 2)
+    states = [v for p in params for v in cases.state_of(opt, p).values()]
+    return [*cases.copies(params), *states, opt.layer_stats()["skipped"]]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+@pytest.mark.parametrize("case", SMALL, ids=cases.ids(SMALL))
+def test_blocks(case, monkeypatch):
+    expected = stepped(case)
+    blocks = kernels.Blocks(elements=64, slots=2)
+    monkeypatch.setattr(kernels, "INTERPRETED", blocks)
+    for a, b in zip(stepped(case), expected, strict=True):
+        if case.rule is None or a.dtype == torch.int64:
+            assert cases.same_bits([a], [b])
+        else:  # the sums are added in another order
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
 
 
 # -- what they compile to --------------------------------------------------------------------------

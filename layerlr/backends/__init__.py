@@ -6,10 +6,11 @@ from .base import COLUMNS, Backend, Hyper, Plan, PlanSpec
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 #: fastest first; ``backend="auto"`` takes the first that supports the case
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CudaBackend(), CpuBackend(), ReferenceBackend())
+    b.name: b for b in (CudaBackend(), CpuBackend(), TritonBackend(), ReferenceBackend())
 }
 
 

@@ -113,8 +113,14 @@ class TritonPlan:
         """Bring a table up to date, in stream order."""
         known = self._known.get(name)
         if known is None or not torch.equal(known, value):
-            self._known[name] = value
             table = getattr(self._tables, name)
+            if table.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "backend 'triton' can be captured in a CUDA graph only after a step with the "
+                    "same numbers and the same gradient tensors (zero_grad(set_to_none=False)): "
+                    "take one, or use backend='cuda'"
+                )
+            self._known[name] = value
             value = value.pin_memory() if table.is_cuda else value
             table[: len(value)].copy_(value, non_blocking=True)
 

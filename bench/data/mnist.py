@@ -1,76 +1,17 @@
-"""Data sets: a name and, where it does not come with a package, a folder -> tensors.
-
-Each reader returns `Raw` arrays as stored on disk; `load` turns them into float inputs. A new data
-set is one function and one line in `DATASETS`. Nothing is downloaded and nothing is unpickled.
-"""
+"""Handwritten digits: scikit-learn's, and MNIST from idx files."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """A data folder or file that cannot be used; the message names it."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Inputs and targets, train and test, ready for a model."""
-
-    name: str
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    classes: int
-    meta: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.x.shape[1:])
-
-    def holdout(self, fraction: float = 1 / 3) -> Data:
-        """The last part of the train set as test set: for choosing rates without the test set."""
-        kept = len(self.x) - int(len(self.x) * fraction)
-        return replace(
-            self,
-            name=f"{self.name}-holdout",
-            x=self.x[:kept],
-            y=self.y[:kept],
-            test_x=self.x[kept:],
-            test_y=self.y[kept:],
-        )
-
-    def to(self, device: torch.device | str) -> Data:
-        return replace(
-            self,
-            x=self.x.to(device),
-            y=self.y.to(device),
-            test_x=self.test_x.to(device),
-            test_y=self.test_y.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Images as stored (N, C, H, W) with `full_scale` the value that means white."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: int
-    full_scale: float
+from .base import DataError, Raw
 
 
 def digits(folder: Path | None) -> Raw:
@@ -101,41 +42,6 @@ def mnist(folder: Path | None) -> Raw:
     train, train_labels = _idx_pair(folder, "train")
     test, test_labels = _idx_pair(folder, "t10k")
     return Raw(train, train_labels, test, test_labels, 10, 256.0)
-
-
-DATASETS: dict[str, Callable[[Path | None], Raw]] = {"digits": digits, "mnist": mnist}
-SCALINGS = ("standard", "unit")
-
-
-def load(name: str, folder: str | Path | None = None, scaling: str = "standard") -> Data:
-    """Read data set `name`.
-
-    Parameters
-    ----------
-    scaling
-        ``"standard"``: minus the mean, over the deviation, both scalars over the train set.
-        ``"unit"``: pixels over full scale (MNIST: 1/256, as Caffe's LeNet has it).
-    """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; there are: {', '.join(DATASETS)}")
-    if scaling not in SCALINGS:
-        raise DataError(f"unknown scaling {scaling!r}; there are: {', '.join(SCALINGS)}")
-    raw = DATASETS[name](None if folder is None else Path(folder))
-    x, test_x = raw.images.float(), raw.test_images.float()
-    if scaling == "standard":
-        # In float64: a float32 sum over 47 million pixels is off in the fourth digit.
-        mean, std = x.double().mean().item(), x.double().std(correction=0).item()
-    else:
-        mean, std = 0.0, raw.full_scale
-    return Data(
-        name,
-        (x - mean) / std,
-        raw.labels,
-        (test_x - mean) / std,
-        raw.test_labels,
-        raw.classes,
-        {"scaling": scaling, "mean": mean, "std": std, "train": len(x), "test": len(test_x)},
-    )
 
 
 # --- idx files, the format of MNIST: 0 0 type ndim, ndim big-endian uint32 sizes, the bytes ---

@@ -1,0 +1,1 @@
+"""The papers' experiments: ``python -m bench.papers.NAME --data FOLDER``; see README.md."""

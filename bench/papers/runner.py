@@ -1,0 +1,218 @@
+"""The runner that all experiments share: arms x seeds on one data set, resumable.
+
+An experiment names its arms (a `Config` and a `Task` each), its data set and two budgets, the
+paper's and a rehearsal's. `main` gives it a command line and trains each arm with each seed,
+under one progress bar. Every finished pair goes into ``NAME.json`` at once, so that a killed run
+loses one pair at most and the same command goes on where it stopped; then come the table
+(``NAME.md``) and the plot (``NAME.png``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from ..config import Config
+from ..data import Data, DataError, load
+from ..record import write_atomically
+from ..train import train
+from ..trainer import Task
+from . import report
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained: as many iterations, or as many epochs, of `batch` examples."""
+
+    seeds: int
+    batch: int
+    iterations: int | None = None
+    epochs: int | None = None
+    items: int | None = None  # at most so many examples to learn from, and to test on
+
+    def steps(self, examples: int) -> int:
+        if self.iterations is not None:
+            return self.iterations
+        return (self.epochs or 1) * max(examples // self.batch, 1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: `task` makes data, network and loss of a config (and its seed)."""
+
+    name: str
+    config: Config
+    task: Callable[[Config, Data], Task] = Task.of
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What arms are made from: the data, the run's length, the command line."""
+
+    data: Data
+    base: Config
+    options: argparse.Namespace
+
+    def config(self, **choices: Any) -> Config:
+        return replace(self.base, **choices)
+
+    @property
+    def epoch(self) -> int:
+        """Steps in an epoch."""
+        return max(len(self.data.y) // self.base.batch, 1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms on a data set, and what is drawn of them."""
+
+    name: str
+    data: str
+    network: str  # in words, for the record
+    full: Budget
+    quick: Budget
+    arms: Callable[[Scope], list[Arm]]
+    scaling: str = "standard"
+    notes: str = ""  # where it departs from the paper, for the record
+    table: Callable[[Store], Table] = report.errors
+    plot: Callable[[Store, Path], Path] = report.curves
+    evals: int = 10  # tests in a run
+    records: int = 50  # points of a rotation curve
+    more: dict[str, Any] = field(default_factory=dict)  # settings for the record
+
+
+def network(
+    build: Callable[[tuple[int, ...], int], nn.Module], **more: Any
+) -> Callable[[Config, Data], Task]:
+    """The task of learning the data with a network that the config's seed alone draws."""
+
+    def task(config: Config, data: Data) -> Task:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return Task(data, build(data.shape, data.classes), **more)
+
+    return task
+
+
+def main(
+    description: str | None,
+    experiment: Callable[[argparse.Namespace], Experiment],
+    argv: Sequence[str] | None = None,
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> Store:
+    """Command line of an experiment, and its run."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
+    add("--out", type=Path, default=Path("runs/papers"), help="folder for what is written")
+    add("--quick", action="store_true", help="a rehearsal of a few minutes, no measurement")
+    add("--seeds", type=_positive, help="runs of each arm, seeds 0 to SEEDS - 1")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--iterations", type=_positive, help="steps of each run")
+    length.add_argument("--epochs", type=_positive, help="or its epochs")
+    add("--batch", type=_positive, help="examples a step")
+    add("--items", type=_positive, help="only so many examples to learn from, and to test on")
+    add("--only", default="", metavar="REGEX", help="only the arms whose names match")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=_positive, default=1, help="CPU threads")
+    if arguments is not None:
+        arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        return run(experiment(options), options)
+    except (DataError, ValueError, re.error) as error:
+        parser.error(str(error))
+
+
+def run(experiment: Experiment, options: argparse.Namespace) -> Store:
+    """Train what is not yet in the store, then write table and plot."""
+    budget = _budget(experiment.quick if options.quick else experiment.full, options)
+    data = load(experiment.data, options.data, experiment.scaling)
+    if budget.items is not None:
+        data = data.first(budget.items)
+    steps = budget.steps(len(data.y))
+    base = Config(
+        data=experiment.data,
+        scaling=experiment.scaling,
+        batch=budget.batch,
+        steps=steps,
+        eval_every=max(steps // experiment.evals, 1),
+        monitor_every=max(steps // experiment.records, 1),
+        device=options.device,
+        threads=options.threads,
+    )
+    arms = experiment.arms(Scope(data, base, options))
+    arms = [arm for arm in arms if re.search(options.only, arm.name)]
+    if not arms:
+        raise ValueError(f"no arm matches {options.only!r}")
+    store = Store.open(
+        options.out / f"{experiment.name}.json",
+        {
+            "experiment": experiment.name,
+            "network": experiment.network,
+            "notes": experiment.notes,
+            "data": dict(data.meta),
+            "epoch": max(len(data.y) // budget.batch, 1),
+            **experiment.more,
+        },
+    )
+    for arm in arms:
+        store.add_arm(arm.name, _settings(arm))
+    pending = [(arm, s) for arm in arms for s in range(budget.seeds) if not store.has(arm.name, s)]
+    data = data.to(options.device)
+    with tqdm(total=sum(a.config.steps for a, _ in pending), unit="step", smoothing=0.02) as bar:
+        for arm, seed in pending:
+            bar.set_description(f"{arm.name}, seed {seed}")
+            config = replace(arm.config, seed=seed)
+            result = train(config, arm.task(config, data), after_step=bar.update)
+            bar.update(config.steps - result.final["steps"])  # the rest of a diverged run
+            store.add(arm.name, seed, result)
+    _report(experiment, store)
+    return store
+
+
+def _budget(default: Budget, options: argparse.Namespace) -> Budget:
+    given = {key: getattr(options, key) for key in ("seeds", "batch", "items")}
+    if options.iterations or options.epochs:
+        default = replace(default, iterations=options.iterations, epochs=options.epochs)
+    return replace(default, **{key: value for key, value in given.items() if value is not None})
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    """What a run's numbers depend on, but for its seed; the rate, also where it is a default."""
+    free = ["seed", "folder", "device", "threads", "checkpoint_every"]
+    if arm.task is not Task.of:
+        free.append("model")  # the experiment's own
+    settings = asdict(arm.config) | {"lr": arm.config.rate}
+    return {key: value for key, value in settings.items() if key not in free}
+
+
+def _report(experiment: Experiment, store: Store) -> None:
+    table = experiment.table(store)
+    Console().print(table)
+    text = report.markdown(table)
+    path = store.path.with_suffix(".md")
+    write_atomically(path, lambda file: file.write(text.encode()))
+    picture = experiment.plot(store, store.path.with_suffix(".png"))
+    for written in (store.path, path, picture):
+        print(written)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, given {value}")
+    return value
