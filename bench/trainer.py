@@ -117,7 +117,7 @@ class Trainer:
         indices = self.batches(self.step)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(self.data.x[indices]), self.data.y[indices])
-        # Curvature, where a rule wants it, is the gradient of a gradient (as timm's AdaHessian does).
+        # Where a rule wants curvature: the gradient of a gradient, announced as in timm.
         loss.backward(create_graph=getattr(self.optimizer, "is_second_order", False))
         before = time.perf_counter()
         self.optimizer.step()

@@ -22,11 +22,12 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
-from ..config import Config
-from ..data import Data, DataError, load
-from ..record import write_atomically
-from ..train import train
-from ..trainer import Task
+from bench.config import Config
+from bench.data import Data, DataError, load
+from bench.record import write_atomically
+from bench.train import train
+from bench.trainer import Task
+
 from . import report
 from .store import Store
 
@@ -194,7 +195,7 @@ def _budget(default: Budget, options: argparse.Namespace) -> Budget:
 def _settings(arm: Arm) -> dict[str, Any]:
     """What a run's numbers depend on, but for its seed; the rate, also where it is a default."""
     free = ["seed", "folder", "device", "threads", "checkpoint_every"]
-    if arm.task is not Task.of:
+    if arm.task != Task.of:
         free.append("model")  # the experiment's own
     settings = asdict(arm.config) | {"lr": arm.config.rate}
     return {key: value for key, value in settings.items() if key not in free}

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..record import Result, finite, write_atomically
+from bench.record import Result, finite, write_atomically
 
 _POINTS = 100
 
@@ -31,7 +31,9 @@ class Store:
         if not path.exists():
             return cls(path, about | {"machines": [], "arms": {}})
         store = cls.load(path)
-        _same(path, "", {key: store.content.get(key) for key in about}, about)
+        for key in ("experiment", "data"):
+            _same(path, "", {key: store.content.get(key)}, {key: about[key]})
+        store.content |= about
         return store
 
     @classmethod

@@ -46,37 +46,33 @@ struct Block {
   struct Cursor {
     int run, end, place;
     Run now;
+    Run next;  // asked for a run ahead
     DeviceRow row;
     const char* g;
     double t;
-    int layer;
-    bool measures_w;
   } cursor;
 
   LAYERLR_DEVICE void begin() {
-    cursor.run = args.first_run[blockIdx.x];
+    cursor.run = args.first_run[blockIdx.x] - 1;
     cursor.end = args.first_run[blockIdx.x + 1];
-    enter();
+    if (cursor.run + 1 < cursor.end) cursor.next = args.runs[cursor.run + 1];
+    enter_next();
   }
-  LAYERLR_DEVICE void enter() {
-    cursor.place = 0;
+  LAYERLR_DEVICE void enter_next() {
     const Phase phase = args.phase;
-    while (more() && phase != whole_step && args.runs[cursor.run].kind != int(phase)) ++cursor.run;
-    if (!more()) return;
-    cursor.now = args.runs[cursor.run];
+    do {
+      if (++cursor.run == cursor.end) return;
+      cursor.now = cursor.next;
+      if (cursor.run + 1 < cursor.end) cursor.next = args.runs[cursor.run + 1];
+    } while (phase != whole_step && cursor.now.kind != int(phase));
+    cursor.place = 0;
     cursor.row = args.rows[cursor.now.tensor];
     cursor.g = args.grads[cursor.now.tensor];
     cursor.t = cursor.g ? coming_step(cursor.row) : 0;  // a row without gradient may be empty
-    cursor.layer = args.segment[cursor.now.segment].layer;
-    const RuleInfo info = rule_of(cursor.layer);
-    cursor.measures_w = info.measures_ww || (l2() != 0 && !info.raw_gradient);
   }
   LAYERLR_DEVICE bool more() const { return cursor.run != cursor.end; }
   LAYERLR_DEVICE void advance() {
-    if (++cursor.place == cursor.now.count) {
-      ++cursor.run;
-      enter();
-    }
+    if (++cursor.place == cursor.now.count) enter_next();
   }
 
   // -- memory -----------------------------------------------------------------------------------
@@ -106,7 +102,9 @@ struct Block {
 
   /// Gradient rules that measure only, and update rules that read again, need not all.
   LAYERLR_DEVICE bool needs_w(Kind kind) const {
-    return args.rule.update || kind != stream || cursor.measures_w;
+    const RuleInfo info = rule_of(cursor.now.ruled);
+    return args.rule.update || kind != stream || info.measures_ww ||
+           (l2() != 0 && !info.raw_gradient);
   }
   LAYERLR_DEVICE bool needs_g(Kind kind) const {
     return !args.rule.update || kind != again || D<float>::needs_grad;
@@ -140,9 +138,10 @@ struct Block {
                                         begin,
                                         count,
                                         run.tensor,
-                                        cursor.layer,
+                                        run.layer,
                                         run.segment,
                                         kind,
+                                        run.ruled != 0,
                                         ends && run.measured,
                                         ends && run.applied,
                                         cursor.t};
@@ -158,7 +157,7 @@ struct Block {
     const Job& job = this->job(j);
     const DeviceRow& row = args.rows[job.tensor];
     make_direction(job.t);
-    const RuleInfo info = rule_of(job.layer);
+    const RuleInfo info = rule_of(job.ruled);
     const Gradient how{config.maximize != 0 ? -1.0 : 1.0, l2(), info.raw_gradient, info.measures_ww,
                        config.skip != 0};
     with_type(row.dtype, [&](auto p) {
@@ -177,8 +176,8 @@ struct Block {
     });
   }
 
-  LAYERLR_DEVICE RuleInfo rule_of(int layer) const {
-    return rule_info(args.layer[layer].ruled ? args.rule.rule : RuleId::Plain);
+  LAYERLR_DEVICE RuleInfo rule_of(bool ruled) const {
+    return rule_info(ruled ? args.rule.rule : RuleId::Plain);
   }
   LAYERLR_DEVICE double l2() const { return config.decoupled != 0 ? 0 : config.weight_decay; }
   LAYERLR_DEVICE double apart() const { return config.decoupled != 0 ? config.weight_decay : 0; }

@@ -165,8 +165,9 @@ class Maker {
         return;
       }
     }
-    list.push_back(
-        {tile.begin, span.end, tile.number, span.tensor, tile.segment, 1, 0, kind, 0, 0});
+    const int8_t ruled = plan_.layers[span.layer].ruled;
+    list.push_back({tile.begin, span.end, tile.number, span.tensor, span.layer, tile.segment, 1, 0,
+                    kind, ruled, 0, 0});
   }
 
   const Plan& plan_;

@@ -80,9 +80,10 @@ enum Kind : int32_t {
 struct Run {
   int64_t begin, end;  // elements: the first tile's, the span's
   int64_t tile;        // number of the first tile in the plan
-  int32_t tensor, segment;
+  int32_t tensor, layer, segment;
   int32_t count, stride;  // tiles, tiles from one to the next
   int32_t kind;
+  int8_t ruled;              // the layer is
   int8_t measured, applied;  // after the last one, the block has measured, applied its whole part
 };
 
@@ -118,8 +119,9 @@ struct Job {
   int64_t tile, begin;
   int32_t count, tensor, layer, segment;
   Kind kind;
-  bool measured, applied;  // the block's last of its segment, in one sense and the other
-  double t;                // number of the coming step
+  bool ruled, measured,
+      applied;  // the last two: the block's last of its segment, in one sense and the other
+  double t;     // number of the coming step
 };
 
 LAYERLR_HD int32_t Rings::bytes_in_all() const {
