@@ -28,7 +28,7 @@ demo test: export OMP_NUM_THREADS = 1
 demo test: export MPLBACKEND = Agg
 
 test: $(VENV)/.layerlr
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 demo: $(VENV)/.layerlr
 	$(PY) -m bench.demo $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 
@@ -9,8 +10,14 @@ import pytest
 import torch
 
 _GPU = torch.cuda.is_available()
+_TRITON = importlib.util.find_spec("triton") is not None
 if not _GPU:  # before anything imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
+    if _TRITON:
+        from interpreter import hasten
+
+        with contextlib.suppress(AttributeError):  # another version's inside
+            hasten()
 
 import cases  # noqa: E402
 import simt_engine  # noqa: E402
@@ -31,7 +38,7 @@ def _missing(backend: str, device: str) -> str | None:
     """Why an engine cannot be tried here, or None."""
     if device == "cuda" and not _GPU:
         return "no CUDA device"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "triton" and not _TRITON:
         return "no Triton"
     return simt_engine.unavailable() if backend == "simt" else None
 

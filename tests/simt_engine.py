@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -46,6 +47,7 @@ def build() -> Path:
     target = ROOT / "build/simt" / f"_cuda-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}")  # others may be at it too
         system = [*include_paths(), sysconfig.get_paths()["include"]]
         command = [
             "c++",
@@ -53,10 +55,10 @@ def build() -> Path:
             *(f"-I{folder}" for folder in folders),
             *(word for folder in system for word in ("-isystem", folder)),
             *(str(ROOT / "tests/simt" / name) for name in ("module.cpp", "simt.cpp")),
-            *("-o", str(target.with_suffix(".part"))),
+            *("-o", str(part)),
         ]
         subprocess.run(command, check=True)
-        target.with_suffix(".part").rename(target)
+        part.rename(target)
     return target
 
 

@@ -143,7 +143,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     budget = _budget(experiment.quick if options.quick else experiment.full, options)
     data = load(experiment.data, options.data, experiment.scaling)
     if budget.items is not None:
-        data = data.first(budget.items)
+        data = data.some(budget.items)
     steps = budget.steps(len(data.y))
     base = Config(
         data=experiment.data,

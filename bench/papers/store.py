@@ -68,8 +68,8 @@ class Store:
             }
         )
         text = json.dumps(self.content, indent=1, allow_nan=False)
-        # Rows of numbers on one line each.
-        text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)
+        # Innermost rows and records on one line each.
+        text = re.sub(r"\[[^][{}]*\]|{[^][{}]*}", lambda row: " ".join(row[0].split()), text)
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     # --- what reports read ---
