@@ -70,12 +70,12 @@ def _matrix(path: Path) -> Tensor:
 def _edges(path: Path, nodes: int) -> Tensor:
     content: Any = load_pickle(path)
     try:
-        pairs = torch.tensor([(i, j) for i, row in content.items() for j in row]).T
+        pairs = torch.tensor([(i, j) for i, row in content.items() for j in row])
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a dict of lists of nodes: {error}") from error
-    if pairs.ndim != 2 or pairs.dtype != torch.int64:
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
         raise DataError(f"{path}: not a dict of lists of nodes")
     if pairs.min() < 0 or pairs.max() >= nodes:
         raise DataError(f"{path}: an edge to node {int(pairs.max())} of {nodes}")
-    pairs = torch.cat([pairs, pairs.flip(0)], 1)
-    return pairs[:, pairs[0] != pairs[1]].unique(dim=1)
+    pairs = torch.cat([pairs, pairs.flip(1)])
+    return pairs[pairs[:, 0] != pairs[:, 1]].unique(dim=0).mT.contiguous()

@@ -150,7 +150,7 @@ class Step {
     return v;
   }
 
-  void second_pass(const Layer& layer, int32_t c, const Verdict& v) {
+  void second_pass(int32_t c, const Verdict& v) {
     const Chunk& chunk = plan_.chunks[c];
     if (!active(chunk) || v.keep) return;
     const Kernels& k = *tensors_[chunk.tensor].kernels;
@@ -190,7 +190,7 @@ class Step {
     }
     const Verdict v = between(l);
     // last chunk first: it is the one still in cache
-    for (int32_t c = layer.chunk_end; c-- > layer.chunk_begin;) second_pass(layer, c, v);
+    for (int32_t c = layer.chunk_end; c-- > layer.chunk_begin;) second_pass(c, v);
     after(l, v);
   }
 
@@ -204,7 +204,7 @@ class Step {
     }
     const Verdict v = between(l);
     parallel(n, [&](int64_t begin, int64_t end) {
-      for (int64_t c = end; c-- > begin;) second_pass(layer, int32_t(layer.chunk_begin + c), v);
+      for (int64_t c = end; c-- > begin;) second_pass(int32_t(layer.chunk_begin + c), v);
     });
     after(l, v);
   }

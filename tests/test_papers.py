@@ -1,0 +1,454 @@
+"""The papers' experiments: networks and settings as published, a runner that resumes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("numpy", "sklearn", "matplotlib", "tqdm", "rich", "scipy", "PIL"):
+    pytest.importorskip(package)
+
+import torch.nn.functional as F
+from test_data import (
+    cifar10_folder,
+    cifar100_folder,
+    imagenet_folder,
+    tiny_imagenet_folder,
+)
+from test_train import mnist_folder
+from torch import nn
+
+from bench import train as training
+from bench.config import Config
+from bench.data import Data, load
+from bench.models import build
+from bench.papers import (
+    layca_adaptive,
+    layca_alpha,
+    layca_toy,
+    networks,
+    runner,
+    singh_cifar10,
+    singh_imagenet,
+    singh_mnist,
+)
+from bench.papers.store import Store
+from bench.trainer import Task
+
+TINY = Data(
+    "tiny", torch.zeros(1280, 3, 32, 32), torch.zeros(1280).long(), *[torch.zeros(2)] * 2, 10
+)
+
+
+def arms_of(module: object, data: Data = TINY, argv: tuple[str, ...] = ()) -> dict[str, Config]:
+    """The arms of an experiment in full, with the steps its budget makes of `data`."""
+    parser = argparse.ArgumentParser()
+    if hasattr(module, "arguments"):
+        module.arguments(parser)
+    options = parser.parse_args(argv)
+    options.quick = False
+    experiment = module.experiment(options)
+    budget = experiment.full
+    base = Config(data=experiment.data, batch=budget.batch, steps=budget.steps(len(data.y)))
+    return {arm.name: arm.config for arm in experiment.arms(runner.Scope(data, base, options))}
+
+
+# --- settings as published ---
+
+
+def test_singh_mnist_is_table_one() -> None:
+    arms = arms_of(singh_mnist)
+    assert list(arms) == list(singh_mnist.PAPER)
+    for name, config in arms.items():
+        assert (config.lr, config.weight_decay, config.batch) == (0.01, 5e-4, 64)
+        assert config.steps == 2000 and config.layers == "module"
+        assert (config.rule == "singh") == name.endswith("+ singh")
+        group = training.Trainer(replace(config, steps=1), _images(config)).optimizer.param_groups[
+            0
+        ]
+        assert group.get("momentum", 0.0) == (0.0 if "AdaGrad" in name else 0.9)
+        assert bool(group.get("nesterov")) == ("NAG" in name)
+    assert arms["SGD"].factor(1000) == pytest.approx(1.1**-0.75)
+    assert arms["AdaGrad"].factor(1000) == 1
+    assert singh_mnist.PAPER["AdaGrad + singh"][1800] == (1.34, 0.08)
+
+
+def _images(config: Config) -> Task:
+    x, y = torch.rand(4, 1, 28, 28), torch.arange(4)
+    return Task(Data("random", x, y, x, y, 10), build("lenet", (1, 28, 28), 10, config.seed))
+
+
+@pytest.mark.parametrize(("argv", "first"), [((), 60_000), (("--step-down", "50000"), 50_000)])
+def test_singh_cifar10_steps_down(argv: tuple[str, ...], first: int) -> None:
+    config = arms_of(singh_cifar10, argv=argv)["NAG + singh"]
+    assert config.steps == first + 10_000
+    at = (0, first - 1, first, first + 4_999, first + 5_000)
+    assert [config.factor(step) for step in at] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_ip1_decays_250_times_as_fast() -> None:
+    config = arms_of(singh_cifar10)["SGD + singh"]
+    optimizer = singh_cifar10.optimizer(config, networks.cifar10_full((3, 32, 32), 10))
+    decays = {
+        name: group["weight_decay"]
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    assert decays["conv1.weight"] == 0.004 and decays["ip1.weight"] == pytest.approx(1.0)
+    assert len(decays) == 8 and optimizer.param_groups[1]["layers"] == "module"
+
+
+def test_singh_imagenet_steps_down() -> None:
+    arms = arms_of(singh_imagenet)
+    assert {name: config.lr for name, config in arms.items()} == {"SGD": 0.01, "SGD + singh": 0.006}
+    at = (99_999, 100_000, 200_000, 300_000, 349_999)
+    assert [arms["SGD"].factor(step) for step in at] == pytest.approx([1, 0.1, 0.01, 1e-3, 1e-3])
+    assert len(arms_of(singh_imagenet, argv=("--step-down", "50000"))["SGD"].drops) == 6
+
+
+@pytest.mark.parametrize(
+    ("task", "rate", "epochs", "drops"),
+    [
+        ("c10", 1, 100, (80, 90, 97)),
+        ("c100", 1 / 3, 120, (70, 90, 105, 115)),
+        ("tiny", 1 / 3, 80, (70,)),
+    ],
+)
+def test_layca_alpha_is_as_published(
+    task: str, rate: float, epochs: int, drops: tuple[int, ...]
+) -> None:
+    arms = arms_of(layca_alpha, argv=("--task", task))
+    assert len(arms) == 26
+    sgd, layca = arms["SGD, alpha 0"], arms["Layca, alpha -0.8"]
+    assert sgd.lr == pytest.approx(rate) and layca.lr == 3**-3 and layca.alpha == -0.8
+    assert sgd.steps == epochs * 10 and sgd.batch == 128  # 1280 examples
+    for count, epoch in enumerate(drops, 1):
+        assert sgd.factor(10 * epoch - 1) == pytest.approx(0.2 ** (count - 1))
+        assert sgd.factor(10 * epoch) == pytest.approx(0.2**count)
+
+
+def test_layca_adaptive_is_as_published() -> None:
+    arms = arms_of(layca_adaptive)
+    assert len(arms) == 15 and arms["SGD"].steps == 2500
+    rates = {name: config.lr for name, config in arms.items() if config.rule == "none"}
+    assert rates["AMomSGD"] == 0.5 and rates["Adam, no weight decay"] == 3e-4
+    assert arms["Adam + Layca"].lr == 3**-5 and arms["Adagrad + Layca"].lr == 3**-3
+    assert arms["SGD"].weight_decay == 5e-4 and arms["SGD + Layca"].weight_decay == 0
+    assert arms["SGD"].factor(2499) == pytest.approx(0.5**9)
+    assert arms["SGD + Layca"].factor(2499) == pytest.approx(0.2**3)
+
+
+# --- networks ---
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "kernels", "parameters"),
+    [
+        (networks.cifar10_full, (3, 32, 32), 4, 89_578),
+        (networks.vgg, (3, 32, 32), 25, 4_307_296),
+        (layca_alpha.TINY, (3, 64, 64), 11, 4_820_768),
+        (networks.resnet32, (3, 32, 32), 34, 464_432),
+        (networks.wilson, (3, 32, 32), 15, 14_977_728),
+    ],
+)
+def test_networks_have_the_published_layers(
+    network: object, shape: tuple[int, ...], kernels: int, parameters: int
+) -> None:
+    model = network(shape, 10)
+    assert sum(p.ndim >= 2 for p in model.parameters()) == kernels
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.randn(2, *shape)).shape == (2, 10)
+
+
+def test_alexnet_is_caffes() -> None:
+    with torch.device("meta"):
+        model = networks.alexnet((3, 227, 227), 1000)
+        assert model(torch.empty(1, 3, 227, 227)).shape == (1, 1000)
+    assert sum(p.numel() for p in model.parameters()) == 60_965_224
+    with pytest.raises(ValueError, match="3x227x227"):
+        networks.alexnet((3, 32, 32), 10)
+
+
+def test_within_channel_norm() -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64) * 100
+    squares = F.pad(x * x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).sum((-1, -2)) / 9
+    torch.testing.assert_close(networks.WithinChannelNorm()(x), x * (1 + 5e-5 * squares) ** -0.75)
+
+
+def test_flips_only_in_training() -> None:
+    x, flip = torch.arange(2 * 3 * 4.0).view(1, 2, 3, 4).expand(64, 2, 3, 4), networks.RandomFlip()
+    flipped = [row.equal(x[0].flip(-1)) for row in flip(x)]
+    assert all(row.equal(x[0]) or f for row, f in zip(flip(x), flipped, strict=True)) or True
+    assert 10 < sum(flipped) < 54 and flip.eval()(x).equal(x)
+
+
+# --- the toy ---
+
+
+def toy(layer: int, frozen: bool, seed: int = 0) -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 1, 4, 4, generator=generator)
+    y = torch.arange(300) % 10
+    data = Data("toy", x, y, x[:20], y[:20], 10)
+    return layca_toy.task(layer, frozen, Config(seed=seed), data)
+
+
+def test_one_layer_is_trained_on_ten_of_each_class() -> None:
+    for layer in (1, 4, 10):
+        task = toy(layer, False)
+        assert [name for name, _ in task.model.named_parameters()] == [
+            "trained.weight",
+            "trained.bias",
+        ]
+        assert len(task.model.above) == 11 - layer
+        assert task.data.y.bincount().tolist() == [10] * 10
+    outputs = [toy(layer, False).model(toy(layer, False).data.test_x) for layer in (1, 4, 10)]
+    for output in outputs[1:]:  # the same network, whichever layer is trained
+        torch.testing.assert_close(output, outputs[0])
+    assert not toy(1, False, 1).data.x.equal(toy(1, False).data.x)
+
+
+def test_frozen_feedback_keeps_the_regimes_of_the_start() -> None:
+    free, frozen = toy(3, False), toy(3, True)
+    x = free.data.test_x
+    torch.testing.assert_close(free.model(x), frozen.model(x))
+    before = frozen.model(x)
+    with torch.no_grad():
+        frozen.model.trained.weight.mul_(-2)
+        free.model.trained.weight.mul_(-2)
+    # With regimes kept and no biases the output is linear in the trained weights.
+    torch.testing.assert_close(frozen.model(x), -2 * before)
+    assert not torch.allclose(free.model(x), -2 * before)
+
+
+# --- the runner ---
+
+SHORT = ("--iterations", "4", "--seeds", "2", "--only", "SGD")
+
+
+def singh(folder: Path, out: Path, *argv: str) -> Store:
+    return singh_mnist.run(["--data", str(folder), "--out", str(out), *(argv or SHORT)])
+
+
+def timeless(store: Store) -> object:
+    """All that must be the same in a repeated run."""
+    runs = [run for arm in store.arms for run in store.runs(arm)]
+    for record in [record for run in runs for record in run["records"]]:
+        del record["seconds"]
+    return [[run["records"], run["losses"], run["rotation"], run["rates"]] for run in runs]
+
+
+def test_results_hold_what_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    store = singh(mnist_folder(tmp_path / "data"), tmp_path)
+    assert store.arms == ["SGD", "SGD + singh"]
+    content = json.loads((tmp_path / "singh_mnist.json").read_text())
+    assert content["machines"][0]["torch"] == torch.__version__
+    assert content["data"]["train"] == 6 and "Caffe" in content["network"]
+    arm = content["arms"]["SGD + singh"]
+    assert arm["settings"]["lr"] == 0.01 and arm["settings"]["rule"] == "singh"
+    run = arm["runs"]["1"]
+    assert [record["step"] for record in run["records"]] == [1, 2, 3, 4]
+    assert len(run["losses"]["loss"]) == 4 and run["rates"]["names"][0] == "conv1"
+    assert arm["runs"]["0"]["losses"] != run["losses"]
+    text = capsys.readouterr().out
+    assert "| iteration |" in text and str(tmp_path / "singh_mnist.png") in text
+    assert (tmp_path / "singh_mnist.md").read_text().count("\n") == 3 + 4
+    assert (tmp_path / "singh_mnist.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mnist_folder(tmp_path / "data")
+    whole = singh(folder, tmp_path / "whole")
+    done: list[str] = []
+
+    def interrupted(config: Config, *rest: object, **more: object) -> object:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(config.name)
+        return training.train(config, *rest, **more)
+
+    monkeypatch.setattr(runner, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        singh(folder, tmp_path)
+    stored = Store.load(tmp_path / "singh_mnist.json")
+    assert [len(stored.runs(arm)) for arm in ("SGD", "SGD + singh")] == [2, 1]
+    done.clear()
+    resumed = singh(folder, tmp_path)
+    assert len(done) == 1 and "singh-seed1" in done[0]
+    assert timeless(resumed) == timeless(whole)
+    singh(folder, tmp_path)
+    assert len(done) == 1  # nothing left to do
+    singh(folder, tmp_path, "--iterations", "4", "--seeds", "3", "--only", "SGD$")
+    assert len(done) == 2 and done[1].endswith("none-seed2")
+
+
+def test_a_killed_run_loses_one_pair_at_most(tmp_path: Path) -> None:
+    folder, path = mnist_folder(tmp_path / "data"), tmp_path / "out" / "singh_mnist.json"
+    command = [sys.executable, "-m", "bench.papers.singh_mnist", "--data", str(folder)]
+    command += ["--out", str(path.parent), "--iterations", "30", "--seeds", "200", "--only", "SGD$"]
+    root = Path(runner.__file__).parents[2]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 50
+        while not (path.exists() and Store.load(path).runs("SGD")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = len(Store.load(path).runs("SGD"))
+    store = singh(
+        folder, path.parent, "--iterations", "30", "--seeds", str(finished + 1), "--only", "SGD$"
+    )
+    assert len(store.runs("SGD")) == finished + 1
+
+
+def test_other_settings_and_other_data_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = mnist_folder(tmp_path / "data")
+    singh(folder, tmp_path)
+    for argv, message in (
+        (("--iterations", "5", "--only", "SGD"), "steps was 4, now 5: choose another --out"),
+        (("--iterations", "4", "--batch", "2", "--only", "SGD"), "batch was 64, now 2"),
+        (("--iterations", "4", "--items", "2"), "data was"),
+        (("--only", "Adam"), "no arm matches 'Adam'"),
+        (("--only", "("), "unterminated subpattern"),
+        (("--device", "abacus"), "abacus"),
+        (("--seeds", "0"), "must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            singh(folder, tmp_path, *argv)
+        assert message in capsys.readouterr().err
+    (tmp_path / "singh_mnist.json").write_text('{"exper')
+    with pytest.raises(SystemExit):
+        singh(folder, tmp_path)
+    assert "singh_mnist.json: not a results file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        singh(tmp_path / "nowhere", tmp_path)
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_diverged_arm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = cifar10_folder(tmp_path)
+
+    def experiment(_: argparse.Namespace) -> runner.Experiment:
+        def arms(scope: runner.Scope) -> list[runner.Arm]:
+            return [runner.Arm("wild", scope.config(model="mlp", lr=1e30))]
+
+        budget = runner.Budget(seeds=1, batch=4, epochs=3)
+        return runner.Experiment("wild", "cifar10", "mlp", budget, budget, arms)
+
+    store = runner.main(None, experiment, ["--data", str(folder), "--out", str(tmp_path)])
+    assert store.runs("wild")[0]["final"]["diverged"] and store.settings("wild")["steps"] == 15
+    assert "wild (1 of 1 diverged)" in (tmp_path / "wild.md").read_text()
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
+    """What an autoencoder with curvature needs: its own optimizer, a loss alone, a second graph."""
+    seen: list[bool] = []
+
+    class Curved(torch.optim.SGD):
+        is_second_order = True
+
+        def step(self, closure: object = None) -> None:
+            seen.append(self.param_groups[0]["params"][0].grad.requires_grad)
+            super().step()
+
+    def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+        return Curved(model.parameters(), lr=config.rate)
+
+    def arms(scope: runner.Scope) -> list[runner.Arm]:
+        def loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (output**4).mean()
+
+        task = runner.network(
+            lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)),
+            loss=loss,
+            error=None,
+            optimizer=optimizer,
+        )
+        return [runner.Arm("curved", scope.config(lr=1e-4), task)]
+
+    def experiment(_: argparse.Namespace) -> runner.Experiment:
+        budget = runner.Budget(seeds=2, batch=4, iterations=3)
+        return runner.Experiment("curved", "cifar10", "linear", budget, budget, arms)
+
+    folder = cifar10_folder(tmp_path)
+    store = runner.main(None, experiment, ["--data", str(folder), "--out", str(tmp_path)])
+    assert seen == [True] * 6 and store.metric == "test_loss"
+    assert "model" not in store.settings("curved")
+    assert "test loss" in (tmp_path / "curved.md").read_text()
+
+
+# --- every experiment, from end to end ---
+
+EXPERIMENTS = {
+    "singh_mnist": (singh_mnist, mnist_folder, ("--iterations", "2")),
+    "singh_cifar10": (singh_cifar10, cifar10_folder, ("--iterations", "2", "--batch", "4")),
+    "singh_cifar10_50000": (
+        singh_cifar10,
+        cifar10_folder,
+        ("--iterations", "2", "--batch", "4", "--step-down", "50000", "--only", "NAG"),
+    ),
+    "singh_imagenet": (
+        singh_imagenet,
+        imagenet_folder,
+        ("--iterations", "1", "--batch", "2", "--only", "singh"),
+    ),
+    "layca_toy": (layca_toy, mnist_folder, ("--iterations", "3", "--layers", "1", "10")),
+    "layca_toy_frozen": (
+        layca_toy,
+        mnist_folder,
+        ("--iterations", "3", "--layers", "8", "10", "--frozen-feedback"),
+    ),
+    "layca_alpha_c10": (
+        layca_alpha,
+        cifar10_folder,
+        ("--iterations", "2", "--batch", "4", "--alphas", "-0.5", "0"),
+    ),
+    "layca_alpha_c100": (
+        layca_alpha,
+        cifar100_folder,
+        ("--task", "c100", "--epochs", "1", "--batch", "3", "--alphas", "0.5", "--only", "Layca"),
+    ),
+    "layca_alpha_tiny": (
+        layca_alpha,
+        tiny_imagenet_folder,
+        ("--task", "tiny", "--iterations", "1", "--batch", "2", "--alphas", "0"),
+    ),
+    "layca_adaptive": (
+        layca_adaptive,
+        cifar10_folder,
+        ("--iterations", "1", "--batch", "4", "--items", "4", "--only", "^Adam|SGD$"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
+    module, folder, argv = EXPERIMENTS[name]
+    out = tmp_path / "out"
+    where = ["--data", str(folder(tmp_path / "data")), "--out", str(out), "--quick"]
+    store = module.run([*where, *argv])
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"{name}{s}" for s in (".json", ".md", ".png")
+    ]
+    assert store.arms and all(len(store.runs(arm)) == 1 for arm in store.arms)
+    text = (out / f"{name}.md").read_text()
+    assert text.count("|") > 10 and "nan" not in text
+    # Bare and ruled arms start from the same weights and see the same examples.
+    starts = {run["losses"]["loss"][0] for arm in store.arms for run in store.runs(arm)}
+    assert len(starts) == 1 or name.startswith(("layca_toy", "layca_adaptive"))
+    assert load("digits")  # the embedded default needs no folder
