@@ -1,0 +1,117 @@
+"""What only a GPU shows: streams, graphs, several devices, and that nobody waits."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import BY_ID, Engine, copies, ids, same_bits, set_grads
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+CASES = [BY_ID[f"{d}-{rule}"] for d in ("mom", "adamw") for rule in ("none", "singh", "layca")]
+SHAPES = ((300, 400), (33, 70), (5,), (0, 3), (2000, 600))
+each_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
+def warm(case, backend, device="cuda", lr=None):
+    """An optimizer that has taken two steps, its parameters with gradients that stay in place."""
+    engine = Engine(backend, device)
+    params = engine.params(cases.random(SHAPES, seed=3), torch.float32)
+    opt = engine.make(case, params, **({} if lr is None else {"lr": lr}))
+    set_grads(params, 0)
+    for _ in range(2):
+        opt.step()
+    torch.cuda.synchronize()
+    return opt, params
+
+
+@each_backend
+@each_case
+def test_current_stream(case, backend):
+    (opt, params), (twin, same) = warm(case, backend), warm(case, backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10_000_000)  # what the step must wait for, on this stream alone
+        for p in params:
+            p.grad.mul_(2.0)
+        opt.step()
+        after = copies(params)
+    side.synchronize()
+    for p in same:
+        p.grad.mul_(2.0)
+    twin.step()
+    assert same_bits(after, same)
+
+
+@each_backend
+@each_case
+def test_nobody_waits(case, backend):
+    opt, _ = warm(case, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+        opt.layer_stats()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+@each_case
+def test_a_step_allocates_nothing(case, backend):
+    opt, _ = warm(case, backend)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    opt.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before <= 4096
+
+
+@each_backend
+@each_case
+def test_graph(case, backend):
+    """Replays are steps: they count, read the gradients of the moment and a tensor lr."""
+    rate = torch.tensor(case.args["lr"], device="cuda")
+    (opt, params), (twin, same) = warm(case, backend, lr=rate), warm(case, backend, lr=rate.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for round in range(3):
+        for p, q, g in zip(params, same, cases.random(SHAPES, seed=round)):
+            p.grad.copy_(g)
+            q.grad.copy_(g)
+        rate.mul_(0.5)
+        twin.param_groups[0]["lr"].mul_(0.5)
+        graph.replay()
+        twin.step()
+        assert same_bits(params, same), round
+    assert [s["step"].item() for s in opt.state.values()] == [5.0] * len(params)
+    # a step outside, with gradients elsewhere, spoils neither
+    set_grads(params, 7)
+    set_grads(same, 7)
+    opt.step()
+    twin.step()
+    assert same_bits(params, same)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@each_backend
+@each_case
+def test_several_devices(case, backend):
+    engine = Engine(backend, "cuda")
+    values = cases.random(SHAPES, seed=3)
+    first, second = (
+        [torch.nn.Parameter(v.to(f"cuda:{i}", torch.float32)) for v in values] for i in (0, 1)
+    )
+    both = engine.make(case, [*first, *second])
+    apart = engine.params(values, torch.float32)
+    alone = engine.make(case, apart)
+    for seed in range(2):
+        for params in (first, second, apart):
+            set_grads(params, seed)
+        both.step()
+        alone.step()
+    assert same_bits(first, apart) and same_bits(second, apart)
