@@ -94,6 +94,7 @@ void DevicePlan::build(bool measured) {
   args_.tensors = static_cast<int32_t>(p.tensors.size());
   args_.layers = static_cast<int32_t>(n_layers);
   args_.blocks = s.blocks;
+  args_.ahead = s.ahead;
   args_.lag = s.lag;
   args_.rings = s.rings;
   args_.config = at_byte<DeviceConfig>(fresh_, config);

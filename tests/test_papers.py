@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("numpy", "sklearn", "matplotlib", "tqdm", "rich", "scipy", "PIL"):
-    pytest.importorskip(package)
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("rich")
+pytest.importorskip("PIL")
 
 import torch.nn.functional as F
 from test_data import (
@@ -30,7 +33,7 @@ from torch import nn
 
 from bench import train as training
 from bench.config import Config
-from bench.data import Data, load
+from bench.data import Data
 from bench.models import build
 from bench.papers import (
     layca_adaptive,
@@ -156,7 +159,7 @@ def test_layca_adaptive_is_as_published() -> None:
     [
         (networks.cifar10_full, (3, 32, 32), 4, 89_578),
         (networks.vgg, (3, 32, 32), 25, 4_307_296),
-        (layca_alpha.TINY, (3, 64, 64), 11, 4_820_768),
+        (layca_alpha.TINY, (3, 64, 64), 11, 4_715_360),
         (networks.resnet32, (3, 32, 32), 34, 464_432),
         (networks.wilson, (3, 32, 32), 15, 14_977_728),
     ],
@@ -188,7 +191,6 @@ def test_within_channel_norm() -> None:
 def test_flips_only_in_training() -> None:
     x, flip = torch.arange(2 * 3 * 4.0).view(1, 2, 3, 4).expand(64, 2, 3, 4), networks.RandomFlip()
     flipped = [row.equal(x[0].flip(-1)) for row in flip(x)]
-    assert all(row.equal(x[0]) or f for row, f in zip(flip(x), flipped, strict=True)) or True
     assert 10 < sum(flipped) < 54 and flip.eval()(x).equal(x)
 
 
@@ -262,7 +264,7 @@ def test_results_hold_what_a_reader_needs(tmp_path: Path, capsys: pytest.Capture
     assert arm["runs"]["0"]["losses"] != run["losses"]
     text = capsys.readouterr().out
     assert "| iteration |" in text and str(tmp_path / "singh_mnist.png") in text
-    assert (tmp_path / "singh_mnist.md").read_text().count("\n") == 3 + 4
+    assert (tmp_path / "singh_mnist.md").read_text().count("\n") == 2 + 2 + 4
     assert (tmp_path / "singh_mnist.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -299,7 +301,7 @@ def test_a_killed_run_loses_one_pair_at_most(tmp_path: Path) -> None:
     root = Path(runner.__file__).parents[2]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 50
+        deadline = time.monotonic() + 120
         while not (path.exists() and Store.load(path).runs("SGD")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
@@ -324,7 +326,7 @@ def test_other_settings_and_other_data_are_refused(
         (("--iterations", "4", "--items", "2"), "data was"),
         (("--only", "Adam"), "no arm matches 'Adam'"),
         (("--only", "("), "unterminated subpattern"),
-        (("--device", "abacus"), "abacus"),
+        ((*SHORT[:2], "--seeds", "3", "--device", "abacus"), "device 'abacus' cannot be used"),
         (("--seeds", "0"), "must be at least 1"),
     ):
         with pytest.raises(SystemExit):
@@ -355,6 +357,7 @@ def test_a_diverged_arm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "100%" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
     """What an autoencoder with curvature needs: its own optimizer, a loss alone, a second graph."""
     seen: list[bool] = []
@@ -407,7 +410,7 @@ EXPERIMENTS = {
         imagenet_folder,
         ("--iterations", "1", "--batch", "2", "--only", "singh"),
     ),
-    "layca_toy": (layca_toy, mnist_folder, ("--iterations", "3", "--layers", "1", "10")),
+    "layca_toy": (layca_toy, mnist_folder, ("--epochs", "3", "--layers", "1", "10")),
     "layca_toy_frozen": (
         layca_toy,
         mnist_folder,
@@ -445,10 +448,10 @@ def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
         f"{name}{s}" for s in (".json", ".md", ".png")
     ]
-    assert store.arms and all(len(store.runs(arm)) == 1 for arm in store.arms)
+    assert store.arms and store.settings(store.arms[0])["steps"] <= 3
+    assert all(len(store.runs(arm)) == 1 for arm in store.arms)
     text = (out / f"{name}.md").read_text()
     assert text.count("|") > 10 and "nan" not in text
     # Bare and ruled arms start from the same weights and see the same examples.
     starts = {run["losses"]["loss"][0] for arm in store.arms for run in store.runs(arm)}
-    assert len(starts) == 1 or name.startswith(("layca_toy", "layca_adaptive"))
-    assert load("digits")  # the embedded default needs no folder
+    assert max(starts) == pytest.approx(min(starts), rel=1e-4)

@@ -41,10 +41,11 @@ def table_of(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = 
 
 
 def markdown(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=1000)
+    console, title = Console(file=io.StringIO(), width=1000), table.title
+    table.title = None  # which would be wrapped to the table's width
     console.print(table)
     lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore
-    return "\n".join(line for line in lines if line) + "\n"
+    return (f"{title}:\n\n" if title else "") + "\n".join(filter(None, lines)) + "\n"
 
 
 def errors(store: Store, columns: int = 5) -> Table:
@@ -93,7 +94,8 @@ def lines(
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="iteration", ylabel=LABELS[store.metric])
     axes.grid(**GRID)
-    axes.legend(frameon=False, fontsize="small", ncols=1 if len(arms) < 9 else 3)
+    if arms:
+        axes.legend(frameon=False, fontsize="small", ncols=1 if len(arms) < 9 else 3)
 
 
 def rotation(axes: Axes, curve: dict[str, Any], title: str) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
@@ -68,11 +67,6 @@ class Scope:
     def config(self, **choices: Any) -> Config:
         return replace(self.base, **choices)
 
-    @property
-    def epoch(self) -> int:
-        """Steps in an epoch."""
-        return max(len(self.data.y) // self.base.batch, 1)
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -88,6 +82,7 @@ class Experiment:
     notes: str = ""  # where it departs from the paper, for the record
     table: Callable[[Store], Table] = report.errors
     plot: Callable[[Store, Path], Path] = report.curves
+    examples: int | None = None  # in an epoch, where arms take a part of the data
     evals: int = 10  # tests in a run
     records: int = 50  # points of a rotation curve
     more: dict[str, Any] = field(default_factory=dict)  # settings for the record
@@ -144,7 +139,8 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     data = load(experiment.data, options.data, experiment.scaling)
     if budget.items is not None:
         data = data.some(budget.items)
-    steps = budget.steps(len(data.y))
+    examples = experiment.examples or len(data.y)
+    steps = budget.steps(examples)
     base = Config(
         data=experiment.data,
         scaling=experiment.scaling,
@@ -166,14 +162,13 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
             "network": experiment.network,
             "notes": experiment.notes,
             "data": dict(data.meta),
-            "epoch": max(len(data.y) // budget.batch, 1),
+            "epoch": max(examples // budget.batch, 1),
             **experiment.more,
         },
     )
     for arm in arms:
         store.add_arm(arm.name, _settings(arm))
     pending = [(arm, s) for arm in arms for s in range(budget.seeds) if not store.has(arm.name, s)]
-    data = data.to(options.device)
     with tqdm(total=sum(a.config.steps for a, _ in pending), unit="step", smoothing=0.02) as bar:
         for arm, seed in pending:
             bar.set_description(f"{arm.name}, seed {seed}")
@@ -203,8 +198,8 @@ def _settings(arm: Arm) -> dict[str, Any]:
 
 def _report(experiment: Experiment, store: Store) -> None:
     table = experiment.table(store)
-    Console().print(table)
     text = report.markdown(table)
+    print(f"\n{text}")
     path = store.path.with_suffix(".md")
     write_atomically(path, lambda file: file.write(text.encode()))
     picture = experiment.plot(store, store.path.with_suffix(".png"))

@@ -76,6 +76,7 @@ def plot(store: Store, path: Path) -> Path:
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, title in zip(figure.subplots(1, 3, sharey=True), DIRECTIONS, strict=True):
         pair = [arm for arm in (title, f"{title} + singh") if arm in store.arms]
+        axes.set_title(title, fontsize="medium")
         colours = {title: "#444444", f"{title} + singh": "#E69F00"}
         report.lines(axes, store, pair, [colours[arm] for arm in pair])
         for arm in pair:
@@ -84,8 +85,8 @@ def plot(store: Store, path: Path) -> Path:
             style = {"capsize": 2, "markersize": 5, "linewidth": 0, "elinewidth": 0.8}
             label = f"{arm}, paper"
             axes.errorbar(x, y, spread, fmt="x", color=colours[arm], label=label, **style)
-        axes.set_title(title, fontsize="medium")
-        axes.legend(frameon=False, fontsize="small")
+        if pair:
+            axes.legend(frameon=False, fontsize="small")
         if axes.get_ylim()[1] > 8:
             axes.set_ylim(0, 8)
     return report.saved(figure, path)

@@ -108,7 +108,7 @@ class Store:
 
 
 def _same(path: Path, what: str, stored: dict[str, Any], ours: dict[str, Any]) -> None:
-    for key in ours.keys() | stored.keys():
+    for key in {**ours, **stored}:
         if stored.get(key) != ours.get(key):
             raise ValueError(
                 f"{path} holds another experiment: {what}{key} was {stored.get(key)!r}, now "

@@ -23,7 +23,7 @@ LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) step_kernel(const StepArg
   const bool whole = args.phase == whole_step;
   block.begin();
   for (int i = 0; i < tiles_ahead; ++i) {
-    if (block.more()) block.fetch_next(fetched++);
+    if (i < args.ahead && block.more()) block.fetch_next(fetched++);
     device::commit();
   }
   while (applied < fetched) {
@@ -34,6 +34,7 @@ LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) step_kernel(const StepArg
       __syncthreads();  // nobody reads the places that are filled now
       if (block.more()) block.fetch_next(fetched++);
       device::commit();
+      if (args.ahead < tiles_ahead) device::commit();  // in place of a tile not asked for
       device::wait<tiles_ahead>();
       __syncthreads();  // the tile has landed, for all
       block.measure(measured++);

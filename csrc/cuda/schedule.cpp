@@ -52,15 +52,19 @@ Rings make_rings(const Plan& plan, int threads) {
   return r;
 }
 
-/// As many places as there is room for.
-void fill_rings(Rings& r, int room) {
-  r.places[1] = r.bytes[1] ? tiles_ahead + 1 : 1;
+/// Give the rings as many places as there is room for. What is read again must have been written
+/// before, and is asked for `ahead` tiles early: so many can be held at least.
+void fill_rings(Schedule& s, int room) {
+  Rings& r = s.rings;
   const int each = r.bytes[0] + static_cast<int>(sizeof(Job));
-  r.places[0] = (room - r.bytes[1] * r.places[1]) / each;
-  if (r.places[0] <= tiles_ahead) {
-    throw std::invalid_argument("tiles of this direction and dtype do not fit into the device's " +
-                                std::to_string(room) + " bytes of shared memory");
+  for (s.ahead = tiles_ahead; s.ahead > 0; --s.ahead) {
+    r.places[1] = r.bytes[1] ? s.ahead + 1 : 1;
+    r.places[0] = (room - r.bytes[1] * r.places[1]) / each;
+    s.lag = r.places[0] - s.ahead;
+    if (s.lag >= s.ahead) return;
   }
+  throw std::invalid_argument("tiles of this direction and dtype do not fit into the device's " +
+                              std::to_string(room) + " bytes of shared memory");
 }
 
 /// A tile of a layer, while runs are made.
@@ -185,13 +189,11 @@ Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device
                        const Tuning& tuning) {
   Schedule s;
   s.rings = make_rings(plan, device.tile_threads);
-  fill_rings(s.rings, device.shared_bytes - reserved_bytes);
+  fill_rings(s, device.shared_bytes - reserved_bytes);
   s.blocks = tuning.blocks ? tuning.blocks : device.multiprocessors;
-  s.lag = s.rings.places[0] - tiles_ahead;
-  // What is read again must have been written before: it is asked for tiles_ahead early.
-  s.plain = tuning.plain || !device.cooperative || (measured && s.lag < tiles_ahead);
-  int hold = std::min(s.lag, std::max(s.lag - spare_tiles, tiles_ahead));
-  if (tuning.hold) hold = std::min(std::max(tuning.hold, tiles_ahead), s.lag);
+  s.plain = tuning.plain || !device.cooperative;
+  int hold = std::min(s.lag, std::max(s.lag - spare_tiles, s.ahead));
+  if (tuning.hold) hold = std::min(std::max(tuning.hold, s.ahead), s.lag);
   if (s.plain) hold = 0;
   Maker(plan, measured, device.tile_threads, s, hold).run();
   s.first_layer.push_back(0);

@@ -17,7 +17,7 @@ struct Tuning {
 
 struct Schedule {
   bool plain = false;
-  int blocks = 0, lag = 0;
+  int blocks = 0, ahead = 0, lag = 0;
   Rings rings{};
   int64_t tiles = 0;
   std::vector<DeviceLayer> layers;

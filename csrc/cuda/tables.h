@@ -27,8 +27,8 @@ LAYERLR_HD constexpr int state_bytes(DType dtype) { return dtype == DType::f64 ?
 /// Tiles of a segment at most, for each thread of the block that adds their sums.
 constexpr int segment_tiles = 8;
 
-/// Tiles that a block asks for before it needs them, and places that it keeps free beyond what it
-/// holds of one layer, so that it goes on while that layer is summed.
+/// Tiles that a block asks for before it needs them, where they fit, and places that it keeps free
+/// beyond what it holds of one layer, so that it goes on while that layer is summed.
 constexpr int tiles_ahead = 2;
 constexpr int spare_tiles = 2;
 
@@ -138,7 +138,8 @@ struct StepArgs {
   RuleConfig rule;
   bool measured;  // there is something to measure
   int32_t tensors, layers, blocks;
-  int32_t lag;  // tiles measured before the first must be applied
+  int32_t ahead;  // tiles asked for before they are needed
+  int32_t lag;    // tiles measured before the first must be applied
   Rings rings;
 
   const DeviceConfig* config;

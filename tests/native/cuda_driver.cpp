@@ -8,9 +8,13 @@
 #include <stdexcept>
 
 #include "cpu/engine.h"
-#include "cuda/engine.cu"
 #include "cuda/schedule.h"
 #include "model.h"
+#include "simt.h"
+
+namespace layerlr {
+const Engine& cuda_engine();
+}
 
 using namespace layerlr;
 
@@ -18,10 +22,14 @@ namespace {
 
 constexpr int tile = tile_elements(DType::f32);
 
+/// Tiles in all: 12; 62; a layer of two segments.
+enum Size { few, usual, many };
+
 struct Case {
   int direction, rule;
   int dtype;  // 4: all of them
-  bool options, large;
+  bool options;
+  Size size = usual;
 };
 
 /// How a step is run: results are the same for all.
@@ -32,27 +40,27 @@ struct Variant {
 };
 
 std::vector<Shape> shapes_of(const Case& c) {
-  // the last is of two segments, or else of 40 tiles
-  const int64_t large = c.large ? (segment_tiles * tile_threads + 7) * tile + 5 : 40 * tile - 1;
+  const int64_t part = c.size == few ? 1 : tile;
+  const int64_t last = c.size == many ? segment_tiles * tile_threads + 7 : 40;
   std::vector<Shape> shapes;
-  for (const int64_t size : {int64_t(1), int64_t(15), int64_t(tile), int64_t(3 * tile + 17),
-                             int64_t(1000), int64_t(10 * tile + 3), int64_t(0), large}) {
+  for (const int64_t size : {int64_t(1), int64_t(15), part, 3 * part + 17, int64_t(1000),
+                             10 * part + 3, int64_t(0), last * part - 1}) {
     const int dtype = c.dtype < 4 ? c.dtype : static_cast<int>(shapes.size() % 4);
     shapes.push_back({size, static_cast<DType>(dtype)});
   }
   return shapes;
 }
 
-/// Options: skip layers 4 and 5, whose gradients are not finite; tensor 1 has none.
+/// Options: skip layers 4 and 5, whose gradients are not finite; tensors 1 and 2 have none.
 Model make(const Case& c) {
   Model m(c.direction, c.rule, shapes_of(c));
   if (!c.options) return m;
   for (Buffer& b : m.buffers) {
     for (const int i : {4, 5}) {
-      if (b.data == m.plan.tensors[i].grad) b.set(900, NAN);
+      if (b.data == m.plan.tensors[i].grad) b.set(b.numel() - 1, NAN);
     }
   }
-  m.plan.tensors[1].active = false;
+  m.plan.tensors[1].active = m.plan.tensors[2].active = false;
   return m;
 }
 
@@ -66,7 +74,7 @@ StepConfig config_of(const Case& c, int step) {
   return config;
 }
 
-/// The tables of a plan, each in a buffer of its own.
+/// The tables of a plan, each in a buffer of its own and of exactly its size.
 struct Tables {
   Schedule schedule;
   DeviceConfig config{};
@@ -111,12 +119,16 @@ struct Tables {
       layer.whole &= active;
       if (active && layer.first < 0) layer.first = span.tensor;
     }
+    const auto shrink = [](auto&... v) { (v.shrink_to_fit(), ...); };
+    shrink(schedule.layers, schedule.segments, schedule.runs, schedule.first_run,
+           schedule.tensor_layers, radii);
     args.direction = p.direction;
     args.rule = p.rule;
     args.measured = measured;
     args.tensors = static_cast<int32_t>(p.tensors.size());
     args.layers = static_cast<int32_t>(p.layers.size());
     args.blocks = schedule.blocks;
+    args.ahead = schedule.ahead;
     args.lag = schedule.lag;
     args.rings = schedule.rings;
     args.config = &config;
@@ -190,30 +202,31 @@ bool agree(const Model& m, const Model& n) {
   return all;
 }
 
-/// The first two are of layers in two segments.
+/// Few tiles and many, then the others.
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const RuleId rule : {RuleId::Singh, RuleId::Layca}) {
-    cases.push_back({0, static_cast<int>(rule), 0, false, true});
+    cases.push_back({0, static_cast<int>(rule), 0, false, many});
+    cases.push_back({0, static_cast<int>(rule), 0, false, few});
   }
   const int directions = static_cast<int>(direction_names().size());
   for (int d = 0; d < directions; ++d) {
     for (int rule = -1; rule < rule_count; ++rule) {
       for (int dtype = 0; dtype < 5; ++dtype) {
-        for (const bool options : {false, true}) cases.push_back({d, rule, dtype, options, false});
+        for (const bool options : {false, true}) cases.push_back({d, rule, dtype, options});
       }
     }
   }
   return cases;
 }
 
-/// Shared memory of the fewest places with which a step is one launch.
-int tight(const Case& c) {
+/// The least shared memory with which a step is one launch that asks for so many tiles ahead.
+int tight(const Case& c, int ahead) {
   const Model m = make(c);
   for (int bytes = 4 << 10;; bytes += 256) {
     try {
-      const DeviceInfo device{4, tile_threads, bytes, true};
-      if (!make_schedule(m.plan, true, device, {}).plain) return bytes;
+      const Schedule s = make_schedule(m.plan, true, {4, tile_threads, bytes, true}, {});
+      if (!s.plain && s.ahead == ahead) return bytes;
     } catch (const std::invalid_argument&) {
     }
   }
@@ -221,14 +234,15 @@ int tight(const Case& c) {
 
 bool run(const Case& c) {
   const auto wrong = [&](const char* what) {
-    std::printf("WRONG: %s: direction %d rule %d dtype %d options %d large %d\n", what, c.direction,
-                c.rule, c.dtype, c.options, c.large);
+    std::printf("WRONG: %s: direction %d rule %d dtype %d options %d size %d\n", what, c.direction,
+                c.rule, c.dtype, c.options, c.size);
     return false;
   };
   const int room = 48 << 10, most = 1000;
   const Variant variants[] = {
-      {{2, 0, false}, room, 1},    {{5, 0, false}, room, 2},     {{5, 1, false}, room, 3},
-      {{3, most, false}, room, 4}, {{2, 0, false}, tight(c), 5}, {{3, 0, true}, room, 6},
+      {{2, 0, false}, room, 1},    {{13, 0, false}, room, 2},       {{5, 1, false}, room, 3},
+      {{3, most, false}, room, 4}, {{2, 0, false}, tight(c, 1), 5}, {{3, 0, false}, tight(c, 2), 6},
+      {{3, 0, true}, room, 7},
   };
   const Model one = on_gpu(c, {{1, 0, false}, room, 0});
   const Model cpu = on_cpu(c);
