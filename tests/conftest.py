@@ -19,6 +19,12 @@ if not _GPU:  # before anything imports Triton
         with contextlib.suppress(AttributeError):  # another version's inside
             hasten()
 
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER and hasattr(os, "sched_setaffinity"):
+    # a core for each worker: some virtual machines put two busy processes on one
+    _CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
+
 import cases  # noqa: E402
 import simt_engine  # noqa: E402
 

@@ -251,8 +251,8 @@ def memory(shapes):
 
 
 def test_memory_of_a_plan():
-    """A part for the layers, and a twentieth of a byte an element in tiles of 2,048 (here 512)."""
+    """A part for the layers, and 0.02 bytes an element in tiles of 2,048 (here they have 512)."""
     few, many = memory([(512,)] * 4), memory([(512,)] * 204)
     assert (many - few) / 200 < 1000
     n = 200 * 512
-    assert memory([(n,)]) - memory([(512,)]) < 0.05 * n * 2048 / 512
+    assert memory([(n,)]) - memory([(512,)]) < 0.02 * n * 2048 / 512
