@@ -185,10 +185,15 @@ void DevicePlan::upload(void* stream) {
 void DevicePlan::step(const StepConfig& config, const std::optional<at::Tensor>& lr) {
   const c10::DeviceGuard guard(device());
   const bool measured = plan().has_rule || config.skip;
-  if (measured_ != measured) build(measured);
+  void* const at = stream();
+  if (measured_ != measured) {
+    TORCH_CHECK(!engine_->capturing(at),
+                "layerlr: a CUDA graph can be captured after a step with the same parameters and "
+                "rule: the first one builds the plan; take one before the capture");
+    build(measured);
+  }
   if (!args_.layers) return;
   fill(config);
-  void* const at = stream();
   upload(at);
   if (lr) fresh_.narrow(0, 0, sizeof(double)).view(at::kDouble).copy_(lr->reshape({1}));
   check(engine_->step(args_, device().index(), schedule_.plain, at));

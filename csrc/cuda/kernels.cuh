@@ -6,7 +6,7 @@
 namespace layerlr {
 
 /// The whole step. Blocks walk their lists side by side and wait for each other's sums, so all of
-/// them must be resident. A tile is fetched tiles_ahead before it is measured, and applied up to
+/// them must be resident. A tile is fetched `ahead` tiles before it is measured, and applied up to
 /// `lag` tiles after that, when its layer's verdict is there.
 ///
 /// No block waits for ever: a block that waits for a layer has measured every tile of that layer
