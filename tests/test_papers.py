@@ -398,7 +398,7 @@ def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
 # --- every experiment, from end to end ---
 
 EXPERIMENTS = {
-    "singh_mnist": (singh_mnist, mnist_folder, ("--iterations", "2")),
+    "singh_mnist": (singh_mnist, mnist_folder, ("--iterations", "2", "--also", "0.02")),
     "singh_cifar10": (singh_cifar10, cifar10_folder, ("--iterations", "2", "--batch", "4")),
     "singh_cifar10_50000": (
         singh_cifar10,
