@@ -57,11 +57,12 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::list, py::list, const std::vector<std::string>&,
                     const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
                     const std::vector<double>&, const std::string&,
-                    const std::optional<std::string>&, const std::vector<double>&, at::Tensor>())
+                    const std::optional<std::string>&, const std::vector<double>&,
+                    const std::optional<std::string>&, at::Tensor>())
       .def("prepare", &LivePlan::prepare)
       .def("finish", &LivePlan::finish)
       .def("rows", &LivePlan::rows)
-      .def("radii", &LivePlan::radii)
+      .def("kept", &LivePlan::kept)
       .def_property_readonly_static("READY", [](py::object) { return int(LivePlan::ready); })
       .def_property_readonly_static("STALE", [](py::object) { return int(LivePlan::stale); });
   py::class_<CpuPlan, LivePlan>(m, "CpuPlan")

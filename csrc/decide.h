@@ -1,4 +1,5 @@
-// From a layer's sums to what is applied: decay, edge rules, the radius. Shared by all engines.
+// From a layer's sums to what is applied: decay, edge rules, the kept number. Shared by all
+// engines.
 #pragma once
 
 #include "rules/all.h"
@@ -19,7 +20,8 @@ struct LayerConfig {
   double l2, decoupled;  // weight decay, in one form or the other
   bool first_order;      // of the direction
   bool skip;             // leave the layer alone where a sum is not finite
-  double* radius;        // stored radius, or null: the rule keeps none, or a tensor has no gradient
+  double* kept;          // a number that lives from step to step, or null: the rule keeps none
+  bool whole;            // all of its tensors have a gradient
 };
 
 /// A rule's answer in terms of w and the bare direction, and what is left alone.
@@ -43,12 +45,14 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     const double uu = sums.uu + 2 * c.decoupled * sums.wu + c.decoupled * c.decoupled * sums.ww;
     v.seen.uu = uu < 0 ? 0 : uu;
     v.seen.wu = sums.wu + c.decoupled * sums.ww;
-    const double radius = c.radius ? *c.radius : 0;
-    v.scale = evaluate(id, v.seen, c.lr, c.l2, radius, config.hyper);
+    // the norm of a part of the layer is no radius
+    double* const at = c.whole || !info.latches ? c.kept : nullptr;
+    const double kept = at ? *at : 0;
+    v.scale = evaluate(id, v.seen, c.lr, c.l2, kept, config.hyper);
     v.shown_a = v.scale.a;
     v.scale.a = v.scale.a + v.scale.b * c.decoupled;
-    if (c.radius && !v.keep && radius == 0 && sums.ww > 0 && v.scale.b != 0) {
-      *c.radius = sqrt(sums.ww);
+    if (at && info.latches && !v.keep && kept == 0 && sums.ww > 0 && v.scale.b != 0) {
+      *at = sqrt(sums.ww);
     }
     return v;
   }

@@ -81,7 +81,7 @@ void DevicePlan::build(bool measured) {
   const size_t config = fresh.put(sizeof(DeviceConfig));
   grads_at_ = fresh.put(p.tensors.size() * sizeof(void*));
   presence_at_ = fresh.put(n_layers * sizeof(DevicePresence));
-  radii_at_ = fresh.put(n_layers * sizeof(double*));
+  kept_at_ = fresh.put(n_layers * sizeof(double*));
   rows_at_ = fresh.put(p.tensors.size() * sizeof(DeviceRow));
   fresh_ = at::empty({int64_t(fresh.bytes)}, there);
   now_.assign(fresh.bytes, 0);
@@ -100,7 +100,7 @@ void DevicePlan::build(bool measured) {
   args_.config = at_byte<DeviceConfig>(fresh_, config);
   args_.grads = at_byte<const char*>(fresh_, grads_at_);
   args_.presence = at_byte<DevicePresence>(fresh_, presence_at_);
-  args_.radii = at_byte<double*>(fresh_, radii_at_);
+  args_.kept = at_byte<double*>(fresh_, kept_at_);
   args_.rows = at_byte<DeviceRow>(fresh_, rows_at_);
   args_.layer = at_byte<DeviceLayer>(fixed_, layers);
   args_.segment = at_byte<Segment>(fixed_, segments);
@@ -139,10 +139,10 @@ void DevicePlan::fill(const StepConfig& c) {
     row.layers = schedule_.first_layer[i + 1] - schedule_.first_layer[i];
   }
   auto* presence = reinterpret_cast<DevicePresence*>(now_.data() + presence_at_);
-  auto* radii = reinterpret_cast<double**>(now_.data() + radii_at_);
+  auto* kept = reinterpret_cast<double**>(now_.data() + kept_at_);
   for (size_t l = 0; l < p.layers.size(); ++l) {
     presence[l] = {-1, 1};
-    radii[l] = p.layers[l].radius;
+    kept[l] = p.layers[l].kept;
   }
   for (const Span& span : p.spans) {
     DevicePresence& layer = presence[span.layer];

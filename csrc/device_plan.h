@@ -34,7 +34,7 @@ class DevicePlan : public LivePlan {
   at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
   std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
   bool unknown_ = true;
-  size_t grads_at_ = 0, presence_at_ = 0, radii_at_ = 0, rows_at_ = 0;
+  size_t grads_at_ = 0, presence_at_ = 0, kept_at_ = 0, rows_at_ = 0;
 };
 
 }  // namespace layerlr

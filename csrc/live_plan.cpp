@@ -34,7 +34,7 @@ LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::stri
                    const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
                    const std::vector<double>& lr_scale, const std::string& direction,
                    const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-                   at::Tensor stats)
+                   const std::optional<std::string>& keeps, at::Tensor stats)
     : params_(std::move(params)),
       states_(std::move(states)),
       stats_(std::move(stats)),
@@ -43,7 +43,7 @@ LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::stri
   configure(plan_, direction, rule.value_or(""), rule_hyper, ruled, lr_scale, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys);
+  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, keeps);
   read_layouts(spans);
 }
 
@@ -53,16 +53,17 @@ int LivePlan::prepare() {
     const int answer = look_up(i);
     if (answer != ready) return answer;
   }
-  for (const Radius& r : radii_) {
-    PyObject* value = tensors_[r.tensor].radius;
+  for (const Leader& r : leaders_) {
+    PyObject* value = tensors_[r.tensor].kept;
     if (value && THPVariable_Unpack(value).numel() <= r.place) return stale;
-    plan_.layers[r.layer].radius =
+    plan_.layers[r.layer].kept =
         value ? THPVariable_Unpack(value).data_ptr<double>() + r.place : nullptr;
   }
   return ready;
 }
 
-void LivePlan::find_values(size_t i, const std::vector<std::string>& keys) {
+void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
+                           const std::optional<std::string>& keeps) {
   Tensor& t = tensors_[i];
   t.param = PyList_GET_ITEM(params_.ptr(), i);
   t.state = PyList_GET_ITEM(states_.ptr(), i);
@@ -74,7 +75,7 @@ void LivePlan::find_values(size_t i, const std::vector<std::string>& keys) {
   t.snapshot.emplace(py::reinterpret_borrow<py::dict>(t.state));
   for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
   t.step = get("step");
-  t.radius = get("radius");
+  if (keeps) t.kept = get(keeps->c_str());
   t.step_dtype = THPVariable_Unpack(t.step).dtype();
   if (n_states_) t.state_dtype = THPVariable_Unpack(t.values[0]).dtype();
 }
@@ -92,9 +93,10 @@ void LivePlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     t.strides.assign(p.strides().begin(), p.strides().end());
     plan_.tensors[tensor].dtype = dtype_of(p);
     plan_.spans.push_back(span_of_rows(p, tensor, begin, end, layer));
-    if (!led[layer]) radii_.push_back({int(layer), int(tensor), place[tensor]});
+    const int at = place[tensor]++;
+    if (led[layer] || !t.state) continue;
+    leaders_.push_back({int(layer), int(tensor), at});
     led[layer] = 1;
-    ++place[tensor];
   }
 }
 
@@ -148,10 +150,10 @@ at::Tensor LivePlan::rows() const {
   return answer;
 }
 
-at::Tensor LivePlan::radii() const {
+at::Tensor LivePlan::kept() const {
   const at::Tensor answer = at::zeros({int64_t(plan_.layers.size())}, at::kLong);
   int64_t* to = answer.data_ptr<int64_t>();
-  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.radius);
+  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.kept);
   return answer;
 }
 

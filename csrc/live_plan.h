@@ -35,7 +35,7 @@ class LivePlan {
            const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
            const std::vector<double>& lr_scale, const std::string& direction,
            const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-           at::Tensor stats);
+           const std::optional<std::string>& keeps, at::Tensor stats);
 
   /// Read gradients and data pointers into plan().
   int prepare();
@@ -48,8 +48,8 @@ class LivePlan {
   /// [tensors, 8], int64 on the host: pointers of param, gradient (0: none), three states and step,
   /// the dtype's number, whether step is float64.
   at::Tensor rows() const;
-  /// [layers], int64 on the host: pointers of the stored radii, or 0.
-  at::Tensor radii() const;
+  /// [layers], int64 on the host: pointers of the numbers that layers keep, or 0.
+  at::Tensor kept() const;
 
  private:
   /// The objects behind one parameter. All are kept alive by params_, states_ and the snapshot.
@@ -59,12 +59,13 @@ class LivePlan {
     std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
     PyObject* step = nullptr;
-    PyObject* radius = nullptr;
+    PyObject* kept = nullptr;  // what its parts' layers keep
     at::DimVector sizes, strides;
     caffe2::TypeMeta dtype, state_dtype, step_dtype;
     bool dense = true;
   };
-  struct Radius {
+  /// The first part of a layer whose tensor has a state: there lies what the layer keeps.
+  struct Leader {
     int layer, tensor, place;
   };
 
@@ -73,7 +74,8 @@ class LivePlan {
     return x.dtype() == wanted && same(x.sizes(), t.sizes) && x.device() == device_ &&
            x.layout() == at::kStrided;
   }
-  void find_values(size_t i, const std::vector<std::string>& keys);
+  void find_values(size_t i, const std::vector<std::string>& keys,
+                   const std::optional<std::string>& keeps);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
   int look_up(size_t i);
 
@@ -83,7 +85,7 @@ class LivePlan {
   int n_states_;
   Plan plan_;
   std::vector<Tensor> tensors_;
-  std::vector<Radius> radii_;
+  std::vector<Leader> leaders_;
   Staging staging_;
 };
 

@@ -7,12 +7,12 @@
 namespace layerlr {
 namespace {
 
-/// Spans are flat (tensor, first row, last row, layer); radii are flat (layer, tensor of `radius`,
-/// place in it) of the layers that keep one; state holds each parameter's tensors in turn.
+/// Spans are flat (tensor, first row, last row, layer); leaders are flat (layer, tensor of `kept`,
+/// place in it) of the layers that keep a number; state holds each parameter's tensors in turn.
 void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
-             at::TensorList steps, at::TensorList radius, const at::Tensor& stats,
+             at::TensorList steps, at::TensorList kept, const at::Tensor& stats,
              const at::Tensor& lr, c10::string_view direction, c10::string_view rule,
-             at::IntArrayRef spans, at::IntArrayRef ruled, at::IntArrayRef radii,
+             at::IntArrayRef spans, at::IntArrayRef ruled, at::IntArrayRef leaders,
              at::ArrayRef<double> lr_scale, at::ArrayRef<double> rule_hyper,
              at::ArrayRef<double> direction_hyper, double weight_decay, bool decoupled,
              bool maximize, bool skip) {
@@ -20,7 +20,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
   configure(plan, std::string(direction), std::string(rule), rule_hyper,
             std::vector<bool>(ruled.begin(), ruled.end()), lr_scale, stats);
   TORCH_CHECK(direction_hyper.size() <= max_direction_hyper);
-  TORCH_CHECK(spans.size() % 4 == 0 && radii.size() % 3 == 0);
+  TORCH_CHECK(spans.size() % 4 == 0 && leaders.size() % 3 == 0);
   TORCH_CHECK(grads.size() == params.size() && steps.size() == params.size());
   std::vector<int> parts(params.size());
   for (size_t i = 0; i < spans.size(); i += 4) ++parts.at(spans[i]);
@@ -48,11 +48,12 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
     }
     fill_row(plan.tensors[i], staging, x, is_dense(params[i], parts[i] > 1));
   }
-  for (size_t i = 0; i < radii.size(); i += 3) {
-    TORCH_CHECK(0 <= radii[i + 1] && radii[i + 1] < int64_t(radius.size()));
-    const at::Tensor& r = radius[radii[i + 1]];
-    TORCH_CHECK(r.scalar_type() == at::kDouble && 0 <= radii[i + 2] && radii[i + 2] < r.numel());
-    plan.layers.at(radii[i]).radius = r.data_ptr<double>() + radii[i + 2];
+  for (size_t i = 0; i < leaders.size(); i += 3) {
+    TORCH_CHECK(0 <= leaders[i + 1] && leaders[i + 1] < int64_t(kept.size()));
+    const at::Tensor& r = kept[leaders[i + 1]];
+    TORCH_CHECK(r.scalar_type() == at::kDouble && 0 <= leaders[i + 2] &&
+                leaders[i + 2] < r.numel());
+    plan.layers.at(leaders[i]).kept = r.data_ptr<double>() + leaders[i + 2];
   }
   plan.finish();
   StepConfig config;
@@ -71,8 +72,8 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
 TORCH_LIBRARY(layerlr, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
-      "Tensor(d!)[] radius, Tensor(e!) stats, Tensor lr, str direction, str rule, int[] spans, "
-      "int[] ruled, int[] radii, float[] lr_scale, float[] rule_hyper, float[] direction_hyper, "
+      "Tensor(d!)[] kept, Tensor(e!) stats, Tensor lr, str direction, str rule, int[] spans, "
+      "int[] ruled, int[] leaders, float[] lr_scale, float[] rule_hyper, float[] direction_hyper, "
       "float weight_decay, bool decoupled, bool maximize, bool skip) -> ()");
 }
 

@@ -22,7 +22,7 @@ void Plan::finish() {
     layer.chunk_end = static_cast<int32_t>(chunks.size());
   }
   partials.resize(chunks.size());
-  kept.resize(layers.size());
+  skips.resize(layers.size());
 }
 
 std::vector<std::string> direction_names() {

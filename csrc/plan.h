@@ -47,7 +47,7 @@ struct Layer {
   int32_t chunk_begin = 0, chunk_end = 0;
   bool ruled = false;
   double lr_scale = 1;
-  double* radius = nullptr;  // stored radius, where the rule keeps one
+  double* kept = nullptr;  // the number that the rule keeps, where it does
   int64_t numel = 0;
 };
 
@@ -74,7 +74,7 @@ struct Plan {
   std::vector<Layer> layers;
   std::vector<Chunk> chunks;         // by layer
   std::vector<LayerStats> partials;  // one a chunk
-  std::vector<char> kept;            // one a layer: left alone in this step
+  std::vector<char> skips;           // one a layer: left alone in this step
   double* stats = nullptr;           // [layers, columns]
 
   /// Cut the spans into chunks. Call once, when tensors, spans and layers are set.

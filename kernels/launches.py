@@ -57,7 +57,8 @@ def launches(
         first = over_tiles(advance, **formulas)
     elif measured:
         first = over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient)
-    asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "FIRST_ORDER": d.first_order}
+    asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "LATCHES": r.latches}
+    asked["FIRST_ORDER"] = d.first_order
     return [
         Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}, 1),
         *first,

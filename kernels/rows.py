@@ -86,12 +86,13 @@ def decide(
     SCALE: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURES_WW: tl.constexpr,
+    LATCHES: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """From each layer's sums to what is applied: decay, edge rules, the stored radius."""
+    """From each layer's sums to what is applied: decay, edge rules, the kept number."""
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ww, gg, uu, wu, tensor, takes_part, whole = _gather(t, layer, SLOTS)
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
@@ -104,26 +105,29 @@ def decide(
         uu = uu + 2.0 * apart * wu + apart * apart * ww
         uu = tl.where(uu < 0, 0.0, uu)
         wu = wu + apart * ww
-        at = tl.load(t.radii + layer)
-        stored = (at != 0) & whole
+        at = tl.load(t.kept + layer)
+        stored = at != 0
+        if LATCHES:  # the norm of a part of the layer is no radius
+            stored = stored & whole
         at = at.to(tl.pointer_type(tl.float64))
-        radius = tl.load(at, mask=stored, other=0.0)
+        kept = tl.load(at, mask=stored, other=0.0)
     else:
         good = finite(gg)
         if MEASURES_WW:
             good = good & (finite(ww) | ~ruled)
         keep = skipped(t, good)
-        radius = 0.0
-    grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, radius, h)
-    plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, radius, h)
+        kept = 0.0
+    grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, kept, h)
+    plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, kept, h)
     grad = tl.where(ruled, grad, plain_grad)
     a, b = tl.where(ruled, a, plain_a), tl.where(ruled, b, plain_b)
     scale = tl.where(ruled, scale, plain_scale)
     if UPDATE:
         shown_a = a
         a = a + b * apart
-        latch = stored & ~keep & (radius == 0) & (ww > 0) & (b != 0)
-        tl.store(at, tl.sqrt(ww), mask=latch)
+        if LATCHES:
+            latch = stored & ~keep & (kept == 0) & (ww > 0) & (b != 0)
+            tl.store(at, tl.sqrt(ww), mask=latch)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0
@@ -139,8 +143,8 @@ def decide(
         values = (ww, gg, uu, wu, scale, lr * scale, shown_a, b)
         for k in tl.static_range(8):
             tl.store(to + k, values[k], mask=takes_part & ~keep)
-        kept = takes_part & keep
-        tl.store(to + SKIPPED, tl.load(to + SKIPPED, mask=kept, other=0.0) + 1.0, mask=kept)
+        skip = takes_part & keep
+        tl.store(to + SKIPPED, tl.load(to + SKIPPED, mask=skip, other=0.0) + 1.0, mask=skip)
 
 
 @triton.jit

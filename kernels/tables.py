@@ -29,8 +29,8 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
-    #: int64, one a layer: address of the stored radius, or 0
-    radii: Any
+    #: int64, one a layer: address of the number that it keeps, or 0
+    kept: Any
     #: the numbers of the step, at the places below
     config: Any
     #: each tensor's scalars of the coming step, and the factor on lr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,42 @@ class LayerTable:
     def device(self) -> torch.device:
         """Device of every parameter here."""
         return self.params[0].device
+
+    @functools.cached_property
+    def parts(self) -> list[list[Span]]:
+        """The spans of each tensor, in row order."""
+        parts: list[list[Span]] = [[] for _ in self.params]
+        for span in self.spans:
+            parts[span.tensor].append(span)
+        return parts
+
+    def sum(self, tensor: int, x: Tensor, total: Tensor) -> None:
+        """Add the sum of each part of ``x``, which has the tensor's shape, to its layer."""
+        for span in self.parts[tensor]:
+            part = x if len(self.parts[tensor]) == 1 else x[span.begin : span.end]
+            total[span.layer] += part.sum()
+
+    def spread(self, tensor: int, values: Tensor, like: Tensor) -> Tensor:
+        """Each element's entry of a per-layer tensor, rounded once to the dtype of ``like``."""
+        if values.dtype != torch.bool:
+            values = values.to(like.dtype)
+        spans = self.parts[tensor]
+        if len(spans) == 1:
+            return values[spans[0].layer]
+        sizes = torch.tensor([s.end - s.begin for s in spans], device=like.device)
+        of_rows = values[[s.layer for s in spans]].repeat_interleave(sizes)
+        return of_rows.view(-1, *[1] * (like.dim() - 1))
+
+    def leaders(self, states: Sequence[object | None]) -> list[tuple[int, int, int]]:
+        """(layer, tensor, place among its parts) of each layer's first part with a state.
+
+        There lies what a rule keeps of the layer.
+        """
+        seen: dict[int, tuple[int, int]] = {}
+        for i, spans in enumerate(self.parts):
+            for k, span in enumerate(spans if states[i] is not None else ()):
+                seen.setdefault(span.layer, (i, k))
+        return [(layer, i, k) for layer, (i, k) in sorted(seen.items()) if self.ruled[layer]]
 
 
 def rows(p: Tensor) -> int:

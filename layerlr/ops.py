@@ -27,35 +27,36 @@ def step_(spec: PlanSpec, h: Hyper) -> None:
     place = {tensor: k for k, tensor in enumerate(active)}
     states: list[dict[str, Any]] = [spec.states[i] for i in active]  # type: ignore[misc]
     spans: list[int] = []
-    radii: list[int] = []
-    radius: list[Tensor] = []
+    leaders: list[int] = []
+    kept: list[Tensor] = []
+    key = None if rule is None else rule.kept
     absent = {s.layer for s in table.spans if s.tensor not in place}
     led: set[int] = set()
     parts: dict[int, int] = {}
     for span in table.spans:
         part = parts.get(span.tensor, 0)
         parts[span.tensor] = part + 1
-        if span.tensor not in place:
-            continue
-        spans += [place[span.tensor], span.begin, span.end, span.layer]
-        stored = states[place[span.tensor]].get("radius")
-        if stored is not None and span.layer not in led and span.layer not in absent:
-            radii += [span.layer, len(radius), part]
-            radius.append(stored)
-        led.add(span.layer)
+        stored = (spec.states[span.tensor] or {}).get(key) if key else None
+        if stored is not None and span.layer not in led:
+            led.add(span.layer)
+            if span.layer not in absent or not (rule and rule.latches):
+                leaders += [span.layer, len(kept), part]
+                kept.append(stored)
+        if span.tensor in place:
+            spans += [place[span.tensor], span.begin, span.end, span.layer]
     torch.ops.layerlr.step_(
         [table.params[i] for i in active],
         [table.params[i].grad for i in active],
         [state[k] for state in states for k in direction.states],
         [state["step"] for state in states],
-        radius,
+        kept,
         spec.stats,
         h.lr if isinstance(h.lr, Tensor) else torch.full((), h.lr, dtype=torch.float64),
         direction.name,
-        "" if rule is None else rule.name,
+        "" if rule is None else rule.kernel,
         spans,
         [int(r) for r in table.ruled],
-        radii,
+        leaders,
         table.lr_scale,
         [] if rule is None else list(rule.hyper()),
         list(h.direction),

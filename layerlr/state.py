@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,12 +26,14 @@ def complete(
     name: str,
     group: dict[str, Any],
     direction: Direction,
-    radii: int,
+    keeps: Mapping[str, float],
+    parts: int,
 ) -> None:
     """Create what is missing in one parameter's state, and check what is there.
 
-    ``radii`` is the number of stored radii (0: the rule keeps none). State moves to its
-    parameter's device; its dtype is left alone once a step was taken.
+    ``keeps``: keys and first values of what the rule keeps of each of the parameter's ``parts``
+    that it governs. State moves to its parameter's device; its dtype is left alone once a step
+    was taken.
 
     Raises
     ------
@@ -58,11 +61,11 @@ def complete(
         _check_shape("step", step, (), name)
     elif step.device != p.device:
         state["step"] = step.to(p.device)
-    if radii:
-        radius = state.get("radius")
-        if radius is None or radius.numel() != radii:
-            radius = torch.zeros(radii, dtype=torch.float64)
-        state["radius"] = radius.to(p.device, torch.float64)
+    for key, initial in keeps.items() if parts else ():
+        kept = state.get(key)
+        if kept is None or kept.numel() != parts:
+            kept = torch.full((parts,), initial, dtype=torch.float64)
+        state[key] = kept.to(p.device, torch.float64)
 
 
 def _never_used(state: dict[str, Any], value: Tensor, p: Tensor) -> bool:
@@ -96,16 +99,16 @@ def complete_table(
     direction: Direction,
 ) -> list[dict[str, Any] | None]:
     """State dicts of a table's parameters, completed; None for those that are frozen."""
-    latches = group["rule"] is not None and group["rule"].latches
-    radii = [0] * len(table.params)
+    keeps: Mapping[str, float] = {} if group["rule"] is None else group["rule"].keeps
+    parts = [0] * len(table.params)
     for span in table.spans:
-        radii[span.tensor] += latches and table.ruled[span.layer]
+        parts[span.tensor] += table.ruled[span.layer]
     states: list[dict[str, Any] | None] = []
-    for p, name, count in zip(table.params, table.names, radii, strict=True):
+    for p, name, n in zip(table.params, table.names, parts, strict=True):
         if not p.requires_grad and p.grad is None and not optimizer_state.get(p):
             states.append(None)
             continue
-        complete(optimizer_state[p], p, name, group, direction, count)
+        complete(optimizer_state[p], p, name, group, direction, keeps, n)
         states.append(optimizer_state[p])
     return states
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.rules import Lamb, Lars, Layca, LayerRule, Plain, Singh
+from layerlr.rules import Lamb, Lars, Layca, LayerRule, Plain, Rated, Singh
 
 #: id -> the direction it must resolve to, class, arguments
 DIRECTION_ROWS: dict[str, tuple[str, type, dict[str, Any]]] = {
@@ -61,6 +61,7 @@ RULE_ROWS: dict[str, LayerRule | None] = {
     "lars": Lars(trust=0.3),
     "lamb": Lamb(),
     "layca": Layca(),
+    "rated": Rated(),
 }
 
 #: options of the rules, with the directions that show them
@@ -75,6 +76,10 @@ VARIANT_ROWS: dict[str, LayerRule] = {
 }
 
 
+#: what the rates of the rule that leaves them to others are set to
+RATE = 0.7
+
+
 class Case(NamedTuple):
     """One row: an optimizer class, its rule, its hyper-parameters."""
 
@@ -84,7 +89,11 @@ class Case(NamedTuple):
     args: dict[str, Any]
 
     def make(self, params, **kwargs):
-        return self.cls(params, **{**self.args, **kwargs}, rule=self.rule)
+        opt = self.cls(params, **{**self.args, **kwargs}, rule=self.rule)
+        for state in opt.state.values():
+            if "rate" in state:
+                state["rate"].fill_(RATE)
+        return opt
 
     @property
     def kind(self) -> str:

@@ -14,6 +14,8 @@ import math
 import numpy as np
 import torch
 
+from cases import RATE
+
 #: A step is at most 16 roundings deep (decay 2, momentum 3, second moment 5, quotient 2, a and b 2,
 #: their products and the sum 2), half an eps each, on terms that ``size`` counts once.
 ULPS = 8
@@ -134,7 +136,7 @@ class Spec:
         self.size = [np.zeros(w.shape) for w in self.w]
         name = self.rule.name if self.rule is not None else None
         if layers is None:
-            everything = name in ("singh", "plain")
+            everything = name in ("singh", "plain", "rated")
             layers = [[i] for i, w in enumerate(self.w) if everything or w.ndim >= 2]
         self.layers = layers if name else []
         self.lr_scale = lr_scale or [1.0] * len(self.layers)
@@ -194,11 +196,11 @@ class Spec:
             u.append(x)
             u_size.append(x_size)
 
-        if name in ("lamb", "layca"):
+        if name in ("lamb", "layca", "rated"):
             if decoupled:
                 u = [x + decay * y for x, y in zip(u, w)]
                 u_size = [x + decay * abs(y) for x, y in zip(u_size, w)]
-            update = self._lamb if name == "lamb" else self._layca
+            update = getattr(self, f"_{name}")
             new, moved, scale = update(w, u, u_size, lr, rule, index)
         else:
             rate = lr if first_order else lr * f
@@ -221,6 +223,10 @@ class Spec:
         slack = norm(u_size) / step if step > 0 else 0.0
         size = [lr * ratio * (y + abs(x) * slack) for x, y in zip(u, u_size)]
         return [x - lr * ratio * y for x, y in zip(w, u)], size, ratio
+
+    def _rated(self, w, u, u_size, lr, rule, index):
+        rate = lr * RATE
+        return [x - rate * y for x, y in zip(w, u)], [rate * x for x in u_size], RATE
 
     def _layca(self, w, u, u_size, lr, rule, index):
         weight = norm(w)

@@ -54,7 +54,7 @@ def test_not_finite_is_skipped(engine, case):
             assert new.keys() == old.keys()
             for key in new:
                 assert torch.isfinite(new[key]).all()
-                if key in ("step", "radius"):
+                if key in ("step", "radius", "rate"):
                     assert torch.equal(new[key], old[key])
                 else:  # the element with the bad gradient keeps its state
                     assert same_bits([new[key].view(-1)[:1]], [old[key].view(-1)[:1]])

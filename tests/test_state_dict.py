@@ -94,7 +94,7 @@ def test_resume_is_exact(variant, rule, backend, dtype):
     for p in copies:
         dtypes = {k: v.dtype for k, v in other.state[p].items()}
         assert dtypes.pop("step") == torch.float32
-        assert dtypes.pop("radius", torch.float64) == torch.float64
+        assert all(dtypes.pop(k, torch.float64) == torch.float64 for k in ("radius", "rate"))
         assert set(dtypes.values()) <= {wide}
 
 
@@ -107,8 +107,8 @@ def test_state_keys_and_ids_are_torch_s(variant, rule):
         saved = opt.state_dict()
         assert list(saved["state"]) == [0, 1, 2, 3]
         for i, p in enumerate(params):
-            radius = {"radius"} if rule == "layca" and p.dim() > 1 else set()
-            assert saved["state"][i].keys() == KEYS[variant] | radius
+            kept = {"layca": {"radius"} if p.dim() > 1 else set(), "rated": {"rate"}}
+            assert saved["state"][i].keys() == KEYS[variant] | kept.get(rule, set())
             assert saved["state"][i] is opt.state[p]  # as torch's: no copy
         (group,) = saved["param_groups"]
         assert group["params"] == [0, 1, 2, 3]
@@ -117,7 +117,7 @@ def test_state_keys_and_ids_are_torch_s(variant, rule):
     if variant in IN_TORCH_VARIANTS:
         twin = make_twin(variant, theirs := weights())
         train(twin, theirs, 1)
-        mine = {k: v for k, v in saved["state"][0].items() if k not in ("radius", "step")}
+        mine = {k: v for k, v in saved["state"][0].items() if k not in ("radius", "rate", "step")}
         wanted = {k: v for k, v in twin.state_dict()["state"].get(0, {}).items() if k != "step"}
         assert mine.keys() == wanted.keys()
         assert twin.state_dict()["param_groups"][0].keys() <= group.keys()

@@ -40,7 +40,8 @@ def test_rules_agree():
         theirs = layerlr.rules.RULES[name]
         update = theirs.order == "update"
         weights = update or "ww" in theirs.measures  # an update rule takes every sum
-        assert ours[1:] == (update, weights, theirs.raw_gradient), name
+        latches = theirs.latches
+        assert ours[1:] == (update, weights, theirs.raw_gradient, latches), name
 
 
 def test_import_is_lazy():

@@ -128,15 +128,10 @@ class Step {
       if (measured_) sums = sums + plan_.partials[c];
     }
     const double lr = config_.lr * layer.lr_scale * rate;
-    const LayerConfig of{layer.ruled,
-                         lr,
-                         config_.l2(),
-                         config_.apart(),
-                         first_order,
-                         config_.skip,
-                         whole ? layer.radius : nullptr};
+    const LayerConfig of{layer.ruled, lr,           config_.l2(), config_.apart(),
+                         first_order, config_.skip, layer.kept,   whole};
     const Verdict v = decide(plan_.rule, of, sums);
-    plan_.kept[l] = v.keep;
+    plan_.skips[l] = v.keep;
     if (measured_ && first) {
       double* row = plan_.stats + l * columns;
       if (v.keep) {
@@ -212,7 +207,7 @@ class Step {
   /// A tensor's count stands still where all of its layers were left alone.
   void advance_counts() {
     std::vector<char> kept(plan_.tensors.size(), 1);
-    for (const Span& span : plan_.spans) kept[span.tensor] &= plan_.kept[span.layer];
+    for (const Span& span : plan_.spans) kept[span.tensor] &= plan_.skips[span.layer];
     for (size_t i = 0; i < plan_.tensors.size(); ++i) {
       TensorRow& row = plan_.tensors[i];
       if (!row.active || kept[i]) continue;

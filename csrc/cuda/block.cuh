@@ -300,13 +300,9 @@ struct Block {
     const DevicePresence present = args.presence[l];
     const double t = present.first < 0 ? 1 : coming_step(args.rows[present.first]);
     const double lr = config.lr * layer.lr_scale * D<double>::rate(config.direction, t);
-    return {layer.ruled != 0,
-            lr,
-            l2(),
-            apart(),
-            D<float>::first_order,
-            config.skip != 0,
-            present.whole ? args.radii[l] : nullptr};
+    return {
+        layer.ruled != 0,  lr, l2(), apart(), D<float>::first_order, config.skip != 0, args.kept[l],
+        present.whole != 0};
   }
 
   /// One thread: from the sums of layer l to its verdict and its row of statistics.

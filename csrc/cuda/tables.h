@@ -145,7 +145,7 @@ struct StepArgs {
   const DeviceConfig* config;
   const char* const* grads;
   const DevicePresence* presence;
-  double* const* radii;  // of each layer, or null
+  double* const* kept;  // number that each layer keeps, or null
   const DeviceRow* rows;
 
   const DeviceLayer* layer;

@@ -1,10 +1,12 @@
-// Every rule, in the order of their ids: scale(stats, lr, L2 decay, radius, h).
+// Every rule, in the order of their ids: scale(stats, lr, L2 decay, kept, h), kept being the
+// number that the layer keeps from step to step (0: none).
 #pragma once
 
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/layca.h"
 #include "rules/plain.h"
+#include "rules/rated.h"
 #include "rules/singh.h"
 
 #define LAYERLR_RULES(X) \
@@ -12,7 +14,8 @@
   X(Singh)               \
   X(Lars)                \
   X(Lamb)                \
-  X(Layca)
+  X(Layca)               \
+  X(Rated)
 
 namespace layerlr {
 
@@ -20,7 +23,7 @@ constexpr int max_rule_hyper = 3;
 
 struct RuleInfo {
   const char* name;
-  bool update, measures_ww, raw_gradient;
+  bool update, measures_ww, raw_gradient, latches;
 };
 
 enum class RuleId : int32_t {
@@ -39,19 +42,19 @@ LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
   switch (rule) {
 #define LAYERLR_CASE(R) \
   case RuleId::R:       \
-    return {R::name, R::update, R::measures_ww, R::raw_gradient};
+    return {R::name, R::update, R::measures_ww, R::raw_gradient, R::latches};
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }
   return {};
 }
 
-LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& s, double lr, double l2,
-                               double radius, const double* h) {
+LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& s, double lr, double l2, double kept,
+                               const double* h) {
   switch (rule) {
 #define LAYERLR_CASE(R) \
   case RuleId::R:       \
-    return R::scale(s, lr, l2, radius, h);
+    return R::scale(s, lr, l2, kept, h);
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }

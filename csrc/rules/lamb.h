@@ -11,6 +11,7 @@ struct Lamb {
   static constexpr bool update = true;
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = false;
+  static constexpr bool latches = false;
   LAYERLR_HD static LayerScale scale(const LayerStats& s, double lr, double, double,
                                      const double* h) {
     const double norm = sqrt(s.ww), u = sqrt(s.uu), w = norm < h[0] ? norm : h[0];

@@ -11,6 +11,7 @@ struct Lars {
   static constexpr bool update = false;
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = true;
+  static constexpr bool latches = false;
   LAYERLR_HD static LayerScale scale(const LayerStats& s, double lr, double decay, double,
                                      const double* h) {
     const double w = sqrt(s.ww), g = sqrt(s.gg);

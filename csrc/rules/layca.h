@@ -11,6 +11,7 @@ struct Layca {
   static constexpr bool update = true;
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = false;
+  static constexpr bool latches = true;
   LAYERLR_HD static LayerScale scale(const LayerStats& s, double lr, double, double radius,
                                      const double* h) {
     const double norm = sqrt(s.ww);

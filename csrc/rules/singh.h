@@ -10,6 +10,7 @@ struct Singh {
   static constexpr bool update = false;
   static constexpr bool measures_ww = false;
   static constexpr bool raw_gradient = false;
+  static constexpr bool latches = false;
   LAYERLR_HD static LayerScale scale(const LayerStats& s, double, double, double, const double*) {
     const double n = sqrt(s.gg);
     const double f = n > 0 ? 1 + log((1 + n) / n) : 0;

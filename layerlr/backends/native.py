@@ -26,8 +26,8 @@ def unsupported(spec: PlanSpec) -> str | None:
         return "does not support differentiable=True"
     if spec.direction.name not in _C.directions():
         return f"has no direction {spec.direction.name!r}"
-    if spec.rule is not None and spec.rule.name not in _C.rules():
-        return f"has no rule {spec.rule.name!r}"
+    if spec.rule is not None and spec.rule.kernel not in _C.rules():
+        return f"has no rule {spec.rule.kernel!r}"
     for p, name, state in zip(spec.table.params, spec.table.names, spec.states, strict=True):
         if p.dtype not in _DTYPES:
             return f"does not support parameter {name!r} of dtype {p.dtype}"
@@ -59,8 +59,9 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         table.ruled,
         table.lr_scale,
         spec.direction.name,
-        None if rule is None else rule.name,
+        None if rule is None else rule.kernel,
         () if rule is None else rule.hyper(),
+        None if rule is None else rule.kept,
         spec.stats,
     )
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from layerlr.directions.base import Scalar
-from layerlr.layers import Span
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import Hyper, PlanSpec, accumulator, check_gradient
@@ -35,10 +34,6 @@ class ReferencePlan:
         self.active: list[int] = []
         self.kinds = [(p.dtype, p.shape, p.device) for p in spec.table.params]
         self.steps: dict[int, Scalar] = {}
-        # parts of each tensor, in row order
-        self.spans: list[list[Span]] = [[] for _ in spec.table.params]
-        for span in spec.table.spans:
-            self.spans[span.tensor].append(span)
 
     def prepare(self) -> bool:
         spec = self.spec
@@ -60,8 +55,8 @@ class ReferencePlan:
         table = self.spec.table
         self.steps = {i: self._coming_step(i) for i in self.active}
         lr = self._layer_lr(hyper)
-        ruled = [i for i in self.active if table.ruled[self.spans[i][0].layer]]
-        plain = [i for i in self.active if not table.ruled[self.spans[i][0].layer]]
+        ruled = [i for i in self.active if table.ruled[self.spec.table.parts[i][0].layer]]
+        plain = [i for i in self.active if not table.ruled[self.spec.table.parts[i][0].layer]]
         rule = self.spec.rule or Plain()
         scale = self._scale_gradient if rule.order == "gradient" else self._scale_update
         if ruled:
@@ -95,12 +90,12 @@ class ReferencePlan:
             w, _, g = self._load(i, h)
             c = d.scalars(h.direction, self.steps[i])
             old = self._state(i)
-            g = g * self._spread(i, grad, g)
+            g = g * self.spec.table.spread(i, grad, g)
             new = d.advance(g, old, c)
             u = d.direction(g, new, c)
             self._sum(i, sums.uu, u, u)
             self._sum(i, sums.wu, w, u)
-            kept = self._spread(i, keep, w)
+            kept = self.spec.table.spread(i, keep, w)
             self._store_state(i, [torch.where(kept, o, n) for o, n in zip(old, new, strict=True)])
             self._store(i, w, u, a, b, kept)
         self._finish(tensors, sums, f, lr * f, a, b, keep)
@@ -110,14 +105,7 @@ class ReferencePlan:
         d = self.spec.direction
         sums = self._zeros()
         for i in tensors:
-            w, g0, g = self._load(i, h)
-            c = d.scalars(h.direction, self.steps[i])
-            old = self._state(i)
-            new = d.advance(g, old, c)
-            if h.skip:  # an element with a bad gradient keeps its state
-                good = torch.isfinite(g0)
-                new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
-            u = d.direction(g, new, c)
+            w, g, new, u = self._coming(i, h)
             self._store_state(i, new)
             for total, x, y in zip(sums, (w, g, u, w), (w, g, u, u), strict=True):
                 self._sum(i, total, x, y)
@@ -128,17 +116,40 @@ class ReferencePlan:
             wu=sums.wu + decay * sums.ww,
         )
         keep = self._skips(h, sums)
-        radius, whole = self._radius(lr)
-        scale = rule.scale(seen, lr, torch.where(whole, radius, 0.0))
+        kept, whole = self._kept(rule, lr)
+        if rule.latches:  # the norm of a part of the layer is no radius
+            kept = torch.where(whole, kept, 0.0)
+        scale = rule.scale(seen, lr, kept)
         if rule.latches:
-            latch = whole & ~keep & (radius == 0) & (sums.ww > 0) & (scale.b != 0)
-            self._store_radius(torch.where(latch, sums.ww.sqrt(), radius))
+            latch = whole & ~keep & (kept == 0) & (sums.ww > 0) & (scale.b != 0)
+            self._latch(rule, latch, sums.ww.sqrt())
         a = scale.a + scale.b * decay
         for i in tensors:
             w, _, g = self._load(i, h)
             u = d.direction(g, self._state(i), d.scalars(h.direction, self.steps[i]))
-            self._store(i, w, u, a, scale.b, self._spread(i, keep, w))
+            self._store(i, w, u, a, scale.b, self.spec.table.spread(i, keep, w))
         self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, keep)
+
+    def directions(self, h: Hyper) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """(w, g with L2 decay, u) of each tensor that takes part, as `step` will form them."""
+        self.steps = {i: self._coming_step(i) for i in self.active}
+        found = {}
+        for i in self.active:
+            w, g, _, u = self._coming(i, h)
+            found[i] = w, g, u
+        return found
+
+    def _coming(self, i: int, h: Hyper) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+        """Weights, gradient with L2 decay, new state and step of an update rule."""
+        d = self.spec.direction
+        w, g0, g = self._load(i, h)
+        c = d.scalars(h.direction, self.steps[i])
+        old = self._state(i)
+        new = d.advance(g, old, c)
+        if h.skip:  # an element with a bad gradient keeps its state
+            good = torch.isfinite(g0)
+            new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
+        return w, g, new, d.direction(g, new, c)
 
     # -- per tensor ---------------------------------------------------------------------------
 
@@ -170,7 +181,7 @@ class ReferencePlan:
     def _store(self, i: int, w: Tensor, u: Tensor, a: Tensor, b: Tensor, keep: Tensor) -> None:
         """``w <- a*w + b*u``; a step of zero leaves the weight's bits, the sign of a zero too."""
         p = self.spec.table.params[i]
-        moved, step = w * self._spread(i, a, w), u * self._spread(i, b, w)
+        moved, step = w * self.spec.table.spread(i, a, w), u * self.spec.table.spread(i, b, w)
         moved = torch.where(step == 0, moved, moved + step)
         target = _real(p)
         target.copy_(torch.where(keep, target, moved.to(target.dtype)))
@@ -189,21 +200,7 @@ class ReferencePlan:
 
     def _sum(self, i: int, total: Tensor, x: Tensor, y: Tensor) -> None:
         """Add ``sum(x*y)`` of each part of tensor i to its layer."""
-        product = x.double() * y.double()
-        for span in self.spans[i]:
-            part = product if len(self.spans[i]) == 1 else product[span.begin : span.end]
-            total[span.layer] += part.sum()
-
-    def _spread(self, i: int, values: Tensor, like: Tensor) -> Tensor:
-        """Each element's entry of a per-layer tensor, rounded once to the dtype of ``like``."""
-        if values.dtype != torch.bool:
-            values = values.to(like.dtype)
-        spans = self.spans[i]
-        if len(spans) == 1:
-            return values[spans[0].layer]
-        sizes = torch.tensor([s.end - s.begin for s in spans], device=like.device)
-        of_rows = values[[s.layer for s in spans]].repeat_interleave(sizes)
-        return of_rows.view(-1, *[1] * (like.dim() - 1))
+        self.spec.table.sum(i, x.double() * y.double(), total)
 
     def _layer_lr(self, h: Hyper) -> Tensor:
         """Rate of each layer: lr, its lr_scale, the direction's own decay at its first tensor."""
@@ -212,7 +209,7 @@ class ReferencePlan:
         lr = lr * (h.lr.double().reshape(()) if isinstance(h.lr, Tensor) else h.lr)
         rate = torch.ones_like(lr)
         for i in reversed(self.active):
-            for span in self.spans[i]:
+            for span in self.spec.table.parts[i]:
                 rate[span.layer] = d.rate(h.direction, self.steps[i])
         return lr * rate
 
@@ -222,31 +219,23 @@ class ReferencePlan:
             return torch.zeros_like(sums[0], dtype=torch.bool)
         return ~torch.stack([torch.isfinite(s) for s in sums]).all(0)
 
-    def _leaders(self) -> list[tuple[int, int, int]]:
-        """First span of each layer: (layer, tensor, place of the span in its tensor)."""
-        seen: dict[int, tuple[int, int]] = {}
-        for i, spans in enumerate(self.spans):
-            for k, span in enumerate(spans):
-                seen.setdefault(span.layer, (i, k))
-        return [(layer, i, k) for layer, (i, k) in sorted(seen.items())]
+    def _leaders(self, rule: LayerRule) -> list[tuple[int, int, int]]:
+        return self.spec.table.leaders(self.spec.states) if rule.kept else []
 
-    def _radius(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored radius of each layer (0: none) and whether all of the layer takes part."""
-        radius, whole = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
-        for layer, i, k in self._leaders():
-            stored = (self.spec.states[i] or {}).get("radius")
-            if stored is not None:
-                radius[layer] = stored[k].clone()
-        for i in set(range(len(self.spans))) - set(self.active):
-            for span in self.spans[i]:
+    def _kept(self, rule: LayerRule, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rule keeps of each layer (0: nothing) and whether all of it takes part."""
+        kept, whole = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
+        for layer, i, k in self._leaders(rule):
+            kept[layer] = self._state_dict(i)[str(rule.kept)][k].clone()
+        for i in set(range(len(self.spec.table.params))) - set(self.active):
+            for span in self.spec.table.parts[i]:
                 whole[span.layer] = False
-        return radius, whole
+        return kept, whole
 
-    def _store_radius(self, radius: Tensor) -> None:
-        for layer, i, k in self._leaders():
-            stored = (self.spec.states[i] or {}).get("radius")
-            if stored is not None:
-                stored[k] = radius[layer]
+    def _latch(self, rule: LayerRule, where: Tensor, value: Tensor) -> None:
+        for layer, i, k in self._leaders(rule):
+            stored = self._state_dict(i)[str(rule.kept)]
+            stored[k] = torch.where(where[layer], value[layer], stored[k])
 
     def _finish(
         self,
@@ -261,10 +250,10 @@ class ReferencePlan:
         """Advance the step counts and write the layers' row of statistics."""
         took_part = torch.zeros_like(keep)
         for i in tensors:
-            kept = torch.stack([keep[s.layer] for s in self.spans[i]]).all()
+            kept = torch.stack([keep[s.layer] for s in self.spec.table.parts[i]]).all()
             step = self._state_dict(i)["step"]
             step += (~kept).to(step)
-            for span in self.spans[i]:
+            for span in self.spec.table.parts[i]:
                 took_part[span.layer] = True
         stats = self.spec.stats
         rows = torch.stack([*seen, scale, lr, a, b], 1).detach()

@@ -64,7 +64,7 @@ class TritonPlan:
     def _plan(self, measured: bool) -> list[Any]:
         """The launches of a step: kernel and grid, arguments, constants."""
         direction, rule = self.spec.direction.name, self.spec.rule
-        name = "plain" if rule is None else rule.name
+        name = "plain" if rule is None else rule.kernel
         launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
         plan = []
         for x in launches:
@@ -83,7 +83,7 @@ class TritonPlan:
         """Write the tables where they changed, and launch; the host does not wait."""
         with torch.accelerator.device_index(self.spec.table.device.index):
             self._write("tensors", self._native.rows())
-            self._write("radii", self._native.radii())
+            self._write("kept", self._native.kept())
             self._configure(h)
             measured = self.spec.rule is not None or h.skip
             for kernel, arguments, constants in self._launches[measured]:
@@ -152,7 +152,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "parts": parts,
         "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
-        "radii": torch.zeros(n, dtype=torch.int64),
+        "kept": torch.zeros(n, dtype=torch.int64),
         "config": torch.zeros(13, dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
         "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),

@@ -10,10 +10,11 @@ from .lamb import Lamb
 from .lars import Lars
 from .layca import Layca
 from .plain import Plain
+from .rated import Rated
 from .singh import Singh
 
 #: name -> class; the native engines assert that they know the same names
-RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lamb, Layca)}
+RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lamb, Layca, Rated)}
 
 
 def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
@@ -56,6 +57,7 @@ __all__ = [
     "LayerScale",
     "LayerStats",
     "Plain",
+    "Rated",
     "Singh",
     "resolve",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -57,8 +59,22 @@ class LayerRule:
     adapts: ClassVar[Literal["all", "kernels"]] = "kernels"
     #: whether parameters that the rule does not govern stay where they are
     freezes: ClassVar[bool] = False
-    #: whether the rule keeps each layer's first norm in the state key ``radius``
+    #: state keys of the float64 numbers that the rule keeps for each layer, and what they are at
+    #: first; engines read the first of them
+    keeps: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    #: whether what it keeps is the norm at the layer's first step
     latches: ClassVar[bool] = False
+    #: name under which the engines know the formula, where it is another's
+    kernel: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__ and not hasattr(cls, "kernel"):
+            cls.kernel = cls.name
+
+    @property
+    def kept(self) -> str | None:
+        """State key of the number that engines read."""
+        return next(iter(self.keeps), None)
 
     def hyper(self) -> tuple[float, ...]:
         """Hyper-parameters in the order of the C++ function."""
@@ -68,8 +84,8 @@ class LayerRule:
         """Factor on the gradient, [layers]; ``weight_decay`` is the L2 coefficient."""
         raise NotImplementedError
 
-    def scale(self, s: LayerStats, lr: Tensor, radius: Tensor) -> LayerScale:
-        """Scale of an update rule; the sums are over ``u + weight_decay*w``, radius 0 is none."""
+    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
+        """Scale of an update rule; the sums are over ``u + weight_decay*w``, kept 0 is none."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:

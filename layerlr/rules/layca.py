@@ -53,6 +53,7 @@ class Layca(LayerRule):
 
     name = "layca"
     order = "update"
+    latches = True
 
     def __post_init__(self) -> None:
         for name, ok in (("radius", ("initial", "current")), ("others", ("plain", "freeze"))):
@@ -66,20 +67,20 @@ class Layca(LayerRule):
         return self.others == "freeze"
 
     @property
-    def latches(self) -> bool:  # type: ignore[override]
-        """Whether the radius is kept in state."""
-        return self.radius == "initial"
+    def keeps(self) -> dict[str, float]:  # type: ignore[override]
+        """The radius, unless it is the present norm."""
+        return {"radius": 0.0} if self.radius == "initial" else {}
 
     def hyper(self) -> tuple[float, ...]:
         return (float(self.eps),)
 
-    def scale(self, s: LayerStats, lr: Tensor, radius: Tensor) -> LayerScale:
+    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
         norm = s.ww.sqrt()
         perp2 = s.uu - s.wu * s.wu / s.ww
         perp = perp2.clamp(min=0.0).sqrt()
         rotates = (norm > 0) & (perp2 > self.eps * self.eps * s.uu)
         cos = 1.0 / (1.0 + lr * lr).sqrt()
-        k = cos * torch.where(radius > 0, radius / norm, 1.0)
+        k = cos * torch.where(kept > 0, kept / norm, 1.0)
         c = lr * norm / perp
         one = constant(1.0, lr)
         a = torch.where(rotates & (lr > 0), k * (1.0 + c * s.wu / s.ww), one)

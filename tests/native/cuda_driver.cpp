@@ -112,7 +112,7 @@ struct Tables {
                  schedule.first_layer[i + 1] - schedule.first_layer[i]};
       for (int k = 0; k < max_states; ++k) rows[i].state[k] = static_cast<char*>(from.state[k]);
     }
-    for (const Layer& layer : p.layers) radii.push_back(layer.radius);
+    for (const Layer& layer : p.layers) radii.push_back(layer.kept);
     for (const Span& span : p.spans) {
       DevicePresence& layer = presence[span.layer];
       const bool active = p.tensors[span.tensor].active;

@@ -108,7 +108,7 @@ struct Model {
     radii.assign(8, 0);
     for (int l = 0; l < 8; ++l) {
       plan.layers[l].ruled = rule >= 0 && l != 6;
-      plan.layers[l].radius = &radii[l];
+      plan.layers[l].kept = &radii[l];
     }
     stats.assign(8 * columns, 0);
     plan.stats = stats.data();
