@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, checks, rules, state
+from . import _C, backends, checks, estimators, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
@@ -29,6 +30,7 @@ class _GroupPlans:
     backends: list[str]
     stats: list[Tensor]
     plans: list[Plan]
+    views: list[estimators.Layers]  # of a rule that looks at the model
 
     def fits(self, key: tuple[Any, ...], params: list[Tensor]) -> bool:
         if torch.compiler.is_compiling():
@@ -61,6 +63,7 @@ class LayerwiseOptimizer(Optimizer):
         self.backend = backend
         self._plans: list[_GroupPlans] = []
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
+        self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
         defaults["on_nonfinite"] = on_nonfinite
         checks.flags(defaults)
@@ -114,7 +117,7 @@ class LayerwiseOptimizer(Optimizer):
             else {}
         )
         self._notice()
-        built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [])
+        built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [], [])
         for table in build_tables(group, index):
             states = state.complete_table(self.state, table, group, direction)
             stats = carried.get((table.device, tuple(table.layers)))
@@ -127,6 +130,8 @@ class LayerwiseOptimizer(Optimizer):
             built.backends.append(backend.name)
             built.stats.append(stats)
             built.plans.append(backend.plan(spec))
+            if isinstance(spec.rule, rules.Estimated):
+                built.views.append(estimators.Layers(spec))
         self._snapshot = _C.Snapshot(self.state)
         return built
 
@@ -189,9 +194,14 @@ class LayerwiseOptimizer(Optimizer):
             For a gradient that cannot be used, naming its parameter.
         """
         loss = None
+        estimated = [g for g in self.param_groups if isinstance(g["rule"], rules.Estimated)]
         if closure is not None:
+            start = estimators.random_state() if estimated else []
             with torch.enable_grad():
                 loss = closure()
+        if estimated:
+            again = None if closure is None else functools.partial(self._again, closure, start)
+            self._estimate(again)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
                 return self._traced(loss)
@@ -211,6 +221,64 @@ class LayerwiseOptimizer(Optimizer):
             for plan in plans.plans:
                 plan.traced_step(hyper)
         return loss
+
+    # -- rules that look at the model ------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Let rules look at the model: remember the last batch that goes through it.
+
+        A hook on the model keeps a reference to the arguments of its last forward pass with
+        gradients. Copies and pickles of optimizer and model do not have it: attach again after
+        loading. `rules.BackMatching` and, but for ``"hessian"`` and ``"exact"``,
+        `rules.Curvature` need it; others take no notice.
+
+        Raises
+        ------
+        TypeError
+            For anything but a module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"attach wants a torch.nn.Module, got {type(model).__name__}")
+        self.detach()
+        self._watch = estimators.ModelWatch(model)
+
+    def detach(self) -> None:
+        """Let go of the model."""
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether the coming step wants ``loss.backward(create_graph=True)``."""
+        return any(
+            isinstance(rule := group["rule"], rules.Estimated)
+            and rule.second_order
+            and rule.due(group.get("estimated", 0))
+            for group in self.param_groups
+        )
+
+    @torch._disable_dynamo
+    def _estimate(self, again: Callable[[], object] | None) -> None:
+        """Find the rates of the coming step."""
+        views = []
+        with torch.no_grad():
+            for group, plans in self._prepared():
+                for view in plans.views:
+                    hyper = self._hyper(group, plans.key[0])
+                    view.begin(group.setdefault("estimated", 0), hyper)
+                    views.append(view)
+            estimators.estimate(views, self._watch, again)
+        for group in self.param_groups:
+            if isinstance(group["rule"], rules.Estimated):
+                group["estimated"] += 1
+
+    def _again(self, closure: Callable[[], object], start: list[Tensor]) -> None:
+        """Evaluate the closure once more, as it was evaluated for this step."""
+        if self._watch is None:
+            raise RuntimeError("call optimizer.attach(model) before the first step")
+        with self._watch.unchanged(start), torch.enable_grad():
+            closure()
 
     # -- statistics ----------------------------------------------------------------------------
 
@@ -296,6 +364,7 @@ class LayerwiseOptimizer(Optimizer):
         if hasattr(self, "_loading"):
             state.restore_dtypes(self.state, self.param_groups, self._loading)
         self.__dict__.setdefault("_plans", [])
+        self.__dict__.setdefault("_watch", None)
         self._snapshot = None
         self._plans = [self._build(index) for index in range(len(self.param_groups))]
 

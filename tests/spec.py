@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-
 from cases import RATE
 
 #: A step is at most 16 roundings deep (decay 2, momentum 3, second moment 5, quotient 2, a and b 2,

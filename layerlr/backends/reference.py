@@ -130,13 +130,13 @@ class ReferencePlan:
             self._store(i, w, u, a, scale.b, self.spec.table.spread(i, keep, w))
         self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, keep)
 
-    def directions(self, h: Hyper) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """(w, g with L2 decay, u) of each tensor that takes part, as `step` will form them."""
+    def directions(self, h: Hyper, tensors: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """(g with L2 decay, u) of tensors, as a step in update order will form them."""
         self.steps = {i: self._coming_step(i) for i in self.active}
-        found = {}
-        for i in self.active:
-            w, g, _, u = self._coming(i, h)
-            found[i] = w, g, u
+        found = []
+        for i in tensors:
+            _, g, _, u = self._coming(i, h)
+            found.append((g, u))
         return found
 
     def _coming(self, i: int, h: Hyper) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:

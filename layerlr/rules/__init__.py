@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .back_matching import BackMatching
 from .base import LayerRule, LayerScale, LayerStats
+from .curvature import Curvature
 from .lamb import Lamb
 from .lars import Lars
 from .layca import Layca
 from .plain import Plain
-from .rated import Rated
+from .rated import Estimated, Rated
 from .singh import Singh
 
-#: name -> class; the native engines assert that they know the same names
+#: name -> class of each formula; the native engines know the same names
 RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lamb, Layca, Rated)}
+#: name -> class of those that look at the model for their rates
+ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
 
 
 def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
@@ -23,7 +27,7 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
     Raises
     ------
     ValueError
-        For a name that is not in `RULES`; the message lists those that are.
+        For an unknown name; the message lists the known ones.
     TypeError
         For any other kind of value.
     """
@@ -41,15 +45,20 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
 
 
 def _lookup(name: str) -> type[LayerRule]:
+    every = RULES | ESTIMATED
     try:
-        return RULES[name]
+        return every[name]
     except KeyError:
-        known = ", ".join(repr(n) for n in RULES)
+        known = ", ".join(repr(n) for n in every)
         raise ValueError(f"unknown rule {name!r}, known are {known}") from None
 
 
 __all__ = [
+    "ESTIMATED",
     "RULES",
+    "BackMatching",
+    "Curvature",
+    "Estimated",
     "Lamb",
     "Lars",
     "Layca",

@@ -1,4 +1,4 @@
-"""Rates that are set from outside the step."""
+"""Rates that are set from outside the step: by hand, or by looking at the model."""
 
 from __future__ import annotations
 
@@ -37,3 +37,44 @@ class Rated(LayerRule):
     def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
         one = constant(1.0, lr)
         return LayerScale(one, one, -(lr * kept), kept)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimated(Rated):
+    """A rule whose rates `layerlr.estimators` finds before the step, every ``refresh`` steps.
+
+    The state keeps each layer's rate (0 before the first estimate), the running mean of the number
+    that it comes from, and the weight of that mean, which corrects its bias. The param-group key
+    ``estimated`` counts the steps; with ``seed`` it determines every random draw, so that a resumed
+    run draws what an uninterrupted one does, and all processes draw the same.
+
+    Parameters
+    ----------
+    ema
+        Weight of the past in the running mean. In [0, 1).
+    refresh
+        Steps from one estimate to the next. >= 1.
+    seed
+        Of the random signs and labels.
+    """
+
+    keeps: ClassVar[Mapping[str, float]] = MappingProxyType(
+        {"rate": 0.0, "estimate": 0.0, "estimate_weight": 0.0}
+    )
+    #: whether gradients must carry their graph where an estimate is due
+    second_order: ClassVar[bool] = False
+
+    ema: float = 0.9
+    refresh: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check("ema", self.ema, 0.0 <= self.ema < 1.0, "a number in [0, 1)")
+        for name, least in (("refresh", 1), ("seed", 0)):
+            value = getattr(self, name)
+            ok = isinstance(value, int) and value >= least
+            self._check(name, value, ok, f"a whole number >= {least}")
+
+    def due(self, step: int) -> bool:
+        """Whether the step of that number, from 0, begins with an estimate."""
+        return step % self.refresh == 0

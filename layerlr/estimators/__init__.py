@@ -1,0 +1,57 @@
+"""What rules look at the model for: `layerlr.rules.Curvature` and `layerlr.rules.BackMatching`.
+
+| file | what it holds |
+|---|---|
+| `watch.py` | the model that was attached, and its last batch, to be run once more |
+| `layers.py` | the layers of a plan: sums, what they keep, the coming step |
+| `curvature.py` | step sizes: `u.Hu` by products, differences, or `fisher.py` |
+| `back_matching.py` | rates: `structural.py` or `probe.py` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerlr.rules import BackMatching, Curvature, Estimated
+
+from . import back_matching, curvature
+from .curvature import Again
+from .layers import Layers
+from .watch import ModelWatch, random_state
+
+
+def needs_model(rule: Estimated) -> bool:
+    """Whether a rule can do without ``optimizer.attach(model)``."""
+    return not rule.second_order
+
+
+def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | None) -> None:
+    """Write the rates of every layer whose estimate is due; gradients give up their graph.
+
+    Raises
+    ------
+    RuntimeError
+        Where a rule lacks the model, the closure, or the graph of the gradients.
+    """
+    by_rule: dict[Estimated, list[Layers]] = {}
+    for view in views:
+        if view.active and view.rule.due(view.step):
+            by_rule.setdefault(view.rule, []).append(view)
+    for rule, those in by_rule.items():
+        if needs_model(rule) and watch is None:
+            raise RuntimeError(
+                f"rule {rule.name!r} looks at the model: call optimizer.attach(model) before the "
+                "first step"
+            )
+        if isinstance(rule, Curvature):
+            curvature.estimate(rule, those, watch, again)
+        elif isinstance(rule, BackMatching):
+            assert watch is not None
+            back_matching.estimate(rule, those, watch)
+    for view in views:
+        for p in view.table.params:
+            if p.grad is not None and p.grad.requires_grad:
+                p.grad.detach_()  # a gradient that holds its parameter's graph is never freed
+
+
+__all__ = ["Layers", "ModelWatch", "estimate", "needs_model", "random_state"]

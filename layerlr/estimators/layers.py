@@ -1,0 +1,145 @@
+"""The layers of one plan, as an estimator sees them before a step."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from layerlr.backends import Hyper, PlanSpec
+from layerlr.backends.reference import ReferencePlan
+from layerlr.layers import rows
+from layerlr.rules import Estimated
+
+T = TypeVar("T")
+
+
+class Layers:
+    """The governed layers of a plan: what they keep, the coming step, sums over them.
+
+    Values of layers are float64 tensors with an entry for each row of the plan's table, parameters
+    outside the rule included. Nothing here waits for the device.
+    """
+
+    def __init__(self, spec: PlanSpec) -> None:
+        assert isinstance(spec.rule, Estimated)
+        self.spec, self.rule, self.table = spec, spec.rule, spec.table
+        self._plan = ReferencePlan(spec)
+        leaders = self.table.leaders(spec.states)
+        self._leading = sorted({i for _, i, _ in leaders})
+        sizes = [len(self.table.parts[i]) for i in self._leading]
+        first = dict(zip(self._leading, itertools.accumulate([0, *sizes]), strict=False))
+        self._rows = torch.tensor([layer for layer, _, _ in leaders], device=self.device)
+        self._places = torch.tensor([first[i] + k for _, i, k in leaders], device=self.device)
+        table = self.table
+        for p, name, parts in zip(table.params, table.names, table.parts, strict=True):
+            if p.is_complex() and table.ruled[parts[0].layer]:
+                raise ValueError(
+                    f"rule {self.rule.name!r} does not support complex parameters ({name!r}): "
+                    "leave it out with adapt=, or use another rule"
+                )
+
+    def begin(self, step: int, hyper: Hyper) -> None:
+        """Look at the gradients of the coming step, the step-th since the rule was set."""
+        self.step, self.hyper = step, hyper
+        self._plan.prepare()
+        ruled, parts = self.table.ruled, self.table.parts
+        #: tensors that take part: governed, with a gradient
+        self.active = [i for i in self._plan.active if ruled[parts[i][0].layer]]
+        self.__dict__.pop("moves", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and of all values here."""
+        return self.table.device
+
+    def params(self) -> list[Tensor]:
+        """The tensors that take part."""
+        return [self.table.params[i] for i in self.active]
+
+    @functools.cached_property
+    def moves(self) -> list[tuple[Tensor, Tensor]]:
+        """(gradient with L2 decay, u) of each of them, as the coming step will form them."""
+        found = self._plan.directions(self.hyper, self.active)
+        return [(g.detach(), u.detach()) for g, u in found]
+
+    def dot(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        """Sum of x*y over each layer; xs and ys in the order of `params`."""
+        sums: list[list[Tensor]] = [[self._zero] for _ in self.table.layers]
+        for i, x, y in zip(self.active, xs, ys, strict=True):
+            product = x * y
+            for span in self.table.parts[i]:
+                part = product if len(self.table.parts[i]) == 1 else product[span.begin : span.end]
+                sums[span.layer].append(part.sum(dtype=torch.float64))
+        return torch.stack([functools.reduce(operator.add, parts) for parts in sums])
+
+    def mean(self, values: list[Tensor]) -> Tensor:
+        """Mean over each layer's elements of a number of each tensor, in the order of `params`."""
+        total = [self._zero] * len(self.table.layers)
+        for layer, elements, value in self._elements(values):
+            total[layer] = total[layer] + elements * value
+        return torch.stack(total) / self.count()
+
+    def count(self) -> Tensor:
+        """Number of elements that take part in each layer."""
+        count = [0.0] * len(self.table.layers)
+        for layer, elements, _ in self._elements(self.active):
+            count[layer] += elements
+        return torch.tensor(count, dtype=torch.float64, device=self.device)
+
+    def _elements(self, values: Sequence[T]) -> Iterator[tuple[int, int, T]]:
+        """(layer, elements, value) of each part of the tensors that take part."""
+        for i, value in zip(self.active, values, strict=True):
+            p = self.table.params[i]
+            for span in self.table.parts[i]:
+                yield span.layer, p.numel() * (span.end - span.begin) // rows(p), value
+
+    def scaled(self, values: Tensor, xs: list[Tensor]) -> list[Tensor]:
+        """Each x times the value of its layer."""
+        spread = self.table.spread
+        return [x * spread(i, values, x) for i, x in zip(self.active, xs, strict=True)]
+
+    def read(self, key: str) -> Tensor:
+        """What the layers keep under a key of ``rule.keeps``."""
+        values = self._zero.expand(len(self.table.layers)).clone()
+        if self._leading:
+            kept = torch.cat([self._state(i)[key] for i in self._leading])
+            values[self._rows] = kept[self._places]
+        return values
+
+    def write(self, key: str, values: Tensor) -> None:
+        """Keep other values."""
+        if not self._leading:
+            return
+        stored = [self._state(i)[key] for i in self._leading]
+        joined = torch.cat(stored)
+        joined[self._places] = values[self._rows]
+        torch._foreach_copy_(stored, list(joined.split([len(s) for s in stored])))
+
+    def average(self, value: Tensor, good: Tensor) -> Tensor:
+        """The running mean with ``value``, where that is good; NaN before the first one."""
+        new = {"estimate": torch.where(good, value, 0.0), "estimate_weight": torch.ones_like(value)}
+        for key, x in new.items():
+            kept = self.read(key)
+            mean = self.rule.ema * kept + (1.0 - self.rule.ema) * x
+            self.write(key, torch.where(good, mean, kept))
+        return self.read("estimate") / self.read("estimate_weight")
+
+    @functools.cached_property
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _state(self, i: int) -> Mapping[str, Any]:
+        state = self.spec.states[i]
+        assert state is not None
+        return state
+
+
+def generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one step: a function of seed and step alone."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
