@@ -64,6 +64,8 @@ def default_rate(optimizer: str, rule: str) -> float:
         return BARE_RATES[optimizer]
     if rule == "layca":
         return LAYCA_RATE_AVERAGED if optimizer in _AVERAGED else LAYCA_RATE
+    if rule == "curvature":
+        return 1.0  # a factor on the step that the rule computes
     raise ValueError(f"no default learning rate for rule {rule!r}: give one")
 
 

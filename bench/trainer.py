@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .record import Result, machine, write_atomically
 
 # Large enough for a GPU, small enough for the activations to stay near the cores of a CPU.
 _TEST_BATCH = 250
+# Rules that look at the model, not at its parameters alone.
+_RULES_OF_MODELS = ("curvature", "backmatching")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Trainer:
         self.data = task.data.to(self.device)
         self.model = task.model.to(self.device)
         self.optimizer = task.optimizer(config, self.model)
+        if config.rule in _RULES_OF_MODELS:
+            self.optimizer.attach(self.model)  # type: ignore[attr-defined]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.factor)
         self.monitor = layerlr.monitor.LayerRotation(self.model)
         self.stats = layerlr.monitor.StatsLog(self.optimizer) if config.rule != "none" else None
@@ -117,11 +122,15 @@ class Trainer:
         indices = self.batches(self.step)
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model(self.data.x[indices]), self.data.y[indices])
-        # Where a rule wants curvature: the gradient of a gradient, announced as in timm.
-        loss.backward(create_graph=getattr(self.optimizer, "is_second_order", False))
+        if second := getattr(self.optimizer, "is_second_order", False):
+            _backward_twice_differentiable(loss)
+        else:
+            loss.backward()
         before = time.perf_counter()
         self.optimizer.step()
         self.optimizer_seconds.append(time.perf_counter() - before)
+        if second:  # gradients and their graph hold each other: let go of both
+            self.optimizer.zero_grad()
         self.scheduler.step()
         self.losses[self.step] = loss.detach()
         self.step += 1
@@ -265,6 +274,14 @@ class Trainer:
             return {}
         curves = self.stats.curves("lr")
         return {"names": curves.names, "steps": curves.steps, "lr": curves.values.tolist()}
+
+
+def _backward_twice_differentiable(loss: Tensor) -> None:
+    """Gradients that have gradients: for a rule that wants curvature, announced as in timm."""
+    with warnings.catch_warnings():
+        # The reference cycle that torch warns of is undone by zero_grad after the step.
+        warnings.filterwarnings("ignore", "Using backward.* with create_graph", UserWarning)
+        loss.backward(create_graph=True)
 
 
 def _usable(name: str) -> torch.device:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,17 +28,24 @@ import torch.nn.functional as F
 from test_data import (
     cifar10_folder,
     cifar100_folder,
+    cora_folder,
     imagenet_folder,
     tiny_imagenet_folder,
 )
 from test_train import mnist_folder
 from torch import nn
 
+import layerlr
 from bench import train as training
 from bench.config import Config
 from bench.data import Data
 from bench.models import build
 from bench.papers import (
+    backmatching_vgg,
+    by_time,
+    curvature_autoencoder,
+    curvature_cnn,
+    curvature_gcn,
     layca_adaptive,
     layca_alpha,
     layca_toy,
@@ -151,6 +161,37 @@ def test_layca_adaptive_is_as_published() -> None:
     assert arms["SGD + Layca"].factor(2499) == pytest.approx(0.2**3)
 
 
+@pytest.mark.parametrize(
+    ("module", "ways", "seeds"),
+    [(curvature_autoencoder, 2, 3), (curvature_cnn, 1, 3), (curvature_gcn, 1, 10)],
+)
+def test_curvature_is_untuned_among_fixed_rates(module: object, ways: int, seeds: int) -> None:
+    arms = arms_of(module)
+    for direction in module.DIRECTIONS:
+        mine = {n: c for n, c in arms.items() if re.match(rf"{direction.title}( \+|,)", n)}
+        ruled = [config for config in mine.values() if config.rule == "curvature"]
+        assert [c.lr for c in mine.values() if c.rule == "none"] == sorted(direction.rates)
+        assert len(ruled) == ways and len(mine) == ways + len(direction.rates)
+        assert {(c.lr, c.layers, c.optimizer) for c in ruled} == {
+            (1, "module", direction.optimizer)
+        }
+        assert len({c.weight_decay for c in mine.values()}) == 1
+        assert {config.factor(config.steps) for config in mine.values()} == {1}
+    assert module.experiment(argparse.Namespace(width=1)).full.seeds == seeds
+    assert Config(rule="curvature").rate == 1
+
+
+def test_backmatching_and_sgd_have_the_same_rates() -> None:
+    arms = arms_of(backmatching_vgg)
+    assert len(arms) == 15
+    bare, ruled = arms["SGD, rate 0.1"], arms["SGD + probe, rate 0.1"]
+    assert ruled == replace(bare, rule="backmatching", rule_options=("estimator=probe",))
+    at = (0, 499, 500, 749, 750)
+    assert bare.steps == 1000 and [bare.factor(step) for step in at] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
+
+
 # --- networks ---
 
 
@@ -162,6 +203,8 @@ def test_layca_adaptive_is_as_published() -> None:
         (layca_alpha.TINY, (3, 64, 64), 11, 4_715_360),
         (networks.resnet32, (3, 32, 32), 34, 464_432),
         (networks.wilson, (3, 32, 32), 15, 14_977_728),
+        (partial(networks.batch_vgg, stages=networks.VGG13), (3, 32, 32), 11, 9_413_066),
+        (partial(networks.batch_vgg, stages=networks.VGG13, scale=1 / 8), (3, 32, 32), 11, 148_482),
     ],
 )
 def test_networks_have_the_published_layers(
@@ -192,6 +235,59 @@ def test_flips_only_in_training() -> None:
     x, flip = torch.arange(2 * 3 * 4.0).view(1, 2, 3, 4).expand(64, 2, 3, 4), networks.RandomFlip()
     flipped = [row.equal(x[0].flip(-1)) for row in flip(x)]
     assert 10 < sum(flipped) < 54 and flip.eval()(x).equal(x)
+
+
+def test_autoencoder_is_linear_at_its_code_and_output() -> None:
+    model = networks.autoencoder(784)
+    widths = [layer.out_features for layer in model if isinstance(layer, nn.Linear)]
+    assert widths == [1000, 500, 250, 30, 250, 500, 1000, 784]
+    assert [name for name, _ in model.named_children() if name.startswith("relu")] == [
+        f"relu{i}" for i in (1, 2, 3, 5, 6, 7)
+    ]
+    images = Data("images", *[torch.rand(4, 1, 28, 28), torch.zeros(4).long()] * 2, 10)
+    task = curvature_autoencoder.task(Config(), images)
+    assert task.data.y.equal(images.x.flatten(1)) and task.error is None
+    output, x = torch.randn(4, 784), task.data.x
+    by_hand = -(x * output.sigmoid().log() + (1 - x) * (-output).sigmoid().log()).sum(1).mean()
+    torch.testing.assert_close(task.loss(output, x), by_hand)
+
+
+GRAPH = torch.tensor([[0, 1, 0, 2, 3, 4], [1, 0, 2, 0, 4, 3]])  # node 5 has no neighbour
+
+
+def small_gcn(dropout: float) -> networks.GCN:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(6, 4, dtype=torch.float64, generator=generator)
+    features[features < 0.3] = 0
+    return networks.GCN(features, GRAPH, 3, hidden=5, dropout=dropout)
+
+
+def test_gcn_is_the_dense_formula() -> None:
+    model, nodes = small_gcn(0.0), torch.tensor([4, 0, 5])
+    a = torch.eye(6, dtype=torch.float64)
+    a[GRAPH[0], GRAPH[1]] = 1
+    root = a.sum(1).rsqrt().diag()
+    a = root @ a @ root
+    x, w0, w1 = model.features.to_dense(), model.dense1.weight.T, model.dense2.weight.T
+    expected = (a @ (a @ x @ w0).relu() @ w1)[nodes]
+    torch.testing.assert_close(model(nodes), expected, rtol=1e-12, atol=1e-14)
+    assert len(list(model.parameters())) == 2
+    # Dropout is of single features and units, and off in tests.
+    model = small_gcn(0.5)
+    assert not model(nodes).equal(model(nodes)) and model.eval()(nodes).equal(model(nodes))
+
+
+def test_gcn_has_second_derivatives() -> None:
+    model, nodes = small_gcn(0.0), torch.arange(6)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        changed = dict(zip(weights, values, strict=True))
+        logits = torch.func.functional_call(model, changed, nodes)
+        return F.cross_entropy(logits, nodes % 3)
+
+    inputs = [p.clone().requires_grad_() for p in weights.values()]
+    assert torch.autograd.gradcheck(loss, inputs) and torch.autograd.gradgradcheck(loss, inputs)
 
 
 # --- the toy ---
@@ -357,10 +453,11 @@ def test_a_diverged_arm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "100%" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.filterwarnings("error")
 def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
     """What an autoencoder with curvature needs: its own optimizer, a loss alone, a second graph."""
     seen: list[bool] = []
+    made: list[nn.Module] = []
 
     class Curved(torch.optim.SGD):
         is_second_order = True
@@ -370,6 +467,7 @@ def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
             super().step()
 
     def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+        made.append(model)
         return Curved(model.parameters(), lr=config.rate)
 
     def arms(scope: runner.Scope) -> list[runner.Arm]:
@@ -391,8 +489,119 @@ def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
     folder = cifar10_folder(tmp_path)
     store = runner.main(None, experiment, ["--data", str(folder), "--out", str(tmp_path)])
     assert seen == [True] * 6 and store.metric == "test_loss"
+    # A gradient and its graph hold each other: none is left to leak.
+    assert all(p.grad is None for model in made for p in model.parameters())
     assert "model" not in store.settings("curved")
     assert "test loss" in (tmp_path / "curved.md").read_text()
+
+
+@pytest.mark.parametrize("rule", ["curvature", "backmatching", "lars"])
+def test_rules_that_look_at_the_model_are_shown_it(rule: str) -> None:
+    class Attached(layerlr.SGD):
+        models: ClassVar[list[nn.Module]] = []
+
+        def attach(self, model: nn.Module) -> None:
+            self.models.append(model)
+
+    def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+        return Attached(model.named_parameters(), lr=config.rate, rule="lars")
+
+    config = Config(rule=rule, lr=0.1)
+    task = replace(_images(config), optimizer=optimizer)
+    training.Trainer(config, task)
+    assert Attached.models == [task.model] * (rule != "lars")
+
+
+# --- rates that are computed, by time ---
+
+
+def timed(**arms: tuple[str, list[list[float]], float]) -> Store:
+    """Rule, losses of each seed and seconds a step of each arm; a test every second step."""
+    content: dict[str, object] = {"experiment": "timed", "arms": {}}
+    for name, (rule, seeds, seconds) in arms.items():
+        runs = {}
+        for seed, losses in enumerate(seeds):
+            final = {"diverged": losses[-1] is None, "test_error": 0.25, "step_ms": 1e3 * seconds}
+            tests = [
+                {"step": s, "seconds": s * seconds, "test_error": 0.25}
+                for s in range(2, len(losses) + 1, 2)
+            ]
+            runs[str(seed)] = {
+                "final": final | {"seconds": len(losses) * seconds},
+                "records": tests,
+                "losses": {"step": list(range(1, len(losses) + 1)), "loss": losses},
+            }
+        title = name.replace("_", ", ").replace("PLUS", " + ")
+        settings = {"rule": rule, "optimizer": "momentum", "steps": 4}
+        content["arms"][title] = {"settings": settings, "runs": runs}
+    return Store(Path("timed.json"), content)
+
+
+TIMED = timed(
+    SGD_low=("none", [[8.0, 7, 6, 5], [8.0, 7, 6, 7]], 1.0),
+    SGD_high=("none", [[8.0, 6, 4, 3], [8.0, 6, 4, 3]], 1.0),
+    SGD_wild=("none", [[8.0, 2, 1, 1], [8.0, None]], 1.0),
+    SGDPLUScurvature=("curvature", [[8.0, 4, 2, 1]], 2.0),
+)
+
+
+def test_train_loss_by_steps_and_in_the_time_of_sgd() -> None:
+    table = by_time.table(TIMED)
+    lines = [
+        [c.strip() for c in r.split("|")[1:-1]] for r in runner.report.markdown(table).split("\n")
+    ]
+    header, low, high, wild, ruled = (lines[i] for i in (2, 4, 5, 6, 7))
+    assert header[2:] == [
+        *(f"step {i}" for i in (1, 2, 3, 4)),
+        *("in SGD's time", "test error, %", "s a step", "of SGD's"),
+    ]
+    assert low[:2] == ["SGD, low", "2"] and low[5:] == [
+        *("6 ± 1.4", "6 ± 1.4", "25.00 ± 0.00", "1", "1.00")
+    ]
+    assert high[5] == "3 ± 0"
+    assert wild[0] == "SGD, wild (1 of 2 diverged)" and wild[2:6] == ["8", "2", "1", "1"]
+    # Two of its steps in the four seconds that SGD takes for four.
+    assert ruled == ["SGD + curvature", "1", "8", "4", "2", "1", "4", "25.00", "2", "2.00"]
+
+
+def test_the_best_fixed_rate_diverges_in_no_seed() -> None:
+    arms = by_time.fixed(TIMED, TIMED.arms)
+    assert arms == ["SGD, low", "SGD, high", "SGD, wild"]
+    assert by_time.best(TIMED, arms) == "SGD, high"
+    assert by_time.best(TIMED, ["SGD, wild"]) is None
+
+
+def test_times_are_those_of_the_nearest_tests() -> None:
+    run = {
+        "losses": {"step": [1, 2, 3, 4]},
+        "records": [{"step": 2, "seconds": 6.0}, {"step": 4, "seconds": 7.0}],
+    }
+    assert by_time.seconds_of(run) == [3, 6, 6.5, 7]
+
+
+def test_fixed_rates_are_grey_but_for_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[object] = []
+    monkeypatch.setattr(runner.report, "saved", lambda figure, path: figures.append(figure) or path)
+    assert by_time.plot(TIMED, tmp_path) == tmp_path
+    left, middle, right = figures[0].axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert sum(line.get_color() == by_time.GREY for line in left.lines) == 2
+    assert {name for name in lines if not name.startswith("_")} == {
+        *("SGD, high", "SGD + curvature", "other fixed rates")
+    }
+    assert lines["SGD, high"].get_ydata().tolist() == [8, 6, 4, 3]
+    times = [line.get_xdata() for line in middle.lines if line.get_label() == "SGD + curvature"]
+    assert list(times[0]) == [2, 4, 6, 8]
+    assert [line.get_label() for line in right.lines] == ["SGD, high", "SGD + curvature"]
+    # Nothing but a diverged arm, nothing bare to compare with.
+    for store in (
+        timed(SGD_wild=("none", [[8.0, None]], 1.0)),
+        timed(SGDPLUScurvature=("curvature", [[8.0, 4]], 1.0)),
+    ):
+        by_time.plot(store, tmp_path)
+        assert "-" in runner.report.markdown(by_time.table(store))
 
 
 # --- every experiment, from end to end ---
@@ -435,6 +644,23 @@ EXPERIMENTS = {
         layca_adaptive,
         cifar10_folder,
         ("--iterations", "1", "--batch", "4", "--items", "4", "--only", "^Adam|SGD$"),
+    ),
+    "curvature_autoencoder": (
+        curvature_autoencoder,
+        mnist_folder,
+        ("--iterations", "2", "--only", "rate 0.001|curvature"),
+    ),
+    "curvature_cnn": (curvature_cnn, cifar10_folder, ("--iterations", "2", "--batch", "4")),
+    "curvature_cnn_0.25": (
+        curvature_cnn,
+        cifar10_folder,
+        ("--epochs", "1", "--batch", "8", "--width", "0.25"),
+    ),
+    "curvature_gcn": (curvature_gcn, cora_folder, ("--epochs", "3")),
+    "backmatching_vgg_0.0625": (
+        backmatching_vgg,
+        cifar10_folder,
+        ("--iterations", "2", "--batch", "4", "--width", "0.0625"),
     ),
 }
 

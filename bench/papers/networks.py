@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -197,4 +198,110 @@ def _norm(width: int, momentum: float = 0.01) -> nn.Module:
 def _drawn(model: nn.Module, draw: Callable[..., object]) -> nn.Module:
     for parameter in model.parameters():
         draw(parameter.data, nonlinearity="relu")
+    return model
+
+
+# --- of Bahamou and Goldfarb, and of Zhang et al. ---
+
+
+def autoencoder(size: int, hidden: Sequence[int] = (1000, 500, 250), code: int = 30) -> nn.Module:
+    """Dense layers down to the code and up again, ReLU between them; the code is linear."""
+    widths = [size, *hidden, code, *reversed(hidden), size]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (width, following) in enumerate(pairwise(widths), 1):
+        layers[f"dense{i}"] = nn.Linear(width, following)
+        if i not in (len(hidden) + 1, len(widths) - 1):
+            layers[f"relu{i}"] = nn.ReLU()
+    return _he(nn.Sequential(layers))
+
+
+def batch_vgg(
+    shape: tuple[int, ...],
+    classes: int,
+    stages: Sequence[tuple[int, int]],
+    scale: float = 1.0,
+) -> nn.Module:
+    """Stages of (depth, width): convolutions (conv, norm, ReLU), halved after each; dense.
+
+    ``scale`` is a factor on every width.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = shape[0]
+    for stage, (depth, width) in enumerate(stages, 1):
+        width = max(round(scale * width), 1)
+        for i in range(1, depth + 1):
+            layers[f"conv{stage}_{i}"] = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            layers[f"norm{stage}_{i}"] = nn.BatchNorm2d(width)
+            layers[f"relu{stage}_{i}"] = nn.ReLU()
+            channels = width
+        layers[f"pool{stage}"] = nn.MaxPool2d(2)
+    height, width = (size >> len(stages) for size in shape[1:])
+    layers["flatten"] = nn.Flatten()
+    layers["dense"] = nn.Linear(channels * height * width, classes)
+    return _he(nn.Sequential(layers))
+
+
+VGG13 = ((2, 64), (2, 128), (2, 256), (2, 512), (2, 512))
+
+
+class SparseLinear(nn.Linear):
+    """A dense layer of a sparse matrix; can be differentiated twice, by its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(x, self.weight.mT)
+
+
+class GCN(nn.Module):
+    """Kipf and Welling's: ``A ReLU(A X W0) W1`` of the nodes asked for, dropout before each layer.
+
+    Features X and ``A = D^-1/2 (edges + 1) D^-1/2`` are sparse and constant. `edges` has both
+    directions and no loops.
+    """
+
+    features: Tensor
+    adjacency: Tensor
+
+    def __init__(
+        self, features: Tensor, edges: Tensor, classes: int, hidden: int = 16, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.register_buffer("features", features.to_sparse())
+        self.register_buffer("adjacency", normalised_adjacency(edges, features))
+        self.dense1 = SparseLinear(features.shape[1], hidden, bias=False, dtype=features.dtype)
+        self.dense2 = nn.Linear(hidden, classes, bias=False, dtype=features.dtype)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.dense1, self.dense2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, nodes: Tensor) -> Tensor:
+        values = self.dropout(self.features.values())
+        x = torch.sparse_coo_tensor(
+            self.features.indices(),
+            values,
+            self.features.shape,
+            check_invariants=False,
+            is_coalesced=True,
+        )
+        h = F.relu(torch.sparse.mm(self.adjacency, self.dense1(x)))
+        return torch.sparse.mm(self.adjacency, self.dense2(self.dropout(h)))[nodes]
+
+
+def normalised_adjacency(edges: Tensor, features: Tensor) -> Tensor:
+    """``D^-1/2 (edges + 1) D^-1/2``, D its degrees: sparse, of the dtype of the features."""
+    nodes = len(features)
+    loops = torch.arange(nodes, device=edges.device).expand(2, -1)
+    indices = torch.cat([edges, loops], 1)
+    root = indices[0].bincount(minlength=nodes).to(features.dtype).rsqrt()
+    values = root[indices].prod(0)
+    shape = (nodes, nodes)
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+
+
+def _he(model: nn.Sequential) -> nn.Module:
+    """Kernels from He's normal distribution, biases 0; norms stay 1 and 0."""
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return model

@@ -139,8 +139,7 @@ class _Graph:
         if not torch.equal(random, torch.get_rng_state()):
             torch.set_rng_state(random)
             raise _unknown(f"{type(model).__name__}, whose forward draws its own random numbers")
-        modules = dict(model.named_modules(remove_duplicate=False))
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         self.live: set[fx.Node] = set()  # nodes through which a gradient reaches a parameter
         for node in self.graph.nodes:
             own = node.op == "get_attr" and node.target in parameters
@@ -452,7 +451,7 @@ def _batch_norm(call: _Call) -> tuple[Grams, Traces]:
 
 
 def _gradient(call: _Call) -> Tensor:
-    """J^T 1."""
+    """J^T 1: the slopes of an elementwise function, or how often a max-pool takes each input."""
     with torch.enable_grad():
         x = call.x.detach().requires_grad_()
         y = call.again(x.clone())  # cloned: it may work in place
