@@ -105,7 +105,10 @@ def each(model, key=lambda i, name: i):
 def run(model, args, tangents, likelihood="categorical", reduction="mean", seed=0, kwargs=None):
     layers = max(t.layer for t in tangents) + 1
     generator = torch.Generator().manual_seed(seed)
-    return fisher(model, args, kwargs or {}, tangents, layers, likelihood, reduction, generator)
+    found = products(
+        model, args, kwargs or {}, tangents, layers, likelihood, reduction, generator
+    )
+    return found.square().sum(1)
 
 
 def buffers(model):
@@ -627,7 +630,7 @@ def test_nothing_is_touched(generator):
     torch.set_rng_state(was[4])
     with watch.replay() as (args, kwargs):
         given = torch.Generator().manual_seed(0) if generator else None
-        fisher(model, args, kwargs, tangents, len(tangents), "categorical", "mean", given)
+        products(model, args, kwargs, tangents, len(tangents), "categorical", "mean", given)
     assert same(was, snapshot(model))
     assert hooks(model) == before
     assert watch._seen is not None and not watch._replaying

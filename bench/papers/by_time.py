@@ -43,7 +43,7 @@ def arms(
 ) -> list[Arm]:
     """Each direction with its fixed rates, then with the untuned steps of each curvature.
 
-    `curvatures` maps a name to the rule's options beside ``curvature=NAME``.
+    `curvatures` maps a name to the rule's options.
     """
     found = []
     for direction in directions:
@@ -53,7 +53,6 @@ def arms(
         for rate in direction.rates:
             found.append(Arm(f"{direction.title}, rate {rate:g}", replace(base, lr=rate), task))
         for name, options in curvatures.items():
-            options = (f"curvature={name}", *options)
             config = replace(base, rule="curvature", rule_options=options, layers="module", lr=1.0)
             found.append(Arm(f"{direction.title} + curvature, {name}", config, task))
     return found

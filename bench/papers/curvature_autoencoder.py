@@ -35,7 +35,13 @@ DIRECTIONS = (
     ),
     by_time.Direction("AdamW", "adamw", (3e-4, 1e-3, 3e-3), {"weight_decay": 1e-5}),
 )
-CURVATURES = {"hessian": (), "fisher": ("likelihood=bernoulli", "reduction=batchmean")}
+FISHER = ("curvature=fisher", "likelihood=bernoulli", "reduction=batchmean")
+CURVATURES = {
+    "hessian": (),
+    "hessian every 4 steps": ("refresh=4",),
+    "fisher": FISHER,
+    "fisher every 4 steps": (*FISHER, "refresh=4"),
+}
 NOTES = (
     "Budget, rates and the decay of AdamW (1e-5, decoupled) are ours, the rest as the authors' "
     "group has it for this network: sigmoid cross-entropy, summed over pixels, mean over the "

@@ -22,7 +22,11 @@ DIRECTIONS = (
     by_time.Direction("SGD", "momentum", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), {"weight_decay": 5e-4}),
     by_time.Direction("AdamW", "adamw", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), {"weight_decay": 0.01}),
 )
-CURVATURES = {"hessian": ()}
+CURVATURES = {
+    "hessian": (),
+    "hessian every 4 steps": ("refresh=4",),
+    "fisher": ("curvature=fisher",),
+}
 NOTES = (
     "Network, budget, rates and decays (SGD: L2 of 5e-4; AdamW: 0.01, decoupled) are ours. No "
     "augmentation; weights are drawn as He has it (normal). Rates are constant."

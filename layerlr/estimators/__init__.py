@@ -16,7 +16,7 @@ from layerlr.rules import BackMatching, Curvature, Estimated
 
 from . import back_matching, curvature
 from .curvature import Again
-from .layers import Layers
+from .layers import Joined, Layers
 from .watch import ModelWatch, random_state
 
 
@@ -44,10 +44,10 @@ def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | N
                 "first step"
             )
         if isinstance(rule, Curvature):
-            curvature.estimate(rule, those, watch, again)
+            curvature.estimate(rule, Joined(rule, those), watch, again)
         elif isinstance(rule, BackMatching):
             assert watch is not None
-            back_matching.estimate(rule, those, watch)
+            back_matching.estimate(rule, Joined(rule, those), watch)
     for view in views:
         for p in view.table.params:
             if p.grad is not None and p.grad.requires_grad:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from layerlr.rules import BackMatching
 
-from .layers import Layers, generator
+from .layers import Joined, generator
 from .probe import output_tensor, probe
 from .structural import Structure
 from .watch import ModelWatch
@@ -17,65 +15,45 @@ from .watch import ModelWatch
 _LEAST = 1e-12  # of c_W*m
 
 
-def estimate(rule: BackMatching, views: Sequence[Layers], watch: ModelWatch) -> None:
+def estimate(rule: BackMatching, layers: Joined, watch: ModelWatch) -> None:
     """Write the rates of all layers under one rule."""
     find = _structural if rule.estimator == "structural" else _probe
-    means, known = [], []
-    for view, value in zip(views, find(rule, views, watch), strict=True):
-        means.append(view.average(value, torch.isfinite(value) & (value > 0)).clamp(min=_LEAST))
-        known.append(torch.isfinite(means[-1]))
-    unit = _unit(rule, views, means)
-    for view, mean, there in zip(views, means, known, strict=True):
-        rate = (unit.to(view.device) / mean).clamp(rule.min_factor, rule.max_factor)
-        view.write("rate", torch.where(there, rate, 1.0))
+    value = find(rule, layers, watch)
+    mean = layers.average(value, torch.isfinite(value)).clamp(min=_LEAST)
+    rate = (_unit(rule, mean) / mean).clamp(rule.min_factor, rule.max_factor)
+    layers.write("rate", torch.where(torch.isfinite(mean), rate, layers.read("rate")))
 
 
-def _unit(rule: BackMatching, views: Sequence[Layers], means: Sequence[Tensor]) -> Tensor:
-    """The mean of ``c_W*m`` that gets the rate 1."""
-    device = views[0].device
-    governed = [
-        mean[torch.tensor(view.table.ruled, device=view.device)].to(device)
-        for view, mean in zip(views, means, strict=True)
-    ]
-    values = torch.cat(governed)
+def _unit(rule: BackMatching, mean: Tensor) -> Tensor:
+    """The ``c_W*m`` that gets the rate 1; layers without any (and without a gradient) are NaN."""
     if rule.normalize is None:
-        return torch.ones((), dtype=torch.float64, device=device)
+        return torch.ones_like(mean[0])
     if rule.normalize == "last":
-        return values[-1].nan_to_num(1.0)
-    return values.log().nanmean().exp().nan_to_num(1.0)
+        last = torch.isfinite(mean).cumsum(0).argmax()
+        return mean[last]
+    return mean.log().nanmean().exp()
 
 
-def _structural(rule: BackMatching, views: Sequence[Layers], watch: ModelWatch) -> list[Tensor]:
+def _structural(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor:
     """Mean over each layer's elements of the factors of its parameters."""
     structure = watch.once(Structure, rank=rule.dimension == "rank")
     with watch.replay() as (args, kwargs):
         factors = structure.factors(args, kwargs)
-    found = []
-    for view in views:
-        for i, p in zip(view.active, view.params(), strict=True):
-            if p not in factors:
-                raise ValueError(
-                    f"parameter {view.table.names[i]!r} has a gradient but no part in the attached "
-                    "model's graph: attach the model that is trained, or take "
-                    'BackMatching(estimator="probe")'
-                )
-        found.append(view.mean([factors[p] for p in view.params()]))
-    return found
+    for p, name in zip(layers.params(), layers.names(), strict=True):
+        if p not in factors:
+            raise ValueError(
+                f"parameter {name!r} has a gradient but no part in the attached model's graph: "
+                'attach the model that is trained, or take BackMatching(estimator="probe")'
+            )
+    return layers.mean([factors[p] for p in layers.params()])
 
 
-def _probe(rule: BackMatching, views: Sequence[Layers], watch: ModelWatch) -> list[Tensor]:
+def _probe(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor:
     """``||J^T v||^2/(batch*dim)`` of each layer."""
-    params = [p for view in views for p in view.params()]
-    draw = generator(rule.seed, views[0].step, views[0].device)
+    params = layers.params()
+    draw = generator(rule.seed, layers.step, layers.device)
     with watch.replay() as (args, kwargs), torch.enable_grad():
         output = output_tensor(watch.model(*args, **kwargs))
-        rest = iter(probe(output, params, draw))
-    means = []
-    for view in views:
-        back = [next(rest) for _ in view.active]
-        xs = [
-            torch.zeros_like(p) if x is None else x
-            for p, x in zip(view.params(), back, strict=True)
-        ]
-        means.append(view.dot(xs, xs) / (len(output) * view.count()))
-    return means
+        found = probe(output, params, draw)
+    back = [torch.zeros_like(p) if x is None else x for p, x in zip(params, found, strict=True)]
+    return layers.dot(back, back) / (len(output) * layers.count())

@@ -40,7 +40,7 @@ class Tangent(NamedTuple):
     layer: int
 
 
-def fisher(
+def products(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -50,12 +50,12 @@ def fisher(
     reduction: Reduction,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Estimate ``d_l^T F_ll d_l`` for each layer, F the Fisher matrix of the loss.
+    """Rows of S, a root of the Fisher matrix F along the directions: ``E S S^T = (d_l^T F d_m)``.
 
     With J_i the Jacobian of sample i's output, r_i the gradient of its terms of the loss at labels
     drawn from the output itself, and M the number by which the reduction divides::
 
-        s_i = r_i^T J_i d_l;  c_l = sum_i s_i^2 / M
+        S_li = r_i^T J_i d_l / sqrt(M);  c_l = sum_i S_li^2
 
     The draws have E r_i = 0 and E r_i r_i^T = H_i, the Hessian of the terms in the output (each
     loss below is minus a log-likelihood), so ``E c_l = d_l^T (sum_i J_i^T H_i J_i / M) d_l``, the
@@ -64,8 +64,8 @@ def fisher(
     same number is ``M * sum_i (g'_i.d_l)^2``; the sum is what we propagate, out of the way of
     underflow in half precision.
 
-    For s_i, each call of a module that owns parameters gives the derivative dy of its output along
-    d_l in forward mode, and s_i sums ``(dL/dy * dy)`` over the sample, before squaring also over
+    For S_li, each call of a module that owns parameters gives the derivative dy of its output along
+    d_l in forward mode, and S_li sums ``(dL/dy * dy)`` over the sample, before squaring also over
     the calls and the parameters of the layer.
 
     Parameters
@@ -92,8 +92,8 @@ def fisher(
     Returns
     -------
     Tensor
-        c, float64 of shape [layers], >= 0, on the output's device. A layer on which the output
-        does not depend has 0.
+        S, float64 of shape [layers, samples], on the output's device. A layer on which the output
+        does not depend has zeros.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def fisher(
     leaves its parameters to the smallest module around it that fits, in the end the model. Dim 0
     is all that can be seen: time first with as many steps as samples goes unnoticed.
 
-    BatchNorm in train mode couples the samples: one sample's s_i then includes what the others
+    BatchNorm in train mode couples the samples: one sample's S_li then includes what the others
     lose through it, cross terms remain, and the estimate is biased (without samples that couple
     it is not). The Hessian's term that the Fisher matrix leaves out is left out here too.
 
@@ -154,7 +154,7 @@ def fisher(
             set_random_state(state)
     terms = output.numel() // (output.shape[1] if likelihood == "categorical" else 1)
     divisor = {"mean": terms, "batchmean": n, "sum": 1}[reduction]
-    return torch.stack([s.to(output.device).double().square().sum() for s in sums]) / divisor
+    return torch.stack([s.to(output.device).double().flatten() for s in sums]) / divisor**0.5
 
 
 def _residual(output: Tensor, likelihood: str, generator: torch.Generator | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -121,15 +121,6 @@ class Layers:
         joined[self._places] = values[self._rows]
         torch._foreach_copy_(stored, list(joined.split([len(s) for s in stored])))
 
-    def average(self, value: Tensor, good: Tensor) -> Tensor:
-        """The running mean with ``value``, where that is good; NaN before the first one."""
-        new = {"estimate": torch.where(good, value, 0.0), "estimate_weight": torch.ones_like(value)}
-        for key, x in new.items():
-            kept = self.read(key)
-            mean = self.rule.ema * kept + (1.0 - self.rule.ema) * x
-            self.write(key, torch.where(good, mean, kept))
-        return self.read("estimate") / self.read("estimate_weight")
-
     @functools.cached_property
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
@@ -138,6 +129,105 @@ class Layers:
         state = self.spec.states[i]
         assert state is not None
         return state
+
+
+class Joined:
+    """All layers that follow one rule, over several groups and devices.
+
+    Values of layers are concatenated, on the device of the first ones; lists of tensors run over
+    the tensors that take part.
+    """
+
+    def __init__(self, rule: Estimated, views: Sequence[Layers]) -> None:
+        self.rule, self.views = rule, views
+        self.device, self.step = views[0].device, views[0].step
+
+    def params(self) -> list[Tensor]:
+        """The tensors that take part."""
+        return [p for view in self.views for p in view.params()]
+
+    def names(self) -> list[str]:
+        """Their names."""
+        return [view.table.names[i] for view in self.views for i in view.active]
+
+    @functools.cached_property
+    def gradients(self) -> list[Tensor]:
+        """As the coming step sees them, with L2 decay; ascent where the loss is maximised."""
+        return [g for view in self.views for g, _ in view.moves]
+
+    @functools.cached_property
+    def steps(self) -> list[Tensor]:
+        """What the coming step subtracts at a rate of 1."""
+        return [u for view in self.views for _, u in view.moves]
+
+    def dot(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+        """Sum of x*y over each layer."""
+        pairs = zip(self.views, self._by_view(xs), self._by_view(ys), strict=True)
+        return self.join([view.dot(x, y) for view, x, y in pairs])
+
+    def mean(self, values: Sequence[Tensor]) -> Tensor:
+        """Mean over each layer's elements of a number of each tensor."""
+        pairs = zip(self.views, self._by_view(values), strict=True)
+        return self.join([view.mean(v) for view, v in pairs])
+
+    def scaled(self, values: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Each x times the value of its layer."""
+        triples = zip(self.views, self.split(values), self._by_view(xs), strict=True)
+        return [y for view, value, x in triples for y in view.scaled(value, x)]
+
+    def parts(self) -> list[tuple[Tensor, int, int, int]]:
+        """(tensor, first row, last row, layer) of each part of the tensors that take part."""
+        found, first = [], 0
+        for view in self.views:
+            for i in view.active:
+                for span in view.table.parts[i]:
+                    found.append((view.table.params[i], span.begin, span.end, first + span.layer))
+            first += len(view.table.layers)
+        return found
+
+    def of_groups(self, value: Callable[[Hyper], float]) -> Tensor:
+        """A hyper-parameter of each layer's group."""
+        sizes = [len(view.table.layers) for view in self.views]
+        values = [value(view.hyper) for view in self.views]
+        listed = [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
+        return torch.tensor(listed, dtype=torch.float64, device=self.device)
+
+    def count(self) -> Tensor:
+        """Number of elements that take part in each layer."""
+        return self.join([view.count() for view in self.views])
+
+    def read(self, key: str) -> Tensor:
+        """What the layers keep."""
+        return self.join([view.read(key) for view in self.views])
+
+    def write(self, key: str, values: Tensor) -> None:
+        """Keep other values."""
+        for view, value in zip(self.views, self.split(values), strict=True):
+            view.write(key, value)
+
+    def average(self, value: Tensor, good: Tensor) -> Tensor:
+        """The running mean with ``value``, where that is good; NaN before the first one."""
+        new = {"estimate": torch.where(good, value, 0.0), "estimate_weight": torch.ones_like(value)}
+        means = []
+        for key, x in new.items():
+            kept = self.read(key)
+            mean = self.rule.ema * kept + (1.0 - self.rule.ema) * x
+            means.append(torch.where(good, mean, kept))
+            self.write(key, means[-1])
+        return means[0] / means[1]
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of each view's layers, one after the other."""
+        return torch.cat([v.to(self.device) for v in values])
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The reverse of `join`."""
+        parts = values.split([len(view.table.layers) for view in self.views])
+        return [part.to(view.device) for view, part in zip(self.views, parts, strict=True)]
+
+    def _by_view(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
+        rest = iter(xs)
+        return [[next(rest) for _ in view.active] for view in self.views]
 
 
 def generator(seed: int, step: int, device: torch.device) -> torch.Generator:

@@ -48,9 +48,9 @@ class BackMatching(Estimated):
     References
     ----------
     Zhang, Chen, Liu: Train Feedforward Neural Network with Layer-wise Adaptive Rate via
-    Approximating Back-matching Propagation, 2018, arXiv:1802.09750. The abstract states the matching in least squares and that its approximation
-    is SGD with layer-wise rates; the scalars, their composition, the probe, the rescaling and the
-    bounds are our derivation.
+    Approximating Back-matching Propagation, 2018, arXiv:1802.09750. The abstract states the
+    matching in least squares and that its approximation is SGD with layer-wise rates; the scalars,
+    their composition, the probe, the rescaling and the bounds are our derivation.
     """
 
     estimator: Literal["structural", "probe"] = "structural"

@@ -15,69 +15,78 @@ REDUCTIONS = ("mean", "batchmean", "sum")
 
 @dataclasses.dataclass(frozen=True)
 class Curvature(Estimated):
-    """Minimise the block-diagonal quadratic model along each layer's step; use lr=1.
+    """Minimise a quadratic model of the loss along each layer's step; use lr=1.
 
-    With the step ``u`` (what is subtracted), gradient ``g`` and Hessian ``H`` of the loss, L2
-    decay included in both::
+    With the step ``u`` (what is subtracted), the gradient ``g``, the Hessian ``H`` of the loss, L2
+    decay included in both, and the layers' last rates ``r``::
 
-        rho = g.u;  k = mean over time of u.Hu/u.u;  rate = rho / ((|k| + damping)*u.u)
+        C_lm = u_l.H u_m;  rho_l = g_l.u_l;  k_l^2 = mean over time of sum_m (r_m C_lm/r_l)^2/uu_l^2
+        a_l = rho_l / ((k_l + damping)*uu_l);  rate = a / max(1, a.C a/a.rho)
         w <- w - lr*rate*u
 
-    ``u.Hu`` is taken over the layer's own block of H, for all layers at once: with one random sign
-    s a layer, ``s*u.(H(s u))`` has the block's value as its mean, since the signs of different
-    layers cancel (the product with all of u would add the cross terms).
+    k counts the layer's own curvature and, in squares, what the steps of the other layers add to
+    it; then all rates shrink alike if their joint step would pass the minimum along it. One
+    product ``H (s r u)`` with a random sign s a layer gives all of k_l^2 in the mean, another one
+    ``a.C a``.
 
     Parameters
     ----------
     curvature
         ``"hessian"``: one signed Hessian-vector product. Gradients must carry their graph:
-        ``loss.backward(create_graph=optimizer.is_second_order)``. ``"fisher"``: the Gauss-Newton
-        block from labels drawn from the model's output, without double backward, never negative;
-        one more forward and backward pass over the last batch. ``"finite-difference"``: of
-        gradients at ``w`` and ``w + h s u``; `step` needs the closure. ``"exact"``: a product for
-        each layer. Fisher and finite differences need ``optimizer.attach(model)``.
+        ``loss.backward(create_graph=optimizer.is_second_order)``. ``"fisher"``: all of C from
+        labels drawn from the model's output, as Gauss and Newton approximate it, without double
+        backward; one more forward and backward pass over the last batch. ``"finite-difference"``:
+        products from the gradient a little further; `step` needs the closure. ``"exact"``: all of
+        C by a product for each layer. Fisher and finite differences need
+        ``optimizer.attach(model)``.
+    coupled
+        False: ``rate = rho/((|k| + damping)*uu)`` with k the mean of ``C_ll/uu``, each layer for
+        itself, from one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot
+        together it diverges (on the deep autoencoder of the benchmarks it did).
     damping
         Added to the curvature per unit of length, >= 0.
     negative
-        Where the mean curvature is not positive: ``"absolute"`` takes its absolute value,
-        ``"reuse"`` the last rate. An ascent direction (rho <= 0) always takes the last rate, or
-        min_step where there is none.
+        Where an estimate of the curvature is not positive: ``"absolute"`` takes its absolute
+        value, ``"reuse"`` leaves it out of the mean and takes the last rate. An ascent direction
+        (rho <= 0) always takes the last rate, or min_step where there is none.
     damped
-        ``rate = rho/(delta*(delta + rho))`` with ``delta = sqrt((|k| + damping)*u.u)``, the step
+        ``a = rho/(delta*(delta + rho))`` with ``delta = sqrt((k + damping)*uu)``, the step
         for self-concordant functions of the authors' earlier paper (after Gao & Goldfarb).
     warmup
-        Steps over which rates rise linearly to their full size, >= 0.
+        Steps over which rates rise linearly to their full size, >= 0; default 0.
     min_step, max_step
-        Bounds of the rate before the warm-up. max_step None: 1 where the direction is first-order
+        Bounds of a. max_step None: 1 where the direction is first-order
         (SGD), else 0.1.
     likelihood, reduction
         For ``"fisher"``: what the loss is. ``"categorical"``: `F.cross_entropy` of logits;
         ``"bernoulli"``: `F.binary_cross_entropy_with_logits`; ``"gaussian"``: `F.mse_loss`; with
         torch's ``reduction`` (``"batchmean"``: the sum over the batch size).
     ema, refresh, seed
-        As in `Estimated`. The mean is of ``u.Hu/u.u``, which does not depend on the length of u.
+        As in `Estimated`. The mean is of k^2 (of ``C_ll/uu`` where not coupled), which does not
+        depend on the length of u. refresh=4 is about 1.8 times the cost of plain SGD.
 
     Notes
     -----
     The default lr of the classes is not 1: pass it. ``layers="module"`` takes weight and bias
     together. Parameters that ``adapt`` leaves out would take the plain step at lr = 1, so the rule
-    governs all by default. Costs about one more gradient where an estimate is due, a copy of the
-    step and of the product, then the two passes of `Rated`. Gradients give up their graph in
+    governs all by default. A product costs about 1.5 gradients, there are two where an estimate is
+    due (one if not coupled); then come the two passes of `Rated`. Gradients give up their graph in
     `step`; their values stay.
 
     References
     ----------
     Bahamou, Goldfarb: Layer-wise Adaptive Step-Sizes for Stochastic First-Order Methods for Deep
     Learning, 2023, arXiv:2305.13664. The abstract states the idea: curvature from the diagonal
-    blocks of the Hessian, on SGD with momentum and AdamW, for about one more gradient. Signs,
-    averaging, damping and guards are our reconstruction.
+    blocks of the Hessian, on SGD with momentum and AdamW, for about one more gradient. The rest is
+    our reconstruction: signs, coupling, averaging, damping and guards.
     """
 
     curvature: Literal["hessian", "fisher", "finite-difference", "exact"] = "hessian"
+    coupled: bool = True
     damping: float = 1e-3
     negative: Literal["absolute", "reuse"] = "absolute"
     damped: bool = False
-    warmup: int = 10
+    warmup: int = 0
     min_step: float = 1e-6
     max_step: float | None = None
     likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
