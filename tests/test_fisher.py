@@ -14,7 +14,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from layerlr.estimators import fisher as mod
-from layerlr.estimators.fisher import Tangent, fisher
+from layerlr.estimators import taps
+from layerlr.estimators.fisher import products
+from layerlr.estimators.taps import Tangent
 from layerlr.estimators.watch import ModelWatch
 
 N = 3
@@ -105,9 +107,7 @@ def each(model, key=lambda i, name: i):
 def run(model, args, tangents, likelihood="categorical", reduction="mean", seed=0, kwargs=None):
     layers = max(t.layer for t in tangents) + 1
     generator = torch.Generator().manual_seed(seed)
-    found = products(
-        model, args, kwargs or {}, tangents, layers, likelihood, reduction, generator
-    )
+    found = products(model, args, kwargs or {}, tangents, layers, likelihood, reduction, generator)
     return found.square().sum(1)
 
 
@@ -175,8 +175,8 @@ ALL = list(
 @pytest.mark.parametrize("plain", [True, False])
 def test_products(net, plain, monkeypatch):
     if not plain:  # forward mode gives the same
-        monkeypatch.setattr(mod, "_LAST", ())
-        monkeypatch.setattr(mod, "_CHANNELS", ())
+        monkeypatch.setattr(taps, "_LAST", ())
+        monkeypatch.setattr(taps, "_CHANNELS", ())
     model, data = NETS[net][0](), NETS[net][1]()
     check(model, (data,), each(model), monkeypatch)
     check(model, (data,), each(model, lambda i, name: i // 2), monkeypatch)
@@ -692,7 +692,7 @@ def test_hooks_are_removed_after_an_exception(where, monkeypatch):
         def boom(*_):
             raise FloatingPointError("boom")
 
-        monkeypatch.setattr(mod, "_plain_product", boom)
+        monkeypatch.setattr(taps, "_plain_product", boom)
     before, was = hooks(model), snapshot(model)
     with pytest.raises(FloatingPointError):
         run(model, (torch.randn(N, 4),), each(model))

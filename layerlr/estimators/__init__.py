@@ -4,8 +4,10 @@
 |---|---|
 | `watch.py` | the model that was attached, and its last batch, to be run once more |
 | `layers.py` | the layers of a plan: sums, what they keep, the coming step |
-| `curvature.py` | step sizes: `u.Hu` by products, differences, or `fisher.py` |
+| `curvature.py` | step sizes from products with the Hessian, differences, or `fisher.py` |
+| `fisher.py`, `taps.py` | products of each sample; hooks that take them from the modules |
 | `back_matching.py` | rates: `structural.py` or `probe.py` |
+| `structural.py`, `grams.py` | factors along the traced graph; a formula for each operation |
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from layerlr.rules import Curvature
 
-from .fisher import Tangent, products
+from .fisher import products
 from .layers import Joined, generator
+from .taps import Tangent
 from .watch import ModelWatch
 
 #: evaluates the closure once more, as it was evaluated for this step
