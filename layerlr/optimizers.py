@@ -15,8 +15,8 @@ OnNonfinite = Literal["skip", "propagate"] | None
 
 _LAYERWISE_DOC = """\
     rule : str, layerlr.rules.LayerRule or None
-        How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"`` or a rule
-        with its hyper-parameters. None: the torch.optim optimizer of the same name.
+        How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
+        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters. None: the torch.optim optimizer of the same name.
     layers : str or callable
         What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a
         module; needs named parameters) or ``(name, param) -> key``.

@@ -40,9 +40,9 @@ class Curvature(Estimated):
         C by a product for each layer. Fisher and finite differences need
         ``optimizer.attach(model)``.
     coupled
-        False: ``rate = rho/((|k| + damping)*uu)`` with k the mean of ``C_ll/uu``, each layer for
-        itself, from one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot
-        together it diverges (on the deep autoencoder of the benchmarks it did).
+        False: ``a = rho/((|k| + damping)*uu)``, k the mean of ``C_ll/uu``, each layer for itself, from
+        one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot together it
+        diverges, as it did on the deep autoencoder of the benchmarks.
     damping
         Added to the curvature per unit of length, >= 0.
     negative
