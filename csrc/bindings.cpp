@@ -5,13 +5,13 @@
 namespace layerlr {
 namespace {
 
-StepConfig step_config(double lr, double weight_decay, bool decoupled, bool maximize, bool skip,
+StepConfig step_config(double lr, double weight_decay, bool decoupled, double sign, bool skip,
                        const std::vector<double>& direction_hyper) {
   StepConfig config;
   config.lr = lr;
   config.weight_decay = weight_decay;
   config.decoupled = decoupled;
-  config.maximize = maximize;
+  config.sign = sign;
   config.skip = skip;
   std::copy(direction_hyper.begin(), direction_hyper.end(), config.direction_hyper);
   return config;
@@ -22,10 +22,9 @@ class CpuPlan : public LivePlan {
  public:
   explicit CpuPlan(const LivePlan& live) : LivePlan(live) { plan().finish(); }
 
-  void step(double lr, double weight_decay, bool decoupled, bool maximize, bool skip,
+  void step(double lr, double weight_decay, bool decoupled, double sign, bool skip,
             const std::vector<double>& direction_hyper) {
-    const StepConfig config =
-        step_config(lr, weight_decay, decoupled, maximize, skip, direction_hyper);
+    const StepConfig config = step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper);
     {
       py::gil_scoped_release release;
       step_with_torch_threads(plan(), config);
@@ -74,11 +73,11 @@ PYBIND11_MODULE(_C, m) {
             return new DevicePlan(live, engine_in(engine), {blocks, hold, plain});
           }))
       .def("step",
-           [](DevicePlan& plan, double lr, const std::optional<at::Tensor>& lr_there,
-              double weight_decay, bool decoupled, bool maximize, bool skip,
-              const std::vector<double>& direction_hyper) {
-             plan.step(step_config(lr, weight_decay, decoupled, maximize, skip, direction_hyper),
-                       lr_there);
+           [](DevicePlan& plan, double lr, double weight_decay, bool decoupled, double sign,
+              bool skip, const std::vector<double>& direction_hyper,
+              const std::array<std::optional<at::Tensor>, 3>& there) {
+             plan.step(step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper),
+                       {there[0], there[1], there[2]});
              plan.finish();
            })
       .def("memory", &DevicePlan::memory);

@@ -121,7 +121,8 @@ void DevicePlan::build(bool measured) {
 void DevicePlan::fill(const StepConfig& c) {
   const Plan& p = plan();
   auto* config = reinterpret_cast<DeviceConfig*>(now_.data());
-  *config = {c.lr, c.weight_decay, double(c.decoupled), double(c.maximize), double(c.skip), {}, {}};
+  *config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
+             double(c.skip), {},     {}};
   std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config->direction);
   auto* grads = reinterpret_cast<const char**>(now_.data() + grads_at_);
   auto* rows = reinterpret_cast<DeviceRow*>(now_.data() + rows_at_);
@@ -182,7 +183,7 @@ void DevicePlan::upload(void* stream) {
   unknown_ = graph;  // what a graph sends arrives when it runs
 }
 
-void DevicePlan::step(const StepConfig& config, const std::optional<at::Tensor>& lr) {
+void DevicePlan::step(const StepConfig& config, const There& there) {
   const c10::DeviceGuard guard(device());
   const bool measured = plan().has_rule || config.skip;
   void* const at = stream();
@@ -195,7 +196,12 @@ void DevicePlan::step(const StepConfig& config, const std::optional<at::Tensor>&
   if (!args_.layers) return;
   fill(config);
   upload(at);
-  if (lr) fresh_.narrow(0, 0, sizeof(double)).view(at::kDouble).copy_(lr->reshape({1}));
+  const auto copy = [&](const std::optional<at::Tensor>& from, size_t to) {
+    if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
+  };
+  copy(there.lr, offsetof(DeviceConfig, lr));
+  copy(there.sign, offsetof(DeviceConfig, sign));
+  copy(there.found_inf, offsetof(DeviceConfig, found_inf));
   check(engine_->step(args_, device().index(), schedule_.plain, at));
 }
 

@@ -11,8 +11,11 @@ class DevicePlan : public LivePlan {
   /// `engine` runs the kernels; `tuning` is what results do not depend on.
   DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
 
-  /// One step. An lr on the device is read there, so that nobody waits for it.
-  void step(const StepConfig& config, const std::optional<at::Tensor>& lr);
+  /// One step. Numbers on the device (null: in the config) are read there: nobody waits for them.
+  struct There {
+    std::optional<at::Tensor> lr, sign, found_inf;
+  };
+  void step(const StepConfig& config, const There& there);
 
   /// Bytes of device memory that the plan keeps.
   int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }

@@ -15,7 +15,8 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
              at::IntArrayRef spans, at::IntArrayRef ruled, at::IntArrayRef leaders,
              at::ArrayRef<double> lr_scale, at::ArrayRef<double> rule_hyper,
              at::ArrayRef<double> direction_hyper, double weight_decay, bool decoupled,
-             bool maximize, bool skip) {
+             const at::Tensor& sign, const at::Tensor& found_inf, bool skip) {
+  if (found_inf.item<double>() != 0) return;
   Plan plan;
   configure(plan, std::string(direction), std::string(rule), rule_hyper,
             std::vector<bool>(ruled.begin(), ruled.end()), lr_scale, stats);
@@ -60,7 +61,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
   config.lr = lr.item<double>();
   config.weight_decay = weight_decay;
   config.decoupled = decoupled;
-  config.maximize = maximize;
+  config.sign = sign.item<double>();
   config.skip = skip;
   std::copy(direction_hyper.begin(), direction_hyper.end(), config.direction_hyper);
   step_with_torch_threads(plan, config);
@@ -74,7 +75,7 @@ TORCH_LIBRARY(layerlr, m) {
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
       "Tensor(d!)[] kept, Tensor(e!) stats, Tensor lr, str direction, str rule, int[] spans, "
       "int[] ruled, int[] leaders, float[] lr_scale, float[] rule_hyper, float[] direction_hyper, "
-      "float weight_decay, bool decoupled, bool maximize, bool skip) -> ()");
+      "float weight_decay, bool decoupled, Tensor sign, Tensor found_inf, bool skip) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(layerlr, CPU, m) { m.impl("step_", &step_op); }

@@ -56,8 +56,9 @@ struct StepConfig {
   double lr = 0;
   double weight_decay = 0;
   bool decoupled = false;
-  bool maximize = false;
-  bool skip = false;  // leave layers with a sum that is not finite alone
+  double sign = 1;       // factor on the gradient: -1 to maximize, over the scale of a scaled loss
+  double found_inf = 0;  // else nothing changes at all
+  bool skip = false;     // leave layers with a sum that is not finite alone
   double direction_hyper[max_direction_hyper] = {};
 
   /// Weight decay that is added to the gradient, and that which is not.

@@ -20,6 +20,7 @@ from .tables import (
     STEP_IS_DOUBLE,
     WIDTH,
     is_active,
+    nothing,
     skipped,
 )
 
@@ -39,6 +40,8 @@ def _count(t, tensor, active):
 @triton.jit
 def begin(t, MAKE: tl.constexpr, RATE_OF: tl.constexpr, ROWS: tl.constexpr):
     """Scalars of each tensor's coming step: formed in float64 once, rounded by who reads them."""
+    if nothing(t):
+        return
     tensor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     active = is_active(t, tensor)
     _, _, count = _count(t, tensor, active)
@@ -93,6 +96,8 @@ def decide(
     SLOTS: tl.constexpr,
 ):
     """From each layer's sums to what is applied: decay, edge rules, the kept number."""
+    if nothing(t):
+        return
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ww, gg, uu, wu, tensor, takes_part, whole = _gather(t, layer, SLOTS)
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
@@ -150,6 +155,8 @@ def decide(
 @triton.jit
 def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     """Advance the step counts; tell what a gradient rule's step was, which is known only now."""
+    if nothing(t):
+        return
     if TELLS:
         layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         ww, _, uu, wu, _, takes_part, _ = _gather(t, layer, SLOTS)

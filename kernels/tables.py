@@ -58,16 +58,23 @@ SKIPPED = tl.constexpr(8)
 LR = tl.constexpr(0)
 L2 = tl.constexpr(1)  # weight decay that is added to the gradient
 APART = tl.constexpr(2)  # weight decay that is not
-SIGN = tl.constexpr(3)  # -1: maximize
+SIGN = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
-DIRECTION_HYPER = tl.constexpr(5)  # 5 numbers
-RULE_HYPER = tl.constexpr(10)  # 3 numbers
+FOUND_INF = tl.constexpr(5)  # else nothing changes at all
+DIRECTION_HYPER = tl.constexpr(6)  # 5 numbers
+RULE_HYPER = tl.constexpr(11)  # 3 numbers
 
 
 @triton.jit
 def is_active(t, tensor):
     """Whether tensors have a gradient in this step."""
     return tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
+
+
+@triton.jit
+def nothing(t):
+    """Whether the step changes nothing at all."""
+    return tl.load(t.config + FOUND_INF) != 0
 
 
 @triton.jit

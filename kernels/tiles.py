@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import add_step, finite, narrow, widen
-from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, skipped
+from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, nothing, skipped
 
 
 @triton.jit
@@ -105,6 +105,8 @@ def measure(
     BLOCK: tl.constexpr,
 ):
     """First pass of a gradient rule: gg, and ww where the rule wants it."""
+    if nothing(t):
+        return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
     w_at, g_at, _, full = _addresses(t, tensor, begin, count, 0, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
@@ -136,6 +138,8 @@ def advance(
     BLOCK: tl.constexpr,
 ):
     """First pass of an update rule: the new state, and all sums."""
+    if nothing(t):
+        return
     tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
     w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
@@ -175,6 +179,8 @@ def apply(
     BLOCK: tl.constexpr,
 ):
     """``w <- a*w + b*u``, u formed from the state, which a gradient rule advances here."""
+    if nothing(t):
+        return
     last_first = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in cache
     tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH

@@ -43,7 +43,7 @@ class CpuPlan(LivePlan):
         lr: float,
         weight_decay: float,
         decoupled: bool,
-        maximize: bool,
+        sign: float,
         skip: bool,
         direction_hyper: Sequence[float],
     ) -> None: ...
@@ -55,11 +55,11 @@ class DevicePlan(LivePlan):
     def step(
         self,
         lr: float,
-        lr_there: Tensor | None,
         weight_decay: float,
         decoupled: bool,
-        maximize: bool,
+        sign: float,
         skip: bool,
         direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
     ) -> None: ...
     def memory(self) -> int: ...

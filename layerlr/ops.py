@@ -20,6 +20,10 @@ def _(params: list[Tensor], *_: Any) -> None:
     """Nothing is returned, nothing changes shape."""
 
 
+def _number(x: float | Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64)
+
+
 def step_(spec: PlanSpec, h: Hyper) -> None:
     """Step the parameters of a table that have a gradient."""
     table, rule, direction = spec.table, spec.rule, spec.direction
@@ -51,7 +55,7 @@ def step_(spec: PlanSpec, h: Hyper) -> None:
         [state["step"] for state in states],
         kept,
         spec.stats,
-        h.lr if isinstance(h.lr, Tensor) else torch.full((), h.lr, dtype=torch.float64),
+        _number(h.lr),
         direction.name,
         "" if rule is None else rule.kernel,
         spans,
@@ -62,6 +66,7 @@ def step_(spec: PlanSpec, h: Hyper) -> None:
         list(h.direction),
         h.weight_decay,
         h.decoupled,
-        h.maximize,
+        _number(h.sign),
+        _number(h.found_inf),
         h.skip,
     )

@@ -146,8 +146,13 @@ class LayerwiseOptimizer(Optimizer):
         group = self.param_groups[index]
         if index >= len(self._plans):  # groups that were appended by hand
             self._plans.extend(self._build(i) for i in range(len(self._plans), index + 1))
-        if not self._plans[index].fits(self._key(group), group["params"]):
-            self._plans[index] = self._build(index)
+        old = self._plans[index]
+        if not old.fits(self._key(group), group["params"]):
+            new = self._plans[index] = self._build(index)
+            if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
+                group["estimated"] = 0
+                for view in new.views:  # another rule's numbers mean something else
+                    view.restart()
         return self._plans[index]
 
     def plans(self, index: int) -> _GroupPlans:
@@ -172,14 +177,27 @@ class LayerwiseOptimizer(Optimizer):
     def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:
         skip = group["on_nonfinite"] or ("propagate" if group["rule"] is None else "skip")
         lr = group["lr"]
+        sign: float | Tensor = -1.0 if group["maximize"] else 1.0
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            sign = sign / scale.double()
+        found_inf = getattr(self, "found_inf", None)
         return Hyper(
             lr if not isinstance(lr, Tensor) or self.defaults["differentiable"] else lr.detach(),
             float(group["weight_decay"]),
             self._decoupled(group),
-            group["maximize"],
+            sign,
             skip == "skip",
             direction.hyper(group),
+            0.0 if found_inf is None else found_inf,
         )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` leaves scale and verdict to the step (attributes
+        ``grad_scale`` and ``found_inf``): as in torch, where ``fused=True``.
+        """  # noqa: D205
+        return all(group.get("fused") for group in self.param_groups)
 
     # -- stepping ------------------------------------------------------------------------------
 
@@ -194,7 +212,7 @@ class LayerwiseOptimizer(Optimizer):
             For a gradient that cannot be used, naming its parameter.
         """
         loss = None
-        estimated = [g for g in self.param_groups if isinstance(g["rule"], rules.Estimated)]
+        estimated = any(_is_estimated(g["rule"]) for g in self.param_groups)
         if closure is not None:
             start = estimators.random_state() if estimated else []
             with torch.enable_grad():
@@ -251,27 +269,35 @@ class LayerwiseOptimizer(Optimizer):
     @property
     def is_second_order(self) -> bool:
         """Whether the coming step wants ``loss.backward(create_graph=True)``."""
-        return any(
-            isinstance(rule := group["rule"], rules.Estimated)
-            and rule.second_order
-            and rule.due(group.get("estimated", 0))
-            for group in self.param_groups
-        )
+        for index, group in enumerate(self.param_groups):
+            if _is_estimated(group["rule"]):
+                self.plans(index)  # a rule that was just set counts its steps from 0
+                rule = group["rule"]
+                if rule.second_order and rule.due(group.get("estimated", 0)):
+                    return True
+        return False
 
     @torch._disable_dynamo
     def _estimate(self, again: Callable[[], object] | None) -> None:
         """Find the rates of the coming step."""
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "a rule that looks at the gradients wants them unscaled: call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer), or leave fused=True out"
+            )
+        if float(getattr(self, "found_inf", None) or 0.0):
+            return  # there will be no step
         views = []
         with torch.no_grad():
             for group, plans in self._prepared():
                 for view in plans.views:
                     hyper = self._hyper(group, plans.key[0])
-                    view.begin(group.setdefault("estimated", 0), hyper)
+                    view.begin(group.get("estimated", 0), hyper)
                     views.append(view)
             estimators.estimate(views, self._watch, again)
         for group in self.param_groups:
-            if isinstance(group["rule"], rules.Estimated):
-                group["estimated"] += 1
+            if _is_estimated(group["rule"]):
+                group["estimated"] = group.get("estimated", 0) + 1
 
     def _again(self, closure: Callable[[], object], start: list[Tensor]) -> None:
         """Evaluate the closure once more, as it was evaluated for this step."""
@@ -367,6 +393,10 @@ class LayerwiseOptimizer(Optimizer):
         self.__dict__.setdefault("_watch", None)
         self._snapshot = None
         self._plans = [self._build(index) for index in range(len(self.param_groups))]
+
+
+def _is_estimated(rule: Rule) -> bool:
+    return isinstance(rules.resolve(rule), rules.Estimated)
 
 
 def _hashable(value: Any) -> Any:

@@ -16,7 +16,8 @@ OnNonfinite = Literal["skip", "propagate"] | None
 _LAYERWISE_DOC = """\
     rule : str, layerlr.rules.LayerRule or None
         How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
-        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters. None: the torch.optim optimizer of the same name.
+        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters.
+        None: the torch.optim optimizer of the same name.
     layers : str or callable
         What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a
         module; needs named parameters) or ``(name, param) -> key``.
@@ -34,7 +35,10 @@ _LAYERWISE_DOC = """\
 
     Notes
     -----
-    ``foreach`` and ``fused`` are checked as torch does and never change the numbers. State and
+    ``foreach`` and ``fused`` are checked as torch does and never change the numbers; with
+    ``fused=True`` the step divides a `torch.amp.GradScaler`'s scale out itself, without an extra
+    pass, and does nothing at all where an overflow was found, without asking the device.
+    State and
     arithmetic are float32 for parameters of lower precision. The param-group keys ``split`` and
     ``lr_scale`` are described at `layerlr.optimizer.LayerwiseOptimizer`.
 """

@@ -125,7 +125,8 @@ def arguments(**changes):
         direction_hyper=[0.9, 0.0],
         weight_decay=0.0,
         decoupled=False,
-        maximize=False,
+        sign=torch.ones((), dtype=torch.float64),
+        found_inf=torch.zeros((), dtype=torch.float64),
         skip=True,
     )
     values.update(changes)

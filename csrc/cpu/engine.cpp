@@ -87,7 +87,7 @@ class Step {
     }
     p.n = chunk.count;
     p.direction = t.direction;
-    p.sign = config_.maximize ? -1 : 1;
+    p.sign = config_.sign;
     p.l2 = config_.l2();
     p.skip = config_.skip;
     return p;

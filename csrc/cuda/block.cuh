@@ -158,8 +158,7 @@ struct Block {
     const DeviceRow& row = args.rows[job.tensor];
     make_direction(job.t);
     const RuleInfo info = rule_of(job.ruled);
-    const Gradient how{config.maximize != 0 ? -1.0 : 1.0, l2(), info.raw_gradient, info.measures_ww,
-                       config.skip != 0};
+    const Gradient how{config.sign, l2(), info.raw_gradient, info.measures_ww, config.skip != 0};
     with_type(row.dtype, [&](auto p) {
       using P = decltype(p);
       using T = typename Wide<P>::type;

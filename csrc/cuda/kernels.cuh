@@ -15,6 +15,7 @@ namespace layerlr {
 /// reach theirs without it.
 template <template <class> class D>
 LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) step_kernel(const StepArgs args) {
+  if (args.config->found_inf != 0) return;
   LAYERLR_DYNAMIC_SHARED(dynamic);
   __shared__ Shared<D> shared;
   Block<D> block(args, shared, dynamic);
@@ -79,6 +80,7 @@ LAYERLR_DEVICE LayerStats sum_layer(const StepArgs& args, int l, Partials& parti
 /// Between the passes: a block for each layer.
 template <template <class> class D>
 LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) decide_kernel(const StepArgs args) {
+  if (args.config->found_inf != 0) return;
   __shared__ Shared<D> shared;
   const LayerStats sums = sum_layer<D>(args, blockIdx.x, shared.partials);
   if (threadIdx.x == 0) {
@@ -89,6 +91,7 @@ LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) decide_kernel(const StepA
 /// What is left: a block for each layer and one for the counts.
 template <template <class> class D>
 LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) finish_kernel(const StepArgs args) {
+  if (args.config->found_inf != 0) return;
   __shared__ Shared<D> shared;
   Block<D> block(args, shared, nullptr);
   const int l = blockIdx.x;

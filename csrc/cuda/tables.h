@@ -35,7 +35,8 @@ constexpr int spare_tiles = 2;
 // -- read afresh by every step ------------------------------------------------------------------
 
 struct DeviceConfig {
-  double lr, weight_decay, decoupled, maximize, skip;
+  double lr, sign, found_inf;  // may come from tensors on the device
+  double weight_decay, decoupled, skip;
   double direction[max_direction_hyper];
   double rule[max_rule_hyper];
 };

@@ -21,9 +21,10 @@ class Hyper(NamedTuple):
     lr: float | Tensor
     weight_decay: float
     decoupled: bool
-    maximize: bool
+    sign: float | Tensor  # factor on the gradient: -1 to maximize, over the scale of a scaled loss
     skip: bool  # leave layers with a non-finite gradient alone
     direction: tuple[float, ...]
+    found_inf: float | Tensor = 0.0  # else nothing changes at all
 
 
 class PlanSpec(NamedTuple):

@@ -38,7 +38,9 @@ class CpuPlan:
 
     def step(self, h: Hyper) -> None:
         """One pass, or two where there is something to measure."""
-        self._native.step(float(h.lr), h.weight_decay, h.decoupled, h.maximize, h.skip, h.direction)
+        if not float(h.found_inf):
+            numbers = float(h.lr), h.weight_decay, h.decoupled, float(h.sign)
+            self._native.step(*numbers, h.skip, h.direction)
 
     def traced_step(self, h: Hyper) -> None:
         """The same step under ``torch.compile``."""

@@ -93,9 +93,13 @@ class CudaPlan:
 
     def step(self, h: Hyper) -> None:
         """One launch, and one more for what changed since the last step."""
-        there = h.lr if isinstance(h.lr, Tensor) and h.lr.device.type != "cpu" else None
-        lr = 0.0 if there is not None else float(h.lr)
-        self._native.step(lr, there, h.weight_decay, h.decoupled, h.maximize, h.skip, h.direction)
+        numbers = h.lr, h.sign, h.found_inf
+        there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
+        here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
+        lr, sign, found_inf = here
+        if not found_inf:
+            numbers = lr, h.weight_decay, h.decoupled, sign
+            self._native.step(*numbers, h.skip, h.direction, there)
 
     @torch._disable_dynamo
     def traced_step(self, h: Hyper) -> None:

@@ -52,6 +52,21 @@ class ReferencePlan:
         return True
 
     def step(self, hyper: Hyper) -> None:
+        found = hyper.found_inf
+        if not isinstance(found, Tensor) or found.device.type == "cpu":
+            if not found:
+                self._step(hyper)
+            return
+        everything = [self.spec.stats]
+        for i in self.active:
+            state = self._state_dict(i).values()
+            everything += [self.spec.table.params[i].detach(), *state]
+        before = [x.clone() for x in everything]
+        self._step(hyper)
+        for x, old in zip(everything, before, strict=True):  # the host does not know
+            x.copy_(torch.where(found.to(x.device) != 0, old, x))
+
+    def _step(self, hyper: Hyper) -> None:
         table = self.spec.table
         self.steps = {i: self._coming_step(i) for i in self.active}
         lr = self._layer_lr(hyper)
@@ -159,8 +174,8 @@ class ReferencePlan:
         dtype = accumulator(p.dtype)
         w = _own(_real(p).to(dtype))
         g = _own(_real(p.grad).to(dtype))  # type: ignore[arg-type]
-        if h.maximize:
-            g = -g
+        if isinstance(h.sign, Tensor) or h.sign != 1.0:
+            g = g * (h.sign.to(g) if isinstance(h.sign, Tensor) else h.sign)
         decayed = g + w * h.weight_decay if h.weight_decay and not h.decoupled else g
         return w, g, decayed
 

@@ -100,14 +100,19 @@ class TritonPlan:
     def _configure(self, h: Hyper) -> None:
         """Write the step's numbers, in the order of ``kernels.tables``."""
         rule = () if self.spec.rule is None else self.spec.rule.hyper()
-        there = isinstance(h.lr, Tensor) and h.lr.device.type != "cpu"
-        lr = -math.inf if there else float(h.lr)  # it is copied on the device
         decay = (0.0, h.weight_decay) if h.decoupled else (h.weight_decay, 0.0)
-        numbers = (lr, *decay, -1.0 if h.maximize else 1.0, float(h.skip))
-        values = (*numbers, *_fill(h.direction, 5), *_fill(rule, 3))
+        numbers = (h.lr, *decay, h.sign, float(h.skip), h.found_inf)
+        there = {
+            place: x
+            for place, x in enumerate(numbers)
+            if isinstance(x, Tensor) and x.device.type != "cpu"
+        }
+        # those are copied on the device
+        here = [-math.inf if place in there else float(x) for place, x in enumerate(numbers)]
+        values = (*here, *_fill(h.direction, 5), *_fill(rule, 3))
         self._write("config", torch.tensor(values, dtype=torch.float64))
-        if there:
-            self._tables.config[:1].copy_(h.lr)
+        for place, x in there.items():
+            self._tables.config[place : place + 1].copy_(x.reshape(1))
 
     def _write(self, name: str, value: Tensor) -> None:
         """Bring a table up to date, in stream order."""
@@ -153,7 +158,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
         "kept": torch.zeros(n, dtype=torch.int64),
-        "config": torch.zeros(13, dtype=torch.float64),
+        "config": torch.zeros(14, dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
         "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),
         "scales": torch.zeros(n, 8, dtype=torch.float64),

@@ -68,7 +68,8 @@ StepConfig config_of(const Case& c, int step) {
   StepConfig config;
   config.lr = 0.01 * (1 + step);
   config.weight_decay = 0.1;
-  config.decoupled = config.maximize = config.skip = c.options;
+  config.decoupled = config.skip = c.options;
+  config.sign = c.options ? -1 : 1;
   const double hyper[] = {0.9, 0.99, 1e-8, 1, 1};
   std::copy(std::begin(hyper), std::end(hyper), config.direction_hyper);
   return config;
@@ -152,8 +153,8 @@ struct Tables {
   }
 
   void step(const StepConfig& c) {
-    config = {c.lr, c.weight_decay, double(c.decoupled), double(c.maximize), double(c.skip), {},
-              {}};
+    config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
+              double(c.skip), {},     {}};
     std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config.direction);
     cuda_engine().step(args, 0, schedule.plain, nullptr);
   }
