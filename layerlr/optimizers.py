@@ -37,8 +37,7 @@ _LAYERWISE_DOC = """\
     -----
     ``foreach`` and ``fused`` are checked as torch does and never change the numbers; with
     ``fused=True`` the step divides a `torch.amp.GradScaler`'s scale out itself, without an extra
-    pass, and does nothing at all where an overflow was found, without asking the device.
-    State and
+    pass, and does nothing at all where an overflow was found, without asking the device. State and
     arithmetic are float32 for parameters of lower precision. The param-group keys ``split`` and
     ``lr_scale`` are described at `layerlr.optimizer.LayerwiseOptimizer`.
 """

@@ -13,31 +13,32 @@ from .structural import Structure
 from .watch import ModelWatch
 
 _LEAST = 1e-12  # of c_W*m
+_NOISE = 1e-10  # of the largest c_W*m: rounding of what is 0 (a bias before a batch norm)
 
 
 def estimate(rule: BackMatching, layers: Joined, watch: ModelWatch) -> None:
     """Write the rates of all layers under one rule."""
     find = _structural if rule.estimator == "structural" else _probe
     value = find(rule, layers, watch)
-    mean = layers.average(value, torch.isfinite(value)).clamp(min=_LEAST)
-    rate = (_unit(rule, mean) / mean).clamp(rule.min_factor, rule.max_factor)
-    layers.write("rate", torch.where(torch.isfinite(mean), rate, layers.read("rate")))
-
-
-def _unit(rule: BackMatching, mean: Tensor) -> Tensor:
-    """The ``c_W*m`` that gets the rate 1; layers without any (and without a gradient) are NaN."""
-    if rule.normalize is None:
-        return torch.ones_like(mean[0])
-    if rule.normalize == "last":
-        last = torch.isfinite(mean).cumsum(0).argmax()
-        return mean[last]
-    return mean.log().nanmean().exp()
+    finite = torch.isfinite(value)
+    most = torch.where(finite, value, 0.0).max()
+    mean = layers.average(value, finite & (value > _NOISE * most)).clamp(min=_LEAST)
+    known = torch.isfinite(mean)
+    middle = mean.log().nanmean().exp()
+    unit = torch.ones_like(middle)
+    if rule.normalize == "mean":
+        unit = middle
+    elif rule.normalize == "last":
+        unit = mean[known.cumsum(0).argmax()]
+    rate = unit / torch.where(known, mean, middle)
+    rate = torch.where(known.any(), rate, 1.0)
+    layers.write("rate", rate.clamp(rule.min_factor, rule.max_factor))
 
 
 def _structural(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor:
     """Mean over each layer's elements of the factors of its parameters."""
-    structure = watch.once(Structure, rank=rule.dimension == "rank")
     with watch.replay() as (args, kwargs):
+        structure = watch.once(Structure, rank=rule.dimension == "rank")  # runs forward too
         factors = structure.factors(args, kwargs)
     for p, name in zip(layers.params(), layers.names(), strict=True):
         if p not in factors:

@@ -28,8 +28,10 @@ def estimate(
     rho, uu = layers.dot(gs, us), layers.dot(us, us)
     last = layers.read("rate")
     sizes = _planned(last, uu)
+    decay = uu * layers.of_groups(lambda h: 0.0 if h.decoupled else h.weight_decay)
     if rule.curvature in ("fisher", "exact"):
         matrix = _fisher(rule, layers, watch) if rule.curvature == "fisher" else _exact(layers)
+        matrix = matrix + decay.diag()
         seen = matrix.diagonal()
         if rule.coupled:
             seen = (matrix * sizes).square().sum(1).sqrt() / sizes
@@ -37,17 +39,20 @@ def estimate(
         def whole(rates: Tensor) -> Tensor:
             return rates @ matrix @ rates
     else:
-        product = _hessian(layers) if rule.curvature == "hessian" else _difference(layers, again)
+        if rule.curvature == "hessian":
+            product = _hessian(layers)
+        else:
+            product = _difference(layers, watch, again)
         signs = _signs(layers)
         weights = signs * (sizes if rule.coupled else 1.0)
-        seen = product(layers.scaled(weights, us)) / weights
+        seen = product(layers.scaled(weights, us)) / weights + decay
 
         def whole(rates: Tensor) -> Tensor:
-            return rates @ product(layers.scaled(rates, us))
+            return rates @ (product(layers.scaled(rates, us)) + rates * decay)
 
-    decay = layers.of_groups(lambda h: 0.0 if h.decoupled else h.weight_decay)
-    k = seen / uu + decay
-    usable = torch.isfinite(k) & torch.isfinite(rho) & (uu > 0)
+    k = seen / uu
+    moves = torch.isfinite(rho) & torch.isfinite(uu) & (uu > 0)
+    usable = moves & torch.isfinite(k)
     trusted = usable & ((k > 0) | (rule.negative == "absolute"))
     if rule.coupled:  # signs make the other layers' share a random one: it adds up in squares
         mean = layers.average(k.square(), trusted).sqrt()
@@ -60,17 +65,21 @@ def estimate(
     else:
         rate = rho / c
     rate = rate.clamp(max=_most(rule, layers)).clamp(min=rule.min_step)
-    fallback = torch.where(last > 0, last, rule.min_step)
-    rate = torch.where(trusted & (rho > 0), rate, fallback)
+    fresh = trusted & (rho > 0)
+    rate = torch.where(fresh, rate, torch.where(last > 0, last, rule.min_step))
     if rule.coupled:
         tried = torch.where(usable, rate, 0.0)
-        bend = whole(tried).abs() + (tried.square() * uu * (decay + rule.damping)).nansum()
+        bend = whole(tried)
+        if rule.negative == "absolute":
+            bend = bend.abs()
+        bend = bend + rule.damping * (tried.square() * uu).nansum()
         slope = (tried * rho).nansum()
         over = torch.where((slope > 0) & torch.isfinite(bend), bend / slope, 1.0)
         rate = rate / over.clamp(min=1.0)
-    if rule.warmup:
-        rate = rate * min(1.0, (layers.step + 1) / rule.warmup)
-    layers.write("rate", torch.where(uu > 0, rate, last))
+    if rule.warmup:  # the last rate has had its share of it
+        part = min(1.0, (layers.step + 1) / rule.warmup)
+        rate = torch.where(fresh, rate * part, rate)
+    layers.write("rate", torch.where(moves, rate, last))
 
 
 def _planned(last: Tensor, uu: Tensor) -> Tensor:
@@ -83,9 +92,11 @@ def _planned(last: Tensor, uu: Tensor) -> Tensor:
 def _most(rule: Curvature, layers: Joined) -> Tensor | float:
     if rule.max_step is not None:
         return rule.max_step
-    bounds = [1.0 if v.spec.direction.first_order else 0.1 for v in layers.views]
     return layers.join(
-        [torch.full((len(v.table.layers),), b) for v, b in zip(layers.views, bounds, strict=True)]
+        [
+            torch.full_like(v.read("rate"), 1.0 if v.spec.direction.first_order else 0.1)
+            for v in layers.views
+        ]
     )
 
 
@@ -101,7 +112,7 @@ def _signs(layers: Joined) -> Tensor:
 
 
 def _ascent(layers: Joined) -> Tensor:
-    return layers.of_groups(lambda h: -1.0 if h.maximize else 1.0)
+    return layers.of_groups(lambda h: float(h.sign))
 
 
 def _hessian(layers: Joined) -> Product:
@@ -135,19 +146,24 @@ def _hessian(layers: Joined) -> Product:
     return product
 
 
-def _difference(layers: Joined, again: Again | None) -> Product:
+def _difference(layers: Joined, watch: ModelWatch | None, again: Again | None) -> Product:
     """From gradients at the weights and a little way along v: ``sqrt(eps)*|w|/|v|``.
 
-    Weights and gradients get their bits back.
+    Weights, and the gradients of all parameters of the model, get their bits back.
     """
     if again is None:
         raise RuntimeError(
             "Curvature('finite-difference') evaluates the loss once more: give optimizer.step a "
             "closure, or take Curvature('hessian') or Curvature('fisher')"
         )
+    assert watch is not None
     params, sign = layers.params(), _ascent(layers)
     weights = [p.detach().clone() for p in params]
-    grads = [(p, p.grad, p.grad.detach().clone()) for p in params if p.grad is not None]
+    here = {p: None if p.grad is None else p.grad.detach().clone() for p in params}
+    others = [p for view in layers.views for p in view.table.params]
+    for p in (*watch.model.parameters(), *others):
+        here.setdefault(p, None if p.grad is None else p.grad.detach().clone())
+    held = [(p, p.grad) for p in here]
     eps = max(torch.finfo(p.dtype).eps for p in params) ** 0.5
 
     def product(v: list[Tensor]) -> Tensor:
@@ -155,18 +171,22 @@ def _difference(layers: Joined, again: Again | None) -> Product:
         way = torch.where(torch.isfinite(way) & (way > 0), way, eps)
         try:
             for p, w, x in zip(params, weights, v, strict=True):
-                p.copy_(w + way.to(p.device, x.dtype) * x)
+                # .data: graphs that other rules still need must not see a new version
+                p.data.copy_(w + way.to(p.device, x.dtype) * x)
+            for p in here:
+                p.grad = None  # the closure need not clear it
             again()
-            there = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in params]
             h = [
-                (new.to(x) - old.to(x)) for new, (_, _, old), x in zip(there, grads, v, strict=True)
+                (0.0 if p.grad is None else p.grad.detach().to(x)) - here[p].to(x)  # type: ignore
+                for p, x in zip(params, v, strict=True)
             ]
         finally:
             for p, w in zip(params, weights, strict=True):
-                p.copy_(w)
-            for p, grad, old in grads:
+                p.data.copy_(w)
+            for p, grad in held:
                 p.grad = grad
-                grad.copy_(old)
+                if grad is not None:
+                    grad.copy_(here[p])
         return sign * layers.dot(layers.steps, h) / way
 
     return product

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerlr.backends import Hyper, PlanSpec
-from layerlr.backends.reference import ReferencePlan
+from layerlr.backends.reference import ReferencePlan, accumulator
 from layerlr.layers import rows
 from layerlr.rules import Estimated
 
-T = TypeVar("T")
-
 
 class Layers:
-    """The governed layers of a plan: what they keep, the coming step, sums over them.
+    """The governed layers of a plan: what they keep, and the coming step.
 
     Values of layers are float64 tensors with an entry for each row of the plan's table, parameters
     outside the rule included. Nothing here waits for the device.
@@ -58,46 +55,18 @@ class Layers:
         """Of the parameters and of all values here."""
         return self.table.device
 
-    def params(self) -> list[Tensor]:
-        """The tensors that take part."""
-        return [self.table.params[i] for i in self.active]
+    def restart(self) -> None:
+        """Forget what was kept for another rule."""
+        for state in self.spec.states:
+            for key, value in self.rule.keeps.items():
+                if state is not None and key in state:
+                    state[key].fill_(value)
 
     @functools.cached_property
     def moves(self) -> list[tuple[Tensor, Tensor]]:
-        """(gradient with L2 decay, u) of each of them, as the coming step will form them."""
+        """(gradient with L2 decay, u) of what takes part, as the coming step will form them."""
         found = self._plan.directions(self.hyper, self.active)
         return [(g.detach(), u.detach()) for g, u in found]
-
-    def dot(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-        """Sum of x*y over each layer; xs and ys in the order of `params`."""
-        sums: list[list[Tensor]] = [[self._zero] for _ in self.table.layers]
-        for i, x, y in zip(self.active, xs, ys, strict=True):
-            product = x * y
-            for span in self.table.parts[i]:
-                part = product if len(self.table.parts[i]) == 1 else product[span.begin : span.end]
-                sums[span.layer].append(part.sum(dtype=torch.float64))
-        return torch.stack([functools.reduce(operator.add, parts) for parts in sums])
-
-    def mean(self, values: list[Tensor]) -> Tensor:
-        """Mean over each layer's elements of a number of each tensor, in the order of `params`."""
-        total = [self._zero] * len(self.table.layers)
-        for layer, elements, value in self._elements(values):
-            total[layer] = total[layer] + elements * value
-        return torch.stack(total) / self.count()
-
-    def count(self) -> Tensor:
-        """Number of elements that take part in each layer."""
-        count = [0.0] * len(self.table.layers)
-        for layer, elements, _ in self._elements(self.active):
-            count[layer] += elements
-        return torch.tensor(count, dtype=torch.float64, device=self.device)
-
-    def _elements(self, values: Sequence[T]) -> Iterator[tuple[int, int, T]]:
-        """(layer, elements, value) of each part of the tensors that take part."""
-        for i, value in zip(self.active, values, strict=True):
-            p = self.table.params[i]
-            for span in self.table.parts[i]:
-                yield span.layer, p.numel() * (span.end - span.begin) // rows(p), value
 
     def scaled(self, values: Tensor, xs: list[Tensor]) -> list[Tensor]:
         """Each x times the value of its layer."""
@@ -106,7 +75,7 @@ class Layers:
 
     def read(self, key: str) -> Tensor:
         """What the layers keep under a key of ``rule.keeps``."""
-        values = self._zero.expand(len(self.table.layers)).clone()
+        values = torch.zeros(len(self.table.layers), dtype=torch.float64, device=self.device)
         if self._leading:
             kept = torch.cat([self._state(i)[key] for i in self._leading])
             values[self._rows] = kept[self._places]
@@ -120,10 +89,6 @@ class Layers:
         joined = torch.cat(stored)
         joined[self._places] = values[self._rows]
         torch._foreach_copy_(stored, list(joined.split([len(s) for s in stored])))
-
-    @functools.cached_property
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _state(self, i: int) -> Mapping[str, Any]:
         state = self.spec.states[i]
@@ -144,7 +109,7 @@ class Joined:
 
     def params(self) -> list[Tensor]:
         """The tensors that take part."""
-        return [p for view in self.views for p in view.params()]
+        return [view.table.params[i] for view in self.views for i in view.active]
 
     def names(self) -> list[str]:
         """Their names."""
@@ -161,14 +126,29 @@ class Joined:
         return [u for view in self.views for _, u in view.moves]
 
     def dot(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-        """Sum of x*y over each layer."""
-        pairs = zip(self.views, self._by_view(xs), self._by_view(ys), strict=True)
-        return self.join([view.dot(x, y) for view, x, y in pairs])
+        """Sum of x*y over each layer; xs and ys in the order of `params`."""
+        total, of = self._zeros(), dict(zip(self.params(), zip(xs, ys, strict=True), strict=True))
+        for p, begin, end, layer in self.parts():
+            x, y = of[p]
+            if p.dim() and end - begin < p.shape[0]:
+                x, y = x[begin:end], y[begin:end]
+            product = x.to(accumulator(x.dtype)) * y.to(accumulator(y.dtype))
+            total[layer] = total[layer] + product.sum(dtype=torch.float64).to(self.device)
+        return torch.stack(total)
 
     def mean(self, values: Sequence[Tensor]) -> Tensor:
         """Mean over each layer's elements of a number of each tensor."""
-        pairs = zip(self.views, self._by_view(values), strict=True)
-        return self.join([view.mean(v) for view, v in pairs])
+        total, of = self._zeros(), dict(zip(self.params(), values, strict=True))
+        for p, begin, end, layer in self.parts():
+            total[layer] = total[layer] + _elements(p, begin, end) * of[p].to(self.device)
+        return torch.stack(total) / self.count()
+
+    def count(self) -> Tensor:
+        """Number of elements that take part in each layer."""
+        count = [0.0] * len(self._zeros())
+        for p, begin, end, layer in self.parts():
+            count[layer] += _elements(p, begin, end)
+        return torch.tensor(count, dtype=torch.float64, device=self.device)
 
     def scaled(self, values: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x times the value of its layer."""
@@ -191,10 +171,6 @@ class Joined:
         values = [value(view.hyper) for view in self.views]
         listed = [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
         return torch.tensor(listed, dtype=torch.float64, device=self.device)
-
-    def count(self) -> Tensor:
-        """Number of elements that take part in each layer."""
-        return self.join([view.count() for view in self.views])
 
     def read(self, key: str) -> Tensor:
         """What the layers keep."""
@@ -225,9 +201,17 @@ class Joined:
         parts = values.split([len(view.table.layers) for view in self.views])
         return [part.to(view.device) for view, part in zip(self.views, parts, strict=True)]
 
+    def _zeros(self) -> list[Tensor]:
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        return [zero] * sum(len(view.table.layers) for view in self.views)
+
     def _by_view(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
         rest = iter(xs)
         return [[next(rest) for _ in view.active] for view in self.views]
+
+
+def _elements(p: Tensor, begin: int, end: int) -> int:
+    return p.numel() * (end - begin) // max(rows(p), 1)
 
 
 def generator(seed: int, step: int, device: torch.device) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -16,44 +17,49 @@ class _Hook:
     """A forward pre-hook of one model only: a copy of the model, or one read back, has none."""
 
     def __init__(self, watch: ModelWatch | None) -> None:
-        self.watch = watch
+        # weak: when the optimizer is gone, so is the batch
+        self.watch = None if watch is None else weakref.ref(watch)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.watch is not None and torch.is_grad_enabled():
-            self.watch.see(args, kwargs)
+        watch = None if self.watch is None else self.watch()
+        if watch is not None and torch.is_grad_enabled():
+            watch.see(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None,)
 
 
 class ModelWatch:
-    """Remembers the arguments and the random state of a model's last forward pass.
+    """Remembers the arguments, the random state and the autocast of a model's last forward pass.
 
     Passes without gradients (evaluation) are not remembered. The arguments are held by reference:
-    a batch that is overwritten in place is seen as it is now.
+    a batch that is overwritten in place is seen as it is now. The hook goes with the watch.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._rng: list[Tensor] = []
+        self._autocast: list[tuple[str, torch.dtype]] = []
         self._replaying = False
         self._made: dict[Any, Any] = {}
-        self._handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        handle = model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        self._remove = weakref.finalize(self, handle.remove)
 
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a forward pass that is about to begin."""
         if not self._replaying:
             self._seen, self._rng = (args, kwargs), random_state()
-
-    def forget(self) -> None:
-        """Let go of the batch."""
-        self._seen, self._rng = None, []
+            self._autocast = [
+                (device, torch.get_autocast_dtype(device))
+                for device in ("cpu", "cuda")
+                if torch.is_autocast_enabled(device)
+            ]
 
     def close(self) -> None:
-        """Remove the hook."""
-        self._handle.remove()
-        self.forget()
+        """Remove the hook and let go of the batch."""
+        self._remove()
+        self._seen, self._rng = None, []
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -68,16 +74,20 @@ class ModelWatch:
         """
         if self._seen is None:
             raise RuntimeError(
-                "the attached model has not run since the last step: call the model that was "
-                "given to optimizer.attach(model), with gradients enabled, before optimizer.step()"
+                "the attached model has not run yet: call the model that was given to "
+                "optimizer.attach(model), with gradients enabled, before optimizer.step()"
             )
-        with self.unchanged(self._rng):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.unchanged(self._rng))
+            for device, dtype in self._autocast:
+                stack.enter_context(torch.autocast(device, dtype))
             yield self._seen
 
     @contextlib.contextmanager
     def unchanged(self, rng: list[Tensor]) -> Iterator[None]:
         """Run the model once more from a random state; buffers and random states are put back."""
-        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        owned = [(m._buffers, dict(m._buffers)) for m in self.model.modules()]
+        values = [(b, b.detach().clone()) for b in self.model.buffers()]
         now = random_state()
         set_random_state(rng)
         self._replaying = True
@@ -86,8 +96,11 @@ class ModelWatch:
         finally:
             self._replaying = False
             set_random_state(now)
+            for buffers, before in owned:  # a forward pass may assign other tensors
+                buffers.clear()
+                buffers.update(before)
             with torch.no_grad():
-                for buffer, value in buffers:
+                for buffer, value in values:
                     buffer.copy_(value)
 
     def once(self, make: Callable[..., T], **options: Any) -> T:

@@ -32,8 +32,8 @@ class BackMatching(Estimated):
         the rank of the Jacobian (``"rank"``), which the least-squares solution of smallest norm
         suggests.
     normalize
-        ``"mean"``: the geometric mean of the rates is 1; ``"last"``: the last layer's is; None:
-        rates as they are.
+        ``"mean"``: the geometric mean of the rates is 1; ``"last"``: that of the last layer (in
+        parameter order, of all groups) is; None: rates as they are.
     min_factor, max_factor
         Bounds of a rate, after the rescaling.
     ema, refresh, seed
@@ -41,6 +41,9 @@ class BackMatching(Estimated):
 
     Notes
     -----
+    A layer that the output has not depended on yet (behind a scale that starts at 0; to the probe,
+    a bias before a batch norm) has the geometric mean of the other layers' rates.
+
     Needs ``optimizer.attach(model)``. Momentum lies inside the scaled step, as lr does in torch.
     The rates change slowly: refresh=10 costs a tenth of a forward (structural) or forward and
     backward (probe) pass a step. Then the two passes of `Rated`.

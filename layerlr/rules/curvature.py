@@ -44,7 +44,7 @@ class Curvature(Estimated):
         one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot together it
         diverges, as it did on the deep autoencoder of the benchmarks.
     damping
-        Added to the curvature per unit of length, >= 0.
+        Added to the curvature per unit of length, of each layer and of the joint step, >= 0.
     negative
         Where an estimate of the curvature is not positive: ``"absolute"`` takes its absolute
         value, ``"reuse"`` leaves it out of the mean and takes the last rate. An ascent direction
@@ -53,7 +53,7 @@ class Curvature(Estimated):
         ``a = rho/(delta*(delta + rho))`` with ``delta = sqrt((k + damping)*uu)``, the step
         for self-concordant functions of the authors' earlier paper (after Gao & Goldfarb).
     warmup
-        Steps over which rates rise linearly to their full size, >= 0; default 0.
+        Steps over which new rates rise linearly to their full size, >= 0; default 0.
     min_step, max_step
         Bounds of a. max_step None: 1 where the direction is first-order
         (SGD), else 0.1.

@@ -43,10 +43,11 @@ class Rated(LayerRule):
 class Estimated(Rated):
     """A rule whose rates `layerlr.estimators` finds before the step, every ``refresh`` steps.
 
-    The state keeps each layer's rate (0 before the first estimate), the running mean of the number
-    that it comes from, and the weight of that mean, which corrects its bias. The param-group key
-    ``estimated`` counts the steps; with ``seed`` it determines every random draw, so that a resumed
-    run draws what an uninterrupted one does, and all processes draw the same.
+    The state keeps each layer's rate (0 before the first estimate: a parameter that is unfrozen
+    waits for the next one), the running mean of the number that it comes from, and the weight of
+    that mean, which corrects its bias. The param-group key ``estimated`` counts the steps since the
+    rule was set; with ``seed`` it determines every random draw, so that a resumed run draws what an
+    uninterrupted one does, and all processes draw the same.
 
     Parameters
     ----------
