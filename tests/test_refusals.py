@@ -26,6 +26,31 @@ WRONG_RULES = [
     (lambda: rules.Layca(radius="first"), "Layca radius: 'first', wanted 'initial' or 'current'"),
     (lambda: rules.Layca(others="stop"), "Layca others: 'stop', wanted 'plain' or 'freeze'"),
     (lambda: rules.Layca(eps=-1.0), "Invalid Layca eps: -1.0, wanted a number >= 0"),
+    (
+        lambda: rules.Curvature("newton"),
+        "Invalid Curvature curvature: 'newton', wanted one of 'hessian', 'fisher', "
+        "'finite-difference', 'exact'",
+    ),
+    (lambda: rules.Curvature(negative="keep"), "'keep', wanted one of 'absolute', 'reuse'"),
+    (lambda: rules.Curvature(likelihood="poisson"), "Invalid Curvature likelihood: 'poisson'"),
+    (lambda: rules.Curvature(reduction="none"), "wanted one of 'mean', 'batchmean', 'sum'"),
+    (lambda: rules.Curvature(damping=-0.1), "damping: -0.1, wanted a finite number >= 0"),
+    (lambda: rules.Curvature(damping=float("inf")), "damping: inf, wanted a finite number >= 0"),
+    (lambda: rules.Curvature(damping=float("nan")), "damping: nan, wanted a finite number >= 0"),
+    (lambda: rules.Curvature(warmup=-1), "warmup: -1, wanted a whole number >= 0"),
+    (lambda: rules.Curvature(warmup=1.5), "warmup: 1.5, wanted a whole number >= 0"),
+    (lambda: rules.Curvature(min_step=-1e-9), "min_step: -1e-09, wanted a number >= 0"),
+    (lambda: rules.Curvature(min_step=float("nan")), "min_step: nan, wanted a number >= 0"),
+    (
+        lambda: rules.Curvature(min_step=0.2, max_step=0.1),
+        "Invalid Curvature max_step: 0.1, wanted None or a number >= min_step",
+    ),
+    (lambda: rules.Curvature(max_step=float("nan")), "max_step: nan, wanted None or a number"),
+    (lambda: rules.Curvature(ema=1.0), "Invalid Curvature ema: 1.0, wanted a number in [0, 1)"),
+    (lambda: rules.Curvature(ema=-0.1), "Invalid Curvature ema: -0.1, wanted a number in [0, 1)"),
+    (lambda: rules.Curvature(refresh=0), "refresh: 0, wanted a whole number >= 1"),
+    (lambda: rules.Curvature(refresh=2.0), "refresh: 2.0, wanted a whole number >= 1"),
+    (lambda: rules.Curvature(seed=-1), "seed: -1, wanted a whole number >= 0"),
 ]
 
 

@@ -98,8 +98,7 @@ class CudaPlan:
         here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
         lr, sign, found_inf = here
         if not found_inf:
-            numbers = lr, h.weight_decay, h.decoupled, sign
-            self._native.step(*numbers, h.skip, h.direction, there)
+            self._native.step(lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there)
 
     @torch._disable_dynamo
     def traced_step(self, h: Hyper) -> None:

@@ -163,7 +163,7 @@ def _difference(layers: Joined, watch: ModelWatch | None, again: Again | None) -
     others = [p for view in layers.views for p in view.table.params]
     for p in (*watch.model.parameters(), *others):
         here.setdefault(p, None if p.grad is None else p.grad.detach().clone())
-    held = [(p, p.grad) for p in here]
+    held = [(p, p.grad, old) for p, old in here.items()]
     eps = max(torch.finfo(p.dtype).eps for p in params) ** 0.5
 
     def product(v: list[Tensor]) -> Tensor:
@@ -183,10 +183,10 @@ def _difference(layers: Joined, watch: ModelWatch | None, again: Again | None) -
         finally:
             for p, w in zip(params, weights, strict=True):
                 p.data.copy_(w)
-            for p, grad in held:
+            for p, grad, old in held:
                 p.grad = grad
-                if grad is not None:
-                    grad.copy_(here[p])
+                if grad is not None and old is not None:
+                    grad.copy_(old)
         return sign * layers.dot(layers.steps, h) / way
 
     return product
