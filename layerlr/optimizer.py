@@ -295,6 +295,8 @@ class LayerwiseOptimizer(Optimizer):
                     view.begin(group.get("estimated", 0), hyper)
                     views.append(view)
             estimators.estimate(views, self._watch, again)
+            for group in self.param_groups:
+                estimators.release(group["params"])
         for group in self.param_groups:
             if _is_estimated(group["rule"]):
                 group["estimated"] = group.get("estimated", 0) + 1

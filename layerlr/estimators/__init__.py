@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from layerlr.rules import BackMatching, Curvature, Estimated
 
@@ -28,7 +30,7 @@ def needs_model(rule: Estimated) -> bool:
 
 
 def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | None) -> None:
-    """Write the rates of every layer whose estimate is due; gradients give up their graph.
+    """Write the rates of every layer whose estimate is due.
 
     Raises
     ------
@@ -50,10 +52,17 @@ def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | N
         elif isinstance(rule, BackMatching):
             assert watch is not None
             back_matching.estimate(rule, Joined(rule, those), watch)
-    for view in views:
-        for p in view.table.params:
-            if p.grad is not None and p.grad.requires_grad:
-                p.grad.detach_()  # a gradient that holds its parameter's graph is never freed
 
 
-__all__ = ["Layers", "ModelWatch", "estimate", "needs_model", "random_state"]
+def release(params: Iterable[Tensor]) -> None:
+    """Let go of the graphs that gradients hold: with their parameters they are never freed."""
+    for p in params:
+        if p.grad is None or not p.grad.requires_grad:
+            continue
+        if p.grad._is_view():
+            p.grad = p.grad.detach()
+        else:
+            p.grad.detach_()
+
+
+__all__ = ["Layers", "ModelWatch", "estimate", "needs_model", "random_state", "release"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +28,7 @@ def estimate(
     gs, us = layers.gradients, layers.steps
     rho, uu = layers.dot(gs, us), layers.dot(us, us)
     last = layers.read("rate")
-    sizes = _planned(last, uu)
+    sizes = _sizes(rule, layers, uu)
     decay = uu * layers.of_groups(lambda h: 0.0 if h.decoupled else h.weight_decay)
     if rule.curvature in ("fisher", "exact"):
         matrix = _fisher(rule, layers, watch) if rule.curvature == "fisher" else _exact(layers)
@@ -65,7 +66,7 @@ def estimate(
     else:
         rate = rho / c
     rate = rate.clamp(max=_most(rule, layers)).clamp(min=rule.min_step)
-    fresh = trusted & (rho > 0)
+    fresh = trusted & (rho > 0) & torch.isfinite(rate)
     rate = torch.where(fresh, rate, torch.where(last > 0, last, rule.min_step))
     if rule.coupled:
         tried = torch.where(usable, rate, 0.0)
@@ -82,11 +83,12 @@ def estimate(
     layers.write("rate", torch.where(moves, rate, last))
 
 
-def _planned(last: Tensor, uu: Tensor) -> Tensor:
-    """About how far each layer will go: its last rate; before there is any, one unit of length."""
-    unit = torch.where(uu > 0, uu.rsqrt(), 1.0)
-    some = torch.where(last > 0, last, last.max())
-    return torch.where((last > 0).any(), some, unit)
+def _sizes(rule: Curvature, layers: Joined, uu: Tensor) -> Tensor:
+    """``((k + damping)*uu)^(-1/2)`` with the mean k so far: steps that bend the loss alike."""
+    k = (layers.read("estimate") / layers.read("estimate_weight")).sqrt()
+    k = torch.where(torch.isfinite(k), k, k.nanmean().nan_to_num(1.0))
+    size = ((k + rule.damping) * uu).rsqrt()
+    return torch.where(torch.isfinite(size), size, 1.0)
 
 
 def _most(rule: Curvature, layers: Joined) -> Tensor | float:
@@ -94,7 +96,7 @@ def _most(rule: Curvature, layers: Joined) -> Tensor | float:
         return rule.max_step
     return layers.join(
         [
-            torch.full_like(v.read("rate"), 1.0 if v.spec.direction.first_order else 0.1)
+            torch.full_like(v.read("rate"), math.inf if v.spec.direction.first_order else 0.1)
             for v in layers.views
         ]
     )

@@ -101,7 +101,7 @@ class ModelWatch:
                 buffers.update(before)
             with torch.no_grad():
                 for buffer, value in values:
-                    buffer.copy_(value)
+                    buffer.data.copy_(value)  # a graph may hold it: no new version
 
     def once(self, make: Callable[..., T], **options: Any) -> T:
         """What ``make(model, **options)`` gives, made at the first call."""

@@ -17,17 +17,18 @@ REDUCTIONS = ("mean", "batchmean", "sum")
 class Curvature(Estimated):
     """Minimise a quadratic model of the loss along each layer's step; use lr=1.
 
-    With the step ``u`` (what is subtracted), the gradient ``g``, the Hessian ``H`` of the loss, L2
-    decay included in both, and the layers' last rates ``r``::
+    With the step ``u`` (what is subtracted), the gradient ``g`` and the Hessian ``H`` of the loss,
+    L2 decay included in both::
 
-        C_lm = u_l.H u_m;  rho_l = g_l.u_l;  k_l^2 = mean over time of sum_m (r_m C_lm/r_l)^2/uu_l^2
+        C_lm = u_l.H u_m;  rho_l = g_l.u_l;  d_l = ((k_l + damping)*uu_l)^(-1/2)
+        k_l^2 = mean over time of sum_m (d_m*C_lm/d_l)^2/uu_l^2
         a_l = rho_l / ((k_l + damping)*uu_l);  rate = a / max(1, a.C a/a.rho)
         w <- w - lr*rate*u
 
-    k counts the layer's own curvature and, in squares, what the steps of the other layers add to
-    it; then all rates shrink alike if their joint step would pass the minimum along it. One
-    product ``H (s r u)`` with a random sign s a layer gives all of k_l^2 in the mean, another one
-    ``a.C a``.
+    k counts the layer's own curvature and, in squares, what steps of the other layers add to it
+    that bend the loss as much (d: k so far; 1/|u| at first); then all rates shrink alike if their
+    joint step would pass the minimum along it. One product ``H (s d u)`` with a random sign s a
+    layer gives all of k_l^2 in the mean, another one ``a.C a``.
 
     Parameters
     ----------
@@ -40,23 +41,23 @@ class Curvature(Estimated):
         C by a product for each layer. Fisher and finite differences need
         ``optimizer.attach(model)``.
     coupled
-        False: ``a = rho/((|k| + damping)*uu)``, k the mean of ``C_ll/uu``, each layer for itself, from
-        one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot together it
-        diverges, as it did on the deep autoencoder of the benchmarks.
+        False: ``a = rho/((|k| + damping)*uu)`` with k the mean of ``C_ll/uu``, each layer for
+        itself, from one product ``H (s u)``: the block-diagonal model alone. Where layers overshoot
+        together it diverges, as it did on the deep autoencoder of the benchmarks.
     damping
         Added to the curvature per unit of length, of each layer and of the joint step, >= 0.
     negative
         Where an estimate of the curvature is not positive: ``"absolute"`` takes its absolute
         value, ``"reuse"`` leaves it out of the mean and takes the last rate. An ascent direction
-        (rho <= 0) always takes the last rate, or min_step where there is none.
+        (rho <= 0) or a rate without bound takes the last rate, or min_step where there is none.
     damped
         ``a = rho/(delta*(delta + rho))`` with ``delta = sqrt((k + damping)*uu)``, the step
         for self-concordant functions of the authors' earlier paper (after Gao & Goldfarb).
     warmup
         Steps over which new rates rise linearly to their full size, >= 0; default 0.
     min_step, max_step
-        Bounds of a. max_step None: 1 where the direction is first-order
-        (SGD), else 0.1.
+        Bounds of a. max_step None: 0.1 where the direction scales its step to unit size (Adagrad,
+        RMSprop, Adam); none where it is the gradient's (SGD): its rate has the unit of 1/curvature.
     likelihood, reduction
         For ``"fisher"``: what the loss is. ``"categorical"``: `F.cross_entropy` of logits;
         ``"bernoulli"``: `F.binary_cross_entropy_with_logits`; ``"gaussian"``: `F.mse_loss`; with
