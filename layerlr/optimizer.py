@@ -334,7 +334,8 @@ class LayerwiseOptimizer(Optimizer):
             for table, stats in zip(plans.tables, plans.stats, strict=True):
                 names += table.layers
                 rows.append(stats)
-        device = rows[0].device if rows else torch.device("cpu")
+        # not to the host, if there is a device: a copy there would have to be waited for
+        device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
         all_rows = (
             torch.cat([r.to(device, non_blocking=True) for r in rows])
             if rows

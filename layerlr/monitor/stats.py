@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .copies import HasLayerStats, snapshot
 from .plotting import draw
 from .recorder import Recorder
 
@@ -26,13 +26,6 @@ _QUANTITIES = {
     "angle": ("angle of the step (radians)", "linear"),
     "skipped": ("steps skipped", "linear"),
 }
-
-
-class HasLayerStats(Protocol):
-    """An optimizer that tells what its layer rules did."""
-
-    def layer_stats(self) -> dict[str, Any]:
-        """Return ``names`` and one tensor per quantity, of one number per layer."""
 
 
 class StatsCurves(NamedTuple):
@@ -55,6 +48,9 @@ class StatsCurves(NamedTuple):
 
 class StatsLog(Recorder):
     """Record ``optimizer.layer_stats()``: ww, gg, uu, wu, scale, lr, angle, skipped per layer.
+
+    For curves and plots in the process that trains; `Telemetry` streams the same numbers to files,
+    TensorBoard or callbacks and keeps nothing.
 
     Parameters
     ----------
@@ -87,10 +83,7 @@ class StatsLog(Recorder):
             The number of the step, or of the epoch; by default one more than at the last record,
             1 at the first.
         """
-        stats = self.optimizer.layer_stats()
-        names = _distinct(stats["names"])
-        # Stacking copies: the optimizer may write its next step into the same tensors.
-        row = torch.stack([stats[key].detach().to(torch.float64) for key in self._tags])
+        names, _, row = snapshot(self.optimizer, self._tags)
         if names != self.names:
             row = self._align(names, row)
         self._append(step, row)
@@ -147,13 +140,3 @@ class StatsLog(Recorder):
         aligned = row.new_full((row.shape[0], len(self.names)), torch.nan)
         aligned[:, [column[name] for name in names]] = row
         return aligned
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    """Tell layers of the same name apart by their place."""
-    count: dict[str, int] = {}
-    distinct = []
-    for name in names:
-        count[name] = count.get(name, 0) + 1
-        distinct.append(name if count[name] == 1 else f"{name}#{count[name]}")
-    return distinct

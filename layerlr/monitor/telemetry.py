@@ -1,0 +1,187 @@
+"""Statistics of the layers, streamed out of a run while it trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import Any
+
+import torch
+
+from . import sinks
+from .copies import Copy, HasLayerStats, snapshot
+
+# A copy takes microseconds, and the device runs a step or two behind the host: a second copy is
+# under way only where a step is recorded while the one before still waits in the stream.
+_IN_FLIGHT = 2
+
+
+class Telemetry:
+    """Send ``optimizer.layer_stats()`` of every K-th step to files, TensorBoard or callbacks.
+
+    For long runs, where somebody watches or reads later; nothing is kept. `StatsLog` keeps its
+    records instead, on the device until it is asked for curves and plots.
+
+    Parameters
+    ----------
+    optimizer : optimizer of this package
+        It is watched by a post hook on its ``step``. A wrapper that has it as its ``optimizer``
+        (Accelerate's, Lightning's) will do.
+    *to : callable, path or writer
+        Where the tables go: a callable ``(step, table)``, whose table is ``layer_stats()`` on the
+        host; a path ending in ``.jsonl``, to which one JSON object per layer is appended
+        (``step``, ``layer``, ``ww`` ...; NaN and infinities are null), so that
+        ``pandas.read_json(path, lines=True)`` is the table; an object with ``add_scalar``, such
+        as `torch.utils.tensorboard.SummaryWriter`, under the tags ``layer_ww/<name>`` and so on.
+    every : int
+        K. The steps K, 2K, ... are recorded.
+
+    Attributes
+    ----------
+    step : int
+        Steps seen; `state_dict` carries it over to the next run.
+    skipped : int
+        Records left out because two copies were on their way.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an optimizer without ``layer_stats``, a sink of another kind, `every` below 1.
+
+    Notes
+    -----
+    A recorded step queues the copy of one table (64 bytes per layer) to pinned memory, and an event
+    behind it; the steps after it ask the event and hand the table on when it has come, as a rule
+    at the next one. No step waits for the device: where two copies are still under way, the third
+    record is left out and counted. On the CPU the table is handed on at once. On the host the
+    steps in between cost about 1.5 us; a record, per layer, 0.6 us, and handed on 10 us for JSON
+    lines, 125 us for TensorBoard.
+
+    A sink that raises does so out of ``optimizer.step()`` (whose update is complete by then) or
+    out of `close`, as RuntimeError; the other sinks have had the record, and all of them are tried
+    again with the next one.
+
+    Layers may come, go or change their names between records. Where ranks train together, build it
+    on one of them. ``step`` inside a captured CUDA graph calls no hooks when replayed: call
+    `after_step` after each replay.
+
+    Examples
+    --------
+    >>> with Telemetry(opt, "run/layers.jsonl", SummaryWriter("run"), every=100):
+    ...     train(model, opt)
+    """
+
+    def __init__(self, optimizer: HasLayerStats, *to: sinks.Sink, every: int = 100) -> None:
+        watched: Any = optimizer
+        while hasattr(watched, "optimizer"):
+            watched = watched.optimizer
+        if not hasattr(watched, "layer_stats"):
+            kind = type(watched).__name__
+            raise TypeError(f"wanted an optimizer of layerlr, with layer_stats, not {kind}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"Invalid every: {every!r}, wanted an int of 1 or more")
+        self.optimizer = watched
+        self.every = every
+        self.step = 0
+        self.skipped = 0
+        self._copies: deque[Copy] = deque()
+        self._sinks = [sinks.resolve(sink) for sink in to]
+        self._hook = watched.register_step_post_hook(lambda *_: self.after_step())
+
+    def __repr__(self) -> str:
+        """Return the class with its sinks."""
+        return f"{type(self).__name__}({self._sinks}, every={self.every}, step={self.step})"
+
+    @torch._disable_dynamo
+    def after_step(self) -> None:
+        """Count a step, record it if it is due, hand on what has arrived; the hook calls this.
+
+        Raises
+        ------
+        RuntimeError
+            From a sink that raised.
+        """
+        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+            return
+        self.step += 1
+        if self.step % self.every == 0:
+            if len(self._copies) < _IN_FLIGHT or self._copies[0].ready():
+                self._copies.append(Copy(self.step, snapshot(self.optimizer)))
+            else:
+                self.skipped += 1
+        self._hand_on(wait=False)
+
+    def flush(self) -> None:
+        """Wait for the copies that are under way, and hand them on.
+
+        Raises
+        ------
+        RuntimeError
+            From a sink that raised; the other sinks have had every record.
+        """
+        self._hand_on(wait=True)
+
+    def close(self) -> None:
+        """Stop watching, `flush`, close the files and flush the writers. May be called twice.
+
+        Raises
+        ------
+        RuntimeError
+            From a sink that raised, when all of that is done.
+        """
+        self._hook.remove()
+        errors = self._deliver(wait=True)
+        for sink in self._sinks:
+            if isinstance(sink, (sinks.JsonLines, sinks.Scalars)):
+                try:
+                    sink.close()
+                except Exception as error:
+                    errors.append((f"{sink!r} could not be closed", error))
+        _raise(errors)
+
+    def __enter__(self) -> Telemetry:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; an exception that is under way goes on, and a sink's becomes a warning."""
+        try:
+            self.close()
+        except RuntimeError as error:
+            if kind is None:
+                raise
+            warnings.warn(f"{error}: {error.__cause__!r}", stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps seen."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from a saved number of steps."""
+        self.step = int(state["step"])
+
+    def _hand_on(self, wait: bool) -> None:
+        if self._copies:
+            _raise(self._deliver(wait))
+
+    def _deliver(self, wait: bool) -> list[tuple[str, Exception]]:
+        """Give the sinks what has arrived, oldest first; return what went wrong."""
+        errors: list[tuple[str, Exception]] = []
+        while self._copies and (wait or self._copies[0].ready()):
+            copy = self._copies.popleft()
+            if wait:
+                copy.wait()
+            table = copy.table()
+            for sink in self._sinks:
+                try:
+                    sink(copy.step, table)
+                except Exception as error:
+                    errors.append((f"{sink!r} failed at step {copy.step}", error))
+        return errors
+
+
+def _raise(errors: list[tuple[str, Exception]]) -> None:
+    if errors:
+        message, first = errors[0]
+        others = f" (the first of {len(errors)} failures)" if len(errors) > 1 else ""
+        raise RuntimeError(f"telemetry sink {message}{others}") from first
