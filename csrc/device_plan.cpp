@@ -4,6 +4,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
+
 namespace layerlr {
 namespace {
 
@@ -184,6 +186,10 @@ void DevicePlan::upload(void* stream) {
 }
 
 void DevicePlan::step(const StepConfig& config, const There& there) {
+  const auto& tensors = plan().tensors;
+  if (std::none_of(tensors.begin(), tensors.end(), [](const TensorRow& t) { return t.active; })) {
+    return;  // every layer has stepped within backward, or there was none
+  }
   const c10::DeviceGuard guard(device());
   const bool measured = plan().has_rule || config.skip;
   void* const at = stream();

@@ -6,6 +6,7 @@ from . import monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
+from .step_in_backward import step_in_backward
 
 try:
     __version__ = version("layerlr")
@@ -23,4 +24,5 @@ __all__ = [
     "describe",
     "monitor",
     "rules",
+    "step_in_backward",
 ]
