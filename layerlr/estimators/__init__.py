@@ -25,7 +25,7 @@ from .watch import ModelWatch, random_state
 
 
 def needs_model(rule: Estimated) -> bool:
-    """Whether a rule can do without ``optimizer.attach(model)``."""
+    """Whether a rule looks at more than the graph of the gradients."""
     return not rule.second_order
 
 
