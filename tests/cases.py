@@ -88,11 +88,11 @@ class Case(NamedTuple):
     rule: LayerRule | None
     args: dict[str, Any]
 
-    def make(self, params, **kwargs):
+    def make(self, params, rate=RATE, **kwargs):
         opt = self.cls(params, **{**self.args, **kwargs}, rule=self.rule)
         for state in opt.state.values():
             if "rate" in state:
-                state["rate"].fill_(RATE)
+                state["rate"].fill_(rate)
         return opt
 
     @property

@@ -304,8 +304,8 @@ def test_late_gradients_and_late_parameters(engine, case):
     """Each parameter steps as if it were alone, whenever its gradients come."""
     values = random(((4, 3), (3, 5), (6,)), seed=3)
     ours, alone = engine.params(values), engine.params(values)
-    opt = engine.make(case, [{"params": ours[:2]}, {"params": []}])
-    singles = [engine.make(case, [p]) for p in alone]
+    opt = engine.make(case, [{"params": ours[:2]}, {"params": []}], rate=1.0)  # as of those later
+    singles = [engine.make(case, [p], rate=1.0) for p in alone]
     for step in range(4):
         if step == 2:
             opt.add_param_group({"params": ours[2:]})

@@ -163,7 +163,7 @@ def test_layca_adaptive_is_as_published() -> None:
 
 @pytest.mark.parametrize(
     ("module", "ways", "seeds"),
-    [(curvature_autoencoder, 2, 3), (curvature_cnn, 1, 3), (curvature_gcn, 1, 10)],
+    [(curvature_autoencoder, 4, 3), (curvature_cnn, 3, 3), (curvature_gcn, 1, 10)],
 )
 def test_curvature_is_untuned_among_fixed_rates(module: object, ways: int, seeds: int) -> None:
     arms = arms_of(module)

@@ -135,7 +135,7 @@ struct Tables {
     args.config = &config;
     args.grads = grads.data();
     args.presence = presence.data();
-    args.radii = radii.data();
+    args.kept = radii.data();
     args.rows = rows.data();
     args.layer = schedule.layers.data();
     args.segment = schedule.segments.data();

@@ -87,7 +87,8 @@ struct Model {
   std::vector<double> stats, radii;
 
   Model(int direction, int rule, const std::vector<Shape>& shapes) {
-    const double rule_hyper[][max_rule_hyper] = {{}, {}, {1e-3, 1e-8, 0}, {10, 0}, {1e-6}};
+    const double rule_hyper[rule_count][max_rule_hyper] = {{},      {},     {1e-3, 1e-8, 0},
+                                                           {10, 0}, {1e-6}, {}};
     std::mt19937 random(7);
     plan.direction = direction;
     plan.has_rule = rule >= 0;
@@ -105,7 +106,7 @@ struct Model {
       }
     }
     plan.layers.resize(8);
-    radii.assign(8, 0);
+    radii.assign(8, plan.rule.rule == RuleId::Rated ? 0.7 : 0);
     for (int l = 0; l < 8; ++l) {
       plan.layers[l].ruled = rule >= 0 && l != 6;
       plan.layers[l].kept = &radii[l];
