@@ -22,7 +22,7 @@ ESTIMATORS = ("structural", "probe")
 
 
 def paper(device="cpu"):
-    """The vector of papers.md, section 4: model, batch, targets."""
+    """A worked example: model, batch, targets."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
     model = model.to(device, torch.float64)
     values = ([[1.0, 2.0], [-1.0, 1.0]], [[2.0, -1.0]])
@@ -82,7 +82,7 @@ def unit(c):
     return c.log().mean().exp() / c
 
 
-# -- the vector of papers.md ---------------------------------------------------------------------
+# -- the worked example ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     rows = [[name, f"{1e3 * medians[name]:.0f}", f"{ratios[name]:.2f}"] for name in ratios]
     print(markdown(table_of(["step", "ms", "of plain SGD-momentum's"], rows)))
     record = {
-        "command": " ".join(["python -m bench.papers.curvature_cost", *(argv or sys.argv[1:])]),
+        "command": "python -m bench.papers.curvature_cost --data FOLDER "
+        f"--rounds {options.rounds} --batch {options.batch} --device {options.device}",
         "machine": machine(trainers["plain"].device),
         "batch": options.batch,
         "ratios": ratios,

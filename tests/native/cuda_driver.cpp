@@ -43,7 +43,7 @@ std::vector<Shape> shapes_of(const Case& c) {
   const int64_t part = c.size == few ? 1 : tile;
   const int64_t last = c.size == many ? segment_tiles * tile_threads + 7 : 40;
   std::vector<Shape> shapes;
-  for (const int64_t size : {int64_t(1), int64_t(15), part, 3 * part + 17, int64_t(1000),
+  for (const int64_t size : {int64_t(15), int64_t(1), part, 3 * part + 17, int64_t(1000),
                              10 * part + 3, int64_t(0), last * part - 1}) {
     const int dtype = c.dtype < 4 ? c.dtype : static_cast<int>(shapes.size() % 4);
     shapes.push_back({size, static_cast<DType>(dtype)});
