@@ -44,7 +44,7 @@ class Mutant(NamedTuple):
 #: what is seen -> the sanitizer that sees it, what that says; without one, what the driver says
 SEEN = {
     "race": ("thread", "data race"),
-    "overflow": ("address", "heap-buffer-overflow"),
+    "overflow": ("address", "AddressSanitizer: heap-"),  # what lies beyond may be freed memory
     "misaligned": ("undefined", "misaligned address"),
     "null": ("undefined", "null pointer"),
     "wrong": (None, "WRONG"),
