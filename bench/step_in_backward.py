@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import layerlr
 from bench import record, report, shapes
+from bench.memory import extra_bytes
 from bench.timing import Lane, Spread, ratios, run_rounds, timer_for
 
 SCHEMA = 1
@@ -151,13 +152,9 @@ def measure_memory(case: Case, arm: str, steps: int) -> Memory:
 
 
 def _extra(step: Callable[[], None], device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    extra = extra_bytes(step, device)
+    if extra is not None:
+        return extra
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

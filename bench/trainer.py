@@ -23,8 +23,6 @@ from .record import Result, machine, write_atomically
 
 # Large enough for a GPU, small enough for the activations to stay near the cores of a CPU.
 _TEST_BATCH = 250
-# Rules that look at the model, not at its parameters alone.
-_RULES_OF_MODELS = ("curvature", "backmatching")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Trainer:
         self.data = task.data.to(self.device)
         self.model = task.model.to(self.device)
         self.optimizer = task.optimizer(config, self.model)
-        if config.rule in _RULES_OF_MODELS:
+        if config.rule in layerlr.rules.ESTIMATED:
             self.optimizer.attach(self.model)  # type: ignore[attr-defined]
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.factor)
         self.monitor = layerlr.monitor.LayerRotation(self.model)

@@ -71,9 +71,8 @@ def units(group: int, plans: _GroupPlans) -> Iterator[Unit]:
     for table, backend, stats, plan in zip(
         plans.tables, plans.backends, plans.stats, plans.plans, strict=True
     ):
-        whole: PlanSpec = plan.spec  # type: ignore[attr-defined]
         for tensors, layers in _components(table):
-            states = [whole.states[i] for i in tensors]
+            states = [plan.spec.states[i] for i in tensors]
             rows = stats[layers[0] : layers[-1] + 1]
             assert len(rows) == len(layers), "blocks of a key are layers in a row"
             spec = PlanSpec(_part(table, tensors, layers), direction, rule, states, rows, False)

@@ -41,6 +41,8 @@ class PlanSpec(NamedTuple):
 class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
+    spec: PlanSpec
+
     def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""
 

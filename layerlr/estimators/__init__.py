@@ -24,11 +24,6 @@ from .layers import Joined, Layers
 from .watch import ModelWatch, random_state
 
 
-def needs_model(rule: Estimated) -> bool:
-    """Whether a rule looks at more than the graph of the gradients."""
-    return not rule.second_order
-
-
 def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | None) -> None:
     """Write the rates of every layer whose estimate is due.
 
@@ -42,7 +37,7 @@ def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | N
         if view.active and view.rule.due(view.step):
             by_rule.setdefault(view.rule, []).append(view)
     for rule, those in by_rule.items():
-        if needs_model(rule) and watch is None:
+        if watch is None and not rule.second_order:  # those look at the gradients' graph alone
             raise RuntimeError(
                 f"rule {rule.name!r} looks at the model: call optimizer.attach(model) before the "
                 "first step"
@@ -65,4 +60,4 @@ def release(params: Iterable[Tensor]) -> None:
             p.grad.detach_()
 
 
-__all__ = ["Layers", "ModelWatch", "estimate", "needs_model", "random_state", "release"]
+__all__ = ["Layers", "ModelWatch", "estimate", "random_state", "release"]

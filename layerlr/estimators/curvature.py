@@ -105,8 +105,7 @@ def _most(rule: Curvature, layers: Joined) -> Tensor | float:
 def _signs(layers: Joined) -> Tensor:
     """A random sign for each layer."""
     draw = generator(layers.rule.seed, layers.step, layers.device)
-    size = sum(len(view.table.layers) for view in layers.views)
-    bits = torch.randint(0, 2, (size,), generator=draw, device=layers.device)
+    bits = torch.randint(0, 2, (len(layers),), generator=draw, device=layers.device)
     return 2.0 * bits.double() - 1.0
 
 
@@ -204,7 +203,7 @@ def _norm(xs: Sequence[Tensor]) -> Tensor:
 def _exact(layers: Joined) -> Tensor:
     """By one product for each layer."""
     product = _hessian(layers)
-    rows = len(layers.read("rate"))
+    rows = len(layers)
     columns = []
     for layer in range(rows):
         only = torch.zeros(rows, dtype=torch.float64, device=layers.device)
@@ -231,7 +230,7 @@ def _fisher(rule: Curvature, layers: Joined, watch: ModelWatch | None) -> Tensor
             args,
             kwargs,
             tangents,
-            len(layers.read("rate")),
+            len(layers),
             rule.likelihood,
             rule.reduction,
             draw,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from layerlr.rules.curvature import Likelihood, Reduction
+
 from .probe import output_tensor
 from .taps import Tangent, Taps, eager, owned_by
 from .watch import random_state, set_random_state
-
-Likelihood = Literal["categorical", "bernoulli", "gaussian"]
-Reduction = Literal["mean", "batchmean", "sum"]
 
 
 def products(

@@ -107,6 +107,9 @@ class Joined:
         self.rule, self.views = rule, views
         self.device, self.step = views[0].device, views[0].step
 
+    def __len__(self) -> int:
+        return sum(len(view.table.layers) for view in self.views)
+
     def params(self) -> list[Tensor]:
         """The tensors that take part."""
         return [view.table.params[i] for view in self.views for i in view.active]
@@ -145,7 +148,7 @@ class Joined:
 
     def count(self) -> Tensor:
         """Number of elements that take part in each layer."""
-        count = [0.0] * len(self._zeros())
+        count = [0.0] * len(self)
         for p, begin, end, layer in self.parts():
             count[layer] += _elements(p, begin, end)
         return torch.tensor(count, dtype=torch.float64, device=self.device)
@@ -203,7 +206,7 @@ class Joined:
 
     def _zeros(self) -> list[Tensor]:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return [zero] * sum(len(view.table.layers) for view in self.views)
+        return [zero] * len(self)
 
     def _by_view(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
         rest = iter(xs)

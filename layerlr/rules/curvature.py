@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from .rated import Estimated
 
-KINDS = ("hessian", "fisher", "finite-difference", "exact")
-LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
-REDUCTIONS = ("mean", "batchmean", "sum")
+Kind = Literal["hessian", "fisher", "finite-difference", "exact"]
+Negative = Literal["absolute", "reuse"]
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+Reduction = Literal["mean", "batchmean", "sum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +83,26 @@ class Curvature(Estimated):
     our reconstruction: signs, coupling, averaging, damping and guards.
     """
 
-    curvature: Literal["hessian", "fisher", "finite-difference", "exact"] = "hessian"
+    curvature: Kind = "hessian"
     coupled: bool = True
     damping: float = 1e-3
-    negative: Literal["absolute", "reuse"] = "absolute"
+    negative: Negative = "absolute"
     damped: bool = False
     warmup: int = 0
     min_step: float = 1e-6
     max_step: float | None = None
-    likelihood: Literal["categorical", "bernoulli", "gaussian"] = "categorical"
-    reduction: Literal["mean", "batchmean", "sum"] = "mean"
+    likelihood: Likelihood = "categorical"
+    reduction: Reduction = "mean"
 
     name = "curvature"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = {
-            "curvature": KINDS,
-            "negative": ("absolute", "reuse"),
-            "likelihood": LIKELIHOODS,
-            "reduction": REDUCTIONS,
+            "curvature": get_args(Kind),
+            "negative": get_args(Negative),
+            "likelihood": get_args(Likelihood),
+            "reduction": get_args(Reduction),
         }
         for name, known in choices.items():
             value = getattr(self, name)
