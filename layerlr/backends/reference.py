@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ class ReferencePlan:
         self.spec = spec
         self.active: list[int] = []
         self.kinds = [(p.dtype, p.shape, p.device) for p in spec.table.params]
+        self.update = (spec.rule or Plain()).order == "update"
         self.steps: dict[int, Scalar] = {}
+        self.before: list[tuple[Tensor, Tensor]] | None = None
 
     def prepare(self) -> bool:
         spec = self.spec
@@ -52,32 +54,60 @@ class ReferencePlan:
         return True
 
     def step(self, hyper: Hyper) -> None:
-        found = hyper.found_inf
-        if not isinstance(found, Tensor) or found.device.type == "cpu":
-            if not found:
-                self._step(hyper)
+        self.apply(hyper, self.measure(hyper))
+
+    def norms(self, hyper: Hyper) -> Tensor:
+        total = self._zeros().gg
+        for i in self.active:
+            g = self._load(i, hyper)[1]
+            self._sum(i, total, g, g)
+        return total
+
+    def measure(self, hyper: Hyper) -> Tensor:
+        sums = self._zeros()
+        self.before = None
+        if not self._nothing(hyper):
+            if isinstance(hyper.found_inf, Tensor) and hyper.found_inf.device.type != "cpu":
+                self.before = [(x, x.clone()) for x in self._everything()]
+            self.steps = {i: self._coming_step(i) for i in self.active}
+            measure = self._measure_update if self.update else self._measure_gradient
+            for rule, tensors in self._by_rule():
+                measure(hyper, rule, tensors, sums)
+        return torch.stack([*sums], 1)
+
+    def apply(self, hyper: Hyper, sums: Tensor) -> None:
+        if self._nothing(hyper):
             return
+        lr = self._layer_lr(hyper)
+        scale = self._scale_update if self.update else self._scale_gradient
+        for rule, tensors in self._by_rule():
+            scale(hyper, rule, lr, tensors, LayerStats(*sums.unbind(1)))
+        for x, old in self.before or ():  # the host does not know
+            found = hyper.found_inf.to(x.device)  # type: ignore[union-attr]
+            x.copy_(torch.where(found != 0, old, x))
+        self.before = None
+
+    def _nothing(self, h: Hyper) -> bool:
+        """Whether the host knows that nothing is to change."""
+        found = h.found_inf
+        known = not isinstance(found, Tensor) or found.device.type == "cpu"
+        return known and bool(found)
+
+    def _everything(self) -> list[Tensor]:
+        """All that a step may change."""
         everything = [self.spec.stats]
         for i in self.active:
             state = self._state_dict(i).values()
             everything += [self.spec.table.params[i].detach(), *state]
-        before = [x.clone() for x in everything]
-        self._step(hyper)
-        for x, old in zip(everything, before, strict=True):  # the host does not know
-            x.copy_(torch.where(found.to(x.device) != 0, old, x))
+        return everything
 
-    def _step(self, hyper: Hyper) -> None:
+    def _by_rule(self) -> Iterator[tuple[LayerRule, list[int]]]:
+        """The tensors that take part, those under the rule and the others."""
         table = self.spec.table
-        self.steps = {i: self._coming_step(i) for i in self.active}
-        lr = self._layer_lr(hyper)
-        ruled = [i for i in self.active if table.ruled[self.spec.table.parts[i][0].layer]]
-        plain = [i for i in self.active if not table.ruled[self.spec.table.parts[i][0].layer]]
-        rule = self.spec.rule or Plain()
-        scale = self._scale_gradient if rule.order == "gradient" else self._scale_update
-        if ruled:
-            scale(hyper, rule, lr, ruled)
-        if plain:
-            scale(hyper, Plain(), lr, plain)
+        for rule, ruled in ((self.spec.rule or Plain(), True), (Plain(), False)):
+            tensors = [i for i in self.active if table.ruled[table.parts[i][0].layer] == ruled]
+            if tensors:
+                yield rule, tensors
 
     @torch._disable_dynamo
     def traced_step(self, hyper: Hyper) -> None:
@@ -87,20 +117,27 @@ class ReferencePlan:
 
     # -- the two orders -----------------------------------------------------------------------
 
-    def _scale_gradient(self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int]) -> None:
-        """Measure g, ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
-        d = self.spec.direction
-        sums = self._zeros()
+    def _measure_gradient(
+        self, h: Hyper, rule: LayerRule, tensors: list[int], sums: LayerStats
+    ) -> None:
+        """Measure w and g."""
         for i in tensors:
             w, g0, g = self._load(i, h)
             measured = g0 if rule.raw_gradient else g
             self._sum(i, sums.gg, measured, measured)
             self._sum(i, sums.ww, w, w)
+
+    def _scale_gradient(
+        self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int], sums: LayerStats
+    ) -> None:
+        """Ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
+        d = self.spec.direction
         f = rule.factor(sums, lr, 0.0 if h.decoupled else h.weight_decay)
         keep = self._skips(h, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
         ones = torch.ones_like(lr)
         a = 1.0 - lr * h.weight_decay if h.decoupled else ones
         grad, b = (f, -lr) if d.first_order else (ones, -(lr * f))
+        seen = self._zeros()._replace(gg=sums.gg)
         for i in tensors:
             w, _, g = self._load(i, h)
             c = d.scalars(h.direction, self.steps[i])
@@ -108,22 +145,28 @@ class ReferencePlan:
             g = g * self.spec.table.spread(i, grad, g)
             new = d.advance(g, old, c)
             u = d.direction(g, new, c)
-            self._sum(i, sums.uu, u, u)
-            self._sum(i, sums.wu, w, u)
+            for total, x, y in ((seen.ww, w, w), (seen.uu, u, u), (seen.wu, w, u)):
+                self._sum(i, total, x, y)
             kept = self.spec.table.spread(i, keep, w)
             self._store_state(i, [torch.where(kept, o, n) for o, n in zip(old, new, strict=True)])
             self._store(i, w, u, a, b, kept)
-        self._finish(tensors, sums, f, lr * f, a, b, keep)
+        self._finish(tensors, seen, f, lr * f, a, b, keep)
 
-    def _scale_update(self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int]) -> None:
-        """Advance the state, measure u, ask the rule for a and b, then ``w <- a*w + b*u``."""
-        d = self.spec.direction
-        sums = self._zeros()
+    def _measure_update(
+        self, h: Hyper, rule: LayerRule, tensors: list[int], sums: LayerStats
+    ) -> None:
+        """Advance the state, measure all."""
         for i in tensors:
             w, g, new, u = self._coming(i, h)
             self._store_state(i, new)
             for total, x, y in zip(sums, (w, g, u, w), (w, g, u, u), strict=True):
                 self._sum(i, total, x, y)
+
+    def _scale_update(
+        self, h: Hyper, rule: LayerRule, lr: Tensor, tensors: list[int], sums: LayerStats
+    ) -> None:
+        """Ask the rule for a and b, then ``w <- a*w + b*u``."""
+        d = self.spec.direction
         # the rule sees u + decay*w, whose sums follow from those of u
         decay = h.weight_decay if h.decoupled else 0.0
         seen = sums._replace(
