@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import rules, shards
 from .layers import names_of
 
 
@@ -30,17 +32,33 @@ def params(group: dict[str, Any], index: int) -> None:
                 f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
                 "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
             )
-        if is_traceable_wrapper_subclass(p):
+        if shards.is_sharded(p):
+            _sharded(name, p, group)
+        elif is_traceable_wrapper_subclass(p):
             raise ValueError(
-                f"parameter {name!r} is a {type(p).__name__}: sharded and wrapped tensors are not "
-                "supported yet, a layer's norm would be that of its local part; keep the model "
-                "whole (DistributedDataParallel) or use torch.optim"
+                f"parameter {name!r} is a {type(p).__name__}: of wrapped tensors only DTensor is "
+                "supported; unwrap it or use torch.optim"
             )
-        if torch._debug_has_internal_overlap(p) == 1:
+        if torch._debug_has_internal_overlap(shards.local_part(p)) == 1:
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "
                 "be stepped one by one: make it contiguous (an expanded tensor's .clone())"
             )
+
+
+def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
+    """Refuse DTensors that cannot be stepped, naming them."""
+    reason = shards.refusal(p)
+    if reason:
+        raise ValueError(f"parameter {name!r} {reason}")
+    rule = group["rule"]
+    if isinstance(rule, rules.Estimated):
+        raise ValueError(
+            f"parameter {name!r} is sharded, and rule {rule.name!r} looks at whole gradients: keep "
+            "the model whole (DistributedDataParallel) or take another rule"
+        )
+    if group["differentiable"]:
+        raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
 
 
 def capturable(group: dict[str, Any]) -> None:

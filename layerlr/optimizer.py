@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, checks, estimators, rules, state
+from . import _C, backends, checks, estimators, rules, sharding, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
@@ -84,9 +84,6 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            group["rule"] = rules.resolve(group["rule"])
-            validate(group)
-            checks.params(group, len(self.param_groups) - 1)
             self._plans.append(self._build(len(self.param_groups) - 1))
         except Exception:
             self.param_groups.pop()
@@ -109,6 +106,7 @@ class LayerwiseOptimizer(Optimizer):
         group = self.param_groups[index]
         group["rule"] = rules.resolve(group["rule"])
         validate(group)
+        checks.params(group, index)
         direction = self._direction(group)
         old = self._plans[index] if index < len(self._plans) else None
         carried = (
@@ -129,7 +127,7 @@ class LayerwiseOptimizer(Optimizer):
             built.tables.append(table)
             built.backends.append(backend.name)
             built.stats.append(stats)
-            built.plans.append(backend.plan(spec))
+            built.plans.append(sharding.plan(backend, spec))
             if isinstance(spec.rule, rules.Estimated):
                 built.views.append(estimators.Layers(spec))
         self._snapshot = _C.Snapshot(self.state)
@@ -223,10 +221,11 @@ class LayerwiseOptimizer(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
                 return self._traced(loss)
+            steps = []
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
-                for plan in plans.plans:
-                    plan.step(hyper)
+                steps += [(plan, hyper) for plan in plans.plans]
+            sharding.step(steps)
         return loss
 
     def _traced(self, loss: Any) -> Any:
@@ -326,14 +325,17 @@ class LayerwiseOptimizer(Optimizer):
             groups without a rule that let non-finite values through are not measured.
         """
         names: list[str] = []
+        stepped: list[Plan] = []
         rows: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
             plans = self.plans(index)
             if group["rule"] is None and group["on_nonfinite"] != "skip":
                 continue
-            for table, stats in zip(plans.tables, plans.stats, strict=True):
+            for table in plans.tables:
                 names += table.layers
-                rows.append(stats)
+            stepped += plans.plans
+            rows += plans.stats
+        rows = sharding.whole(stepped, rows)
         # not to the host, if there is a device: a copy there would have to be waited for
         device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
         all_rows = (

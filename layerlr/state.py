@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import rules
+from . import rules, shards
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -50,7 +50,8 @@ def complete(
             continue
         _check_shape(key, value, tuple(p.shape), name)
         if value.device != p.device:
-            state[key] = value.to(p.device)
+            value = value.to(p.device)
+        state[key] = shards.placed_as(p, value)
     step = state.get("step")
     if not isinstance(step, Tensor):
         # torch's SGD keeps no count; a buffer that is there has seen a step

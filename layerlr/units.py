@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import sharding
 from .backends import BACKENDS, Hyper, Plan, PlanSpec
 from .layers import LayerTable, Span
 from .optimizer import _GroupPlans
@@ -44,7 +45,7 @@ class Unit:
     def prepare(self) -> bool:
         """Read the gradients and check them; False: the group's plans are out of date."""
         if self.plan is None:
-            self.plan = BACKENDS[self.backend].plan(self.spec)
+            self.plan = sharding.plan(BACKENDS[self.backend], self.spec)
         return self.plan.prepare()
 
     def step(self, hyper: Hyper) -> None:

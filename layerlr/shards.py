@@ -1,0 +1,113 @@
+"""What a process holds of a `torch.distributed.tensor.DTensor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Span, rows
+
+
+def is_sharded(x: object) -> bool:
+    """Whether a tensor is a DTensor; asked without importing ``torch.distributed.tensor``."""
+    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def refusal(p: Any) -> str | None:
+    """Why a DTensor cannot be stepped, or None."""
+    if any(placement.is_partial() for placement in p.placements):
+        return f"is placed {p.placements}, a sum that was not taken yet: redistribute it"
+    if type(p._local_tensor) is not Tensor:
+        return f"has local parts of type {type(p._local_tensor).__name__}, not plain tensors"
+    return None
+
+
+def groups(p: Any) -> dict[str, Any]:
+    """Process groups over which the parts of a tensor are spread, by name, in mesh order."""
+    if not is_sharded(p):
+        return {}
+    mesh = p.device_mesh
+    found = {}
+    for dim, placement in enumerate(p.placements):
+        if not placement.is_replicate() and mesh.size(dim) > 1:
+            group = mesh.get_group(dim)
+            found[group.group_name] = group
+    return found
+
+
+def local_part(x: Any) -> Any:
+    """The part of a DTensor that lies here, a tensor of its own over the same memory."""
+    return x._local_tensor.detach() if is_sharded(x) else x
+
+
+def local_gradient(p: Any) -> Tensor | None:
+    """The part of ``p.grad`` that belongs to the part of p that lies here.
+
+    A gradient that is placed otherwise (not reduced yet, say) is brought into p's placement.
+    """
+    g = p.grad
+    if g is None:
+        return None
+    if is_sharded(g):
+        if g.placements != p.placements:
+            g = g.redistribute(p.device_mesh, p.placements)
+        g = g._local_tensor
+    # collectives under way: of torch.distributed._functional_collectives
+    return g.wait() if hasattr(g, "wait") else g  # type: ignore[no-any-return]
+
+
+def local_rows(p: Any, parts: Sequence[Span], name: str) -> list[tuple[int, int]]:
+    """Rows of the local part that belong to each part of p; empty ranges where there are none.
+
+    Raises
+    ------
+    ValueError
+        Where rows of a part are not neighbours in local memory.
+    """
+    if not is_sharded(p):
+        return [(span.begin, span.end) for span in parts]
+    if len(parts) == 1:
+        return [(0, rows(p._local_tensor))]
+    held = _held_rows(p)
+    found = []
+    for span in parts:
+        at = ((held >= span.begin) & (held < span.end)).nonzero().flatten()
+        begin = int(at[0]) if len(at) else 0
+        end = begin + len(at)
+        if len(at) and int(at[-1]) != end - 1:
+            raise ValueError(
+                f"split blocks of parameter {name!r} are scattered over this process's shard "
+                f"({p.placements}): shard it along dim 0 in whole stretches, or along another dim"
+            )
+        found.append((begin, end))
+    return found
+
+
+def _held_rows(p: Any) -> Tensor:
+    """Numbers of the rows of dim 0 that lie here, found without communication."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = [q if getattr(q, "dim", None) == 0 else Replicate() for q in p.placements]
+    device = p._local_tensor.device
+    numbers = torch.arange(p.shape[0], device=device)
+    spread = distribute_tensor(numbers, p.device_mesh, placements, src_data_rank=None)
+    return spread._local_tensor.cpu()  # type: ignore[no-any-return]
+
+
+def placed_as(p: Any, value: Tensor) -> Tensor:
+    """A tensor of p's shape as DTensor placed as p is; one that every process holds whole is cut.
+
+    Changes nothing where p is no DTensor, or the value is placed that way.
+    """
+    if not is_sharded(p):
+        return value
+    if is_sharded(value):
+        if value.placements == p.placements:  # type: ignore[attr-defined]
+            return value
+        return value.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined,no-any-return]
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)

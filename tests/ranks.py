@@ -1,0 +1,81 @@
+"""Processes that talk to each other over gloo, for tests of sharding."""
+
+import copy
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _main(rank, body, world, folder, args):
+    os.environ["RANK"], os.environ["LOCAL_RANK"] = str(rank), str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    try:
+        body(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world, body, *args):
+    """Run ``body(*args)`` in ``world`` processes; an exception in one of them is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_main, (body, world, folder, args), world, start_method="fork")
+
+
+def everywhere_the_same(x):
+    """Assert that all processes hold the same bits; returns x."""
+    all_of_them = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, x.contiguous())
+    assert all(torch.equal(x, y) for y in all_of_them)
+    return x
+
+
+def full(x):
+    """The whole of a tensor, which may be a DTensor."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+class Toy(torch.nn.Module):
+    """A few layers of awkward sizes: nothing divides by 2 or 4, a vector of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(7, 11)
+        self.mid = torch.nn.Linear(11, 3, bias=False)
+        self.norm = torch.nn.LayerNorm(3)
+        self.out = torch.nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.out(self.norm(self.mid(torch.tanh(self.up(x)))))
+
+
+def models(seed=0):
+    """The same model twice, in float64: what differs is not the order of sums in its gradients."""
+    torch.manual_seed(seed)
+    model = Toy().double()
+    return model, copy.deepcopy(model)
+
+
+def batch(step, rank=None, n=8):
+    """Inputs and targets of a step; with a rank, its part of them."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(n, 7, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    if rank is None:
+        return x, y
+    size = n // dist.get_world_size()
+    return x[rank * size :][:size], y[rank * size :][:size]
+
+
+def train(model, opt, steps, rank=None, first=0):
+    """Some steps of mean-square regression."""
+    for step in range(first, first + steps):
+        x, y = batch(step, rank)
+        opt.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        opt.step()
