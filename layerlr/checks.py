@@ -61,6 +61,27 @@ def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
 
 
+def max_grad_norm(group: dict[str, Any]) -> float | None:
+    """A group's bound on the norm of all gradients.
+
+    Raises
+    ------
+    ValueError
+        For a bound that is not above 0, and where it does not go with the rule.
+    """
+    limit = group.get("max_grad_norm")
+    if limit is None:
+        return None
+    if not limit > 0.0:
+        raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number above 0")
+    if isinstance(group["rule"], rules.Estimated):
+        raise ValueError(
+            f"max_grad_norm does not go with rule {group['rule'].name!r}, whose rates are those of "
+            "the unclipped step: call torch.nn.utils.clip_grad_norm_ before it"
+        )
+    return float(limit)
+
+
 def capturable(group: dict[str, Any]) -> None:
     """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
     if group.get("capturable") and not torch.compiler.is_compiling():

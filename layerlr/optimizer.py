@@ -44,10 +44,14 @@ class LayerwiseOptimizer(Optimizer):
     """A direction and a layer rule; subclasses name the direction.
 
     Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
-    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite`` (as the keyword
-    arguments), ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks
-    or their sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
+    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite``,
+    ``max_grad_norm`` (as the keyword arguments), ``split`` (blocks of dim 0 that are layers of
+    their own: a number of equal blocks or their sizes) and ``lr_scale`` (a factor on lr: a number,
+    or one for each layer).
     """
+
+    #: norm of the gradients that the last step clipped, before that: float64, on the device
+    grad_norm: Tensor | None = None
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class LayerwiseOptimizer(Optimizer):
         adapt: str | Adapt | None,
         backend: str,
         on_nonfinite: Literal["skip", "propagate"] | None,
+        max_grad_norm: float | None,
     ) -> None:
         backends.validate(backend)
         self.backend = backend
@@ -65,7 +70,7 @@ class LayerwiseOptimizer(Optimizer):
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
-        defaults["on_nonfinite"] = on_nonfinite
+        defaults |= {"on_nonfinite": on_nonfinite, "max_grad_norm": max_grad_norm}
         checks.flags(defaults)
         super().__init__(params, defaults)
 
@@ -107,6 +112,7 @@ class LayerwiseOptimizer(Optimizer):
         group["rule"] = rules.resolve(group["rule"])
         validate(group)
         checks.params(group, index)
+        checks.max_grad_norm(group)
         direction = self._direction(group)
         old = self._plans[index] if index < len(self._plans) else None
         carried = (
@@ -190,6 +196,29 @@ class LayerwiseOptimizer(Optimizer):
             0.0 if found_inf is None else found_inf,
         )
 
+    def _clipped(
+        self, steps: list[tuple[Plan, Hyper]], limits: list[float | None]
+    ) -> list[tuple[Plan, Hyper]]:
+        """Put ``min(1, limit / (norm of all gradients + 1e-6))`` on the gradients of a step."""
+        bounds = {k: limit for k, limit in enumerate(limits) if limit is not None}
+        if not bounds:
+            self.grad_norm = None
+            return steps
+        sums = sharding.norms([steps[k] for k in bounds])
+        device = sums[0].device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for k, squares in zip(bounds, sums, strict=True):
+            if steps[k][1].skip:  # a layer that is left alone
+                squares = torch.where(torch.isfinite(squares), squares, 0.0)
+            total += squares.sum().to(device)
+        self.grad_norm = total.sqrt()
+        clipped = list(steps)
+        for k, bound in bounds.items():
+            plan, hyper = steps[k]
+            factor = (bound / (self.grad_norm + 1e-6)).clamp(max=1.0)
+            clipped[k] = plan, hyper._replace(sign=factor * hyper.sign)
+        return clipped
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` leaves scale and verdict to the step (attributes
@@ -221,11 +250,12 @@ class LayerwiseOptimizer(Optimizer):
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
                 return self._traced(loss)
-            steps = []
+            steps, limits = [], []
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
                 steps += [(plan, hyper) for plan in plans.plans]
-            sharding.step(steps)
+                limits += [checks.max_grad_norm(group)] * len(plans.plans)
+            sharding.step(self._clipped(steps, limits))
         return loss
 
     def _traced(self, loss: Any) -> Any:

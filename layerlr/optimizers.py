@@ -32,6 +32,12 @@ _LAYERWISE_DOC = """\
         ``"skip"``: a layer whose gradient holds NaN or inf keeps its weights and its step count,
         the other layers go on (the default with a rule). ``"propagate"``: torch's way (the
         default without).
+    max_grad_norm : float or None
+        Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
+        ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
+        where it is not None, found at ``optimizer.grad_norm`` after the step, on the device. A
+        layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs another pass
+        over the gradients, under sharding another message.
 
     Notes
     -----
@@ -95,6 +101,7 @@ class SGD(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         _check_lr(lr)
         _check("momentum", momentum)
@@ -113,7 +120,9 @@ class SGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(
+            params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm
+        )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         if group["momentum"] == 0:
@@ -155,6 +164,7 @@ class AMomSGD(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         _check_lr(lr)
         if not 0.0 <= momentum <= 1.0:
@@ -170,7 +180,9 @@ class AMomSGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(
+            params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm
+        )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["averaged_momentum"]
@@ -210,6 +222,7 @@ class Adagrad(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         _check_lr(lr)
         _check("lr_decay", lr_decay)
@@ -228,7 +241,9 @@ class Adagrad(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(
+            params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm
+        )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["adagrad"]
@@ -275,6 +290,7 @@ class RMSprop(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         _check_lr(lr)
         _check_eps(eps)
@@ -293,7 +309,9 @@ class RMSprop(LayerwiseOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(
+            params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm
+        )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         name = "rmsprop" + "_centered" * bool(group["centered"])
@@ -335,6 +353,7 @@ class Adam(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError(
@@ -357,7 +376,9 @@ class Adam(LayerwiseOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(
+            params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm
+        )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["amsgrad" if group["amsgrad"] else "adam"]
@@ -400,6 +421,7 @@ class AdamW(Adam):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -419,6 +441,7 @@ class AdamW(Adam):
             adapt=adapt,
             backend=backend,
             on_nonfinite=on_nonfinite,
+            max_grad_norm=max_grad_norm,
         )
 
 

@@ -164,7 +164,7 @@ class ShardedPlan:
                 continue
             now: Tensor = p._local_tensor  # type: ignore[attr-defined]
             moved = now.data_ptr() != local.data_ptr() or now.shape != local.shape
-            if moved or not (known is None or known.matches(state)):
+            if moved or not (state is None or known is None or known.matches(state)):
                 return False
             local.grad = shards.local_gradient(p)
         return self._plan.prepare()
