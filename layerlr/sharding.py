@@ -131,7 +131,7 @@ class ShardedPlan:
 
         local_spans = []
         for i, parts in enumerate(spec.table.parts):
-            ranges = shards.local_rows(params[i], parts, spec.table.names[i])
+            ranges = shards.local_rows(params[i], parts)
             for (begin, end), span in zip(ranges, parts, strict=True):
                 row = rows[span.layer, tuple(of_tensors[i])]
                 local_spans.append(Span(i, begin, end, row))

@@ -1,0 +1,402 @@
+"""Sharded parameters: DTensors of any placement step as the whole tensors do, with one message."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import everywhere_the_same, full, run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import layerlr
+from layerlr import rules
+
+BACKENDS = ["reference", "cpu", "triton", "simt"]
+S0, S1, R = Shard(0), Shard(1), Replicate()
+
+#: name -> shape; nothing divides by 4, some have fewer rows than there are processes
+SHAPES = {
+    "a.weight": (7, 5),
+    "a.bias": (7,),
+    "b.weight": (3, 6),
+    "b.bias": (3,),
+    "c.scale": (1,),
+    "d.kernel": (4, 3, 2),
+}
+RULES = [None, "singh", "lars", "layca", "lamb", rules.Layca(radius="current")]
+
+#: mesh shape -> placements by number of dimensions of a tensor
+PLACEMENTS = {
+    "rows": ((2,), {1: [S0], 2: [S0], 3: [S0]}),
+    "rows of 4": ((4,), {1: [S0], 2: [S0], 3: [S0]}),
+    "columns": ((2,), {1: [R], 2: [S1], 3: [Shard(2)]}),
+    "replicated": ((2,), {1: [R], 2: [R], 3: [R]}),
+    "hsdp": ((2, 2), {1: [R, S0], 2: [R, S0], 3: [R, S1]}),
+    "rows then columns": ((2, 2), {1: [S0, R], 2: [S0, S1], 3: [S0, S1]}),
+    "rows within rows": (
+        (2, 2),
+        {1: [S0, S0], 2: [_StridedShard(0, split_factor=2), S0], 3: [S0, S0]},
+    ),
+    "some plain": ((2,), {1: None, 2: [S0], 3: None}),
+}
+
+
+def whole(seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    draw = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in SHAPES.items()}
+    return {name: x.to(dtype) for name, x in draw.items()}
+
+
+def spread(x, mesh, placements):
+    """A DTensor of what every process holds whole; None: as it is."""
+    chosen, x = placements[x.dim()], x.clone()  # a replicated one would share its memory
+    return x if chosen is None else distribute_tensor(x, mesh, chosen, src_data_rank=None)
+
+
+def named(tensors):
+    return [(name, torch.nn.Parameter(x.clone())) for name, x in tensors.items()]
+
+
+def pair(mesh, placements, make, **options):
+    """Parameters and optimizer, of whole tensors and of their shards."""
+    ours = named(whole(**options))
+    theirs = [(n, torch.nn.Parameter(spread(p.detach(), mesh, placements))) for n, p in ours]
+    return (ours, make(ours)), (theirs, make(theirs))
+
+
+def fill(ours, theirs, mesh, placements, step):
+    grads = whole(1000 + step, ours[0][1].dtype)
+    for (name, p), (_, q) in zip(ours, theirs, strict=True):
+        p.grad = grads[name]
+        q.grad = spread(grads[name], mesh, placements)
+
+
+def close(a, b, rtol=1e-12, atol=1e-14):
+    torch.testing.assert_close(
+        everywhere_the_same(full(a.detach())), b.detach(), rtol=rtol, atol=atol
+    )
+
+
+def same_stats(whole_stats, stats):
+    assert stats.pop("names") == whole_stats.pop("names")
+    for key, x in stats.items():  # the angle of parallel vectors is the root of rounding errors
+        atol = 1e-7 if key == "angle" else 1e-12
+        torch.testing.assert_close(everywhere_the_same(x), whole_stats[key], rtol=1e-9, atol=atol)
+
+
+MAKE = {
+    "momentum": lambda p, **k: layerlr.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, **k),
+    "adamw": lambda p, **k: layerlr.AdamW(p, lr=0.1, weight_decay=0.1, **k),
+}
+
+
+def _as_whole(name, backend, steps):
+    shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", shape)
+    for make in MAKE.values():
+        for rule in RULES:
+            for layers in ("tensor", "module"):
+                options = {"rule": rule, "layers": layers, "adapt": "all", "backend": backend}
+                (ours, opt), (theirs, sharded) = pair(
+                    mesh, placements, lambda p, o=options, m=make: m(p, **o)
+                )
+                for step in range(steps):
+                    fill(ours, theirs, mesh, placements, step)
+                    opt.step()
+                    sharded.step()
+                for (_, p), (_, q) in zip(ours, theirs, strict=True):
+                    close(q, p, 1e-9, 1e-12)
+                    for key, x in sharded.state[q].items():
+                        per_element = x.shape == q.shape and key != "radius"
+                        assert isinstance(x, DTensor) == (isinstance(q, DTensor) and per_element)
+                        if per_element:
+                            close(x, opt.state[p][key], 1e-9, 1e-12)
+                same_stats(opt.layer_stats(), sharded.layer_stats())
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_steps_as_whole_tensors_do(name):
+    shape, _ = PLACEMENTS[name]
+    run(torch.Size(shape).numel(), _as_whole, name, "reference", 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", ["rows of 4", "rows then columns"])
+def test_engines(name, backend):
+    run(4, _as_whole, name, backend, 3 if backend in ("triton", "simt") else 20)
+
+
+def _messages(backend):
+    mesh = init_device_mesh("cpu", (2, 2))
+    for n in (1, 60, 300):
+        for placements, groups in (([S0], 1), ([R, S0], 1), ([S0, S1], 2)):
+            on = mesh if len(placements) == 2 else init_device_mesh("cpu", (4,))
+            params = [
+                torch.nn.Parameter(distribute_tensor(torch.ones(5, 3), on, placements))
+                for _ in range(n)
+            ]
+            for rule in ("singh", "layca"):
+                half = n // 2
+                opt = layerlr.SGD(
+                    [{"params": params[:half]}, {"params": params[half:], "lr": 0.2}][half == 0 :],
+                    lr=0.1,
+                    momentum=0.9,
+                    rule=rule,
+                    backend=backend,
+                )
+                for p in params:
+                    p.grad = distribute_tensor(torch.ones(5, 3), on, placements)
+                for limit, messages in ((None, groups), (1.0, 2 * groups)):
+                    opt.param_groups[-1]["max_grad_norm"] = limit
+                    with CommDebugMode() as seen:
+                        opt.step()
+                    assert seen.get_total_counts() == messages, (n, placements, rule, limit)
+    plain = layerlr.SGD(params, lr=0.1, backend=backend)
+    with CommDebugMode() as seen:
+        plain.step()
+    assert seen.get_total_counts() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_one_message_for_each_process_group(backend):
+    run(4, _messages, backend)
+
+
+def _clipped(name, backend):
+    shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", shape)
+    for rule in (None, "lars", "lamb"):
+        (ours, opt), (theirs, sharded) = pair(
+            mesh,
+            placements,
+            lambda p, r=rule: layerlr.SGD(
+                p, lr=0.1, momentum=0.9, rule=r, layers="module", max_grad_norm=0.5, backend=backend
+            ),
+        )
+        for step in range(3):
+            fill(ours, theirs, mesh, placements, step)
+            opt.step()
+            sharded.step()
+            torch.testing.assert_close(everywhere_the_same(sharded.grad_norm), opt.grad_norm)
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            close(q, p, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["rows", "rows then columns", "some plain"])
+def test_max_grad_norm_is_that_of_whole_gradients(name):
+    shape, _ = PLACEMENTS[name]
+    run(torch.Size(shape).numel(), _clipped, name, "reference")
+
+
+def _split(name, backend):
+    shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", shape)
+    for split in ([2, 1, 4], [3, 3, 1], 7):
+
+        def make(params, split=split):
+            weights = [p for n, p in params if n == "a.weight"]
+            return layerlr.SGD(
+                [{"params": weights, "split": split}], lr=0.1, rule="layca", backend=backend
+            )
+
+        (ours, opt), (theirs, sharded) = pair(mesh, placements, make)
+        for step in range(5):
+            fill(ours, theirs, mesh, placements, step)
+            opt.step()
+            sharded.step()
+        (p,), (q,) = opt.state, sharded.state
+        close(q, p)
+        close(sharded.state[q]["radius"], opt.state[p]["radius"])
+        same_stats(opt.layer_stats(), sharded.layer_stats())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["rows of 4", "columns", "rows within rows", "hsdp"])
+def test_layers_split_over_dim_0(name, backend):
+    shape, _ = PLACEMENTS[name]
+    run(torch.Size(shape).numel(), _split, name, backend)
+
+
+def _nonfinite(backend):
+    """One process has the bad gradient: all leave the layer alone, and go on with the others."""
+    shape, placements = PLACEMENTS["rows of 4"]
+    mesh = init_device_mesh("cpu", shape)
+    for rule in ("singh", "layca", None):
+        (ours, opt), (theirs, sharded) = pair(
+            mesh,
+            placements,
+            lambda p, r=rule: layerlr.SGD(
+                p, lr=0.1, momentum=0.9, rule=r, on_nonfinite="skip", backend=backend
+            ),
+        )
+        for step in range(3):
+            fill(ours, theirs, mesh, placements, step)
+            if step == 1:
+                ours[0][1].grad[6, 2] = float("nan")
+                theirs[0][1].grad = spread(ours[0][1].grad, mesh, placements)
+                before = full(theirs[0][1].detach()).clone()
+            opt.step()
+            sharded.step()
+            if step == 1:
+                assert torch.equal(full(theirs[0][1].detach()), before)
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            close(q, p, 1e-9)
+            assert sharded.state[q]["step"] == opt.state[p]["step"]
+        assert sharded.layer_stats()["skipped"].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_gradient_on_one_process_is_everybodys_verdict(backend):
+    run(4, _nonfinite, backend)
+
+
+def _late_and_frozen(backend):
+    shape, placements = PLACEMENTS["rows"]
+    mesh = init_device_mesh("cpu", shape)
+    (ours, opt), (theirs, sharded) = pair(
+        mesh, placements, lambda p: layerlr.SGD(p, lr=0.1, rule="layca", backend=backend)
+    )
+    fill(ours, theirs, mesh, placements, 0)
+    for params in (ours, theirs):
+        params[2][1].grad = None  # comes late
+        params[3][1].requires_grad_(False)
+        params[3][1].grad = None
+    for step in range(3):
+        opt.step()
+        sharded.step()
+        if step == 0:
+            fill(ours, theirs, mesh, placements, 1)
+    extra = torch.nn.Parameter(torch.ones(5, 2, dtype=torch.float64))
+    extra_sharded = torch.nn.Parameter(spread(extra.detach(), mesh, placements))
+    extra.grad = torch.full_like(extra, 0.5)
+    extra_sharded.grad = spread(extra.grad, mesh, placements)
+    for params, o, p in ((ours, opt, extra), (theirs, sharded, extra_sharded)):
+        o.add_param_group({"params": [p], "param_names": ["e"]})
+        o.step()
+        params.append(("e", p))
+    for (_, p), (_, q) in zip(ours, theirs, strict=True):
+        close(q, p)
+        if isinstance(q.grad, DTensor):
+            assert q._local_tensor.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_late_frozen_and_added_parameters(backend):
+    run(2, _late_and_frozen, backend)
+
+
+def _dtypes(dtype, backend):
+    """Elementwise bits are those of whole tensors; a rule's differ by the sums' last bits."""
+    shape, placements = PLACEMENTS["rows"]
+    mesh = init_device_mesh("cpu", shape)
+    for rule, ulps in ((None, 0), ("layca", 2), ("singh", 2)):
+        (ours, opt), (theirs, sharded) = pair(
+            mesh,
+            placements,
+            lambda p, r=rule: layerlr.AdamW(p, lr=0.1, rule=r, backend=backend),
+            dtype=dtype,
+        )
+        fill(ours, theirs, mesh, placements, 0)
+        opt.step()
+        sharded.step()
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            assert sharded.state[q]["exp_avg"].dtype == torch.float32
+            close(q, p, ulps * torch.finfo(dtype).eps, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_low_precision(dtype, backend):
+    run(2, _dtypes, dtype, backend)
+
+
+def _gradients(backend):
+    """Placed otherwise, summed yet to be, still on their way."""
+    mesh = init_device_mesh("cpu", (2,))
+    value, gradient = torch.arange(12.0).view(6, 2), torch.full((6, 2), 3.0)
+    for placed in (Replicate(), Shard(1), Partial()):
+        p = torch.nn.Parameter(distribute_tensor(value, mesh, [S0]))
+        opt = layerlr.SGD([p], lr=0.1, rule="lars", backend=backend)
+        part = gradient / 2 if placed.is_partial() else gradient
+        if placed.is_partial():
+            p.grad = DTensor.from_local(part, mesh, [placed])
+        else:
+            p.grad = distribute_tensor(part, mesh, [placed])
+        opt.step()
+        q = torch.nn.Parameter(value.clone())
+        whole_opt = layerlr.SGD([q], lr=0.1, rule="lars", backend=backend)
+        q.grad = gradient
+        whole_opt.step()
+        close(p, q, 1e-6)
+    version = p._version
+    opt.step()
+    assert p._version > version
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_gradients_of_other_placements(backend):
+    run(2, _gradients, backend)
+
+
+def _refusals():
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [S0]))
+    for options in (
+        {"rule": rules.Curvature(), "lr": 1.0},
+        {"rule": rules.BackMatching(), "lr": 1.0},
+        {"differentiable": True},
+    ):
+        with pytest.raises(ValueError, match=r"group0\.param0.*sharded"):
+            layerlr.SGD([p], **options)
+    partial = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
+    with pytest.raises(ValueError, match="redistribute"):
+        layerlr.SGD([torch.nn.Parameter(partial)])
+    opt = layerlr.SGD([p], lr=0.1)
+    opt.param_groups[0]["rule"] = rules.Curvature()
+    p.grad = distribute_tensor(torch.ones(4, 2), mesh, [S0])
+    before = full(p.detach()).clone()
+    with pytest.raises(ValueError, match="curvature"):
+        opt.step()
+    assert torch.equal(full(p.detach()), before)
+
+
+def test_what_cannot_be_is_refused():
+    run(2, _refusals)
+
+
+def _unchanged(backend):
+    """lr 0 and zero gradients, as checkpoint libraries step to make state: no bit changes."""
+    shape, placements = PLACEMENTS["rows of 4"]
+    mesh = init_device_mesh("cpu", shape)
+    for rule in ("singh", "layca", "lamb", None):
+        _, (theirs, opt) = pair(
+            mesh, placements, lambda p, r=rule: layerlr.AdamW(p, lr=0.0, rule=r, backend=backend)
+        )
+        before = [full(p.detach()).clone() for _, p in theirs]
+        for _, p in theirs:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        for (_, p), old in zip(theirs, before, strict=True):
+            assert torch.equal(full(p.detach()), old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_the_step_of_checkpoint_libraries_changes_nothing(backend):
+    run(4, _unchanged, backend)
+
+
+def test_one_process_needs_no_messages():
+    run(1, _single)
+
+
+def _single():
+    assert dist.get_world_size() == 1
+    mesh = init_device_mesh("cpu", (1,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [S0]))
+    opt = layerlr.SGD([p], lr=0.1, rule="layca")
+    p.grad = distribute_tensor(torch.eye(4, 2), mesh, [S0])
+    with CommDebugMode() as seen:
+        opt.step()
+    assert seen.get_total_counts() == 0
+    assert not torch.equal(full(p.detach()), torch.ones(4, 2))
