@@ -205,10 +205,11 @@ void DevicePlan::step(const StepConfig& config, const There& there) {
   const auto copy = [&](const std::optional<at::Tensor>& from, size_t to) {
     if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
   };
-  copy(there.lr, offsetof(DeviceConfig, lr));
-  copy(there.sign, offsetof(DeviceConfig, sign));
-  copy(there.found_inf, offsetof(DeviceConfig, found_inf));
+  copy(there[0], offsetof(DeviceConfig, lr));
+  copy(there[1], offsetof(DeviceConfig, sign));
+  copy(there[2], offsetof(DeviceConfig, found_inf));
   check(engine_->step(args_, device().index(), schedule_.plain, at));
+  finish();
 }
 
 }  // namespace layerlr

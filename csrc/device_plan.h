@@ -11,10 +11,9 @@ class DevicePlan : public LivePlan {
   /// `engine` runs the kernels; `tuning` is what results do not depend on.
   DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
 
-  /// One step. Numbers on the device (null: in the config) are read there: nobody waits for them.
-  struct There {
-    std::optional<at::Tensor> lr, sign, found_inf;
-  };
+  /// lr, sign and found_inf on the device (none: in the config); they are read there: nobody waits.
+  using There = std::array<std::optional<at::Tensor>, 3>;
+
   void step(const StepConfig& config, const There& there);
 
   /// Bytes of device memory that the plan keeps.

@@ -175,7 +175,7 @@ Model on_cpu(const Case& c) {
   const auto serial = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     body(0, n);
   };
-  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), 1, serial);
+  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), {1, serial});
   return m;
 }
 
