@@ -115,6 +115,9 @@ PYBIND11_MODULE(_C, m) {
             return new DevicePlan(live, engine_in(engine), {blocks, hold, plain});
           }))
       .def("step", of_numbers(&DevicePlan::step))
+      .def("measure", of_numbers(&DevicePlan::measure))
+      .def("apply", of_numbers(&DevicePlan::apply))
+      .def("norms", of_numbers(&DevicePlan::norms))
       .def("memory", &DevicePlan::memory);
 }
 

@@ -90,4 +90,35 @@ class DevicePlan(LivePlan):
         direction_hyper: Sequence[float],
         there: Sequence[Tensor | None],
     ) -> None: ...
+    def measure(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+    ) -> Tensor: ...
+    def apply(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+        sums: Tensor,
+    ) -> None: ...
+    def norms(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+    ) -> Tensor: ...
     def memory(self) -> int: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from layerlr import _C
@@ -51,7 +50,7 @@ class CpuPlan:
     def measure(self, h: Hyper) -> Tensor:
         """The first pass."""
         if float(h.found_inf):
-            return torch.zeros(len(self.spec.table.layers), 4, dtype=torch.float64)
+            return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
         return self._native.measure(*_numbers(h))
 
     def apply(self, h: Hyper, sums: Tensor) -> None:
