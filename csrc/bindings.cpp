@@ -1,4 +1,6 @@
 // layerlr._C: the cached plans of the eager path, and the registries.
+#include <ATen/Functions.h>
+
 #include "cpu/kernels.h"
 #include "device_plan.h"
 
@@ -22,16 +24,53 @@ class CpuPlan : public LivePlan {
  public:
   explicit CpuPlan(const LivePlan& live) : LivePlan(live) { plan().finish(); }
 
-  void step(double lr, double weight_decay, bool decoupled, double sign, bool skip,
-            const std::vector<double>& direction_hyper) {
-    const StepConfig config = step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper);
+  void step(const StepConfig& config) {
     {
       py::gil_scoped_release release;
-      step_with_torch_threads(plan(), config);
+      layerlr::step(plan(), config, torch_threads());
     }
     finish();
   }
+
+  at::Tensor measure(const StepConfig& config) {
+    py::gil_scoped_release release;
+    const at::Tensor sums = at::empty({layers(), 4}, at::kDouble);
+    layerlr::measure(plan(), config, torch_threads(), rows_of(sums));
+    return sums;
+  }
+
+  void apply(const StepConfig& config, const at::Tensor& sums) {
+    TORCH_CHECK(sums.sizes() == at::IntArrayRef({layers(), 4}) && sums.is_contiguous());
+    {
+      py::gil_scoped_release release;
+      layerlr::apply(plan(), config, torch_threads(), rows_of(sums));
+    }
+    finish();
+  }
+
+  at::Tensor norms(const StepConfig& config) {
+    py::gil_scoped_release release;
+    const at::Tensor sums = at::empty({layers()}, at::kDouble);
+    layerlr::norms(plan(), config, torch_threads(), sums.data_ptr<double>());
+    return sums;
+  }
+
+ private:
+  int64_t layers() { return plan().layers.size(); }
+  static LayerStats* rows_of(const at::Tensor& sums) {
+    return reinterpret_cast<LayerStats*>(sums.data_ptr<double>());
+  }
 };
+
+/// A method that wants a config as a function of the numbers in it.
+template <class P, class R, class... More>
+auto of_numbers(R (P::*method)(const StepConfig&, More...)) {
+  return [method](P& plan, double lr, double weight_decay, bool decoupled, double sign, bool skip,
+                  const std::vector<double>& direction_hyper, More... more) {
+    return (plan.*method)(step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper),
+                          more...);
+  };
+}
 
 const Engine* engine_in(const py::capsule& capsule) {
   return static_cast<const Engine*>(PyCapsule_GetPointer(capsule.ptr(), engine_capsule));
@@ -66,20 +105,19 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly_static("STALE", [](py::object) { return int(LivePlan::stale); });
   py::class_<CpuPlan, LivePlan>(m, "CpuPlan")
       .def(py::init<const LivePlan&>())
-      .def("step", &CpuPlan::step);
+      .def("step", of_numbers(&CpuPlan::step))
+      .def("measure", of_numbers(&CpuPlan::measure))
+      .def("apply", of_numbers(&CpuPlan::apply))
+      .def("norms", of_numbers(&CpuPlan::norms));
   py::class_<DevicePlan, LivePlan>(m, "DevicePlan")
       .def(py::init(
           [](const LivePlan& live, const py::capsule& engine, int blocks, int hold, bool plain) {
             return new DevicePlan(live, engine_in(engine), {blocks, hold, plain});
           }))
-      .def("step",
-           [](DevicePlan& plan, double lr, double weight_decay, bool decoupled, double sign,
-              bool skip, const std::vector<double>& direction_hyper,
-              const std::array<std::optional<at::Tensor>, 3>& there) {
-             plan.step(step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper),
-                       {there[0], there[1], there[2]});
-             plan.finish();
-           })
+      .def("step", of_numbers(&DevicePlan::step))
+      .def("measure", of_numbers(&DevicePlan::measure))
+      .def("apply", of_numbers(&DevicePlan::apply))
+      .def("norms", of_numbers(&DevicePlan::norms))
       .def("memory", &DevicePlan::memory);
 }
 

@@ -73,11 +73,15 @@ void DevicePlan::build(bool measured) {
   Layout scratch;
   const size_t tile_sums = scratch.put(s.tiles * sizeof(LayerStats)),
                segment_sums = scratch.put(n_segments * sizeof(LayerStats)),
+               layer_sums = scratch.put(n_layers * sizeof(LayerStats)),
                verdicts = scratch.put(n_layers * sizeof(DeviceVerdict)),
                segment_arrivals = scratch.put(n_segments * 4),
                layer_arrivals = scratch.put(n_layers * 4), ready = scratch.put(n_layers * 4),
                sync = scratch.put(sizeof(DeviceSync));
   scratch_ = at::zeros({int64_t(scratch.bytes)}, there);
+  layer_sums_ = scratch_.narrow(0, layer_sums, n_layers * sizeof(LayerStats))
+                    .view(at::kDouble)
+                    .view({int64_t(n_layers), 4});
 
   Layout fresh;
   const size_t config = fresh.put(sizeof(DeviceConfig));
@@ -111,6 +115,7 @@ void DevicePlan::build(bool measured) {
   args_.tensor_layers = at_byte<int32_t>(fixed_, tensor_layers);
   args_.tile_sums = at_byte<LayerStats>(scratch_, tile_sums);
   args_.segment_sums = at_byte<LayerStats>(scratch_, segment_sums);
+  args_.layer_sums = at_byte<LayerStats>(scratch_, layer_sums);
   args_.verdicts = at_byte<DeviceVerdict>(scratch_, verdicts);
   args_.segment_arrivals = at_byte<uint32_t>(scratch_, segment_arrivals);
   args_.layer_arrivals = at_byte<uint32_t>(scratch_, layer_arrivals);
@@ -185,12 +190,12 @@ void DevicePlan::upload(void* stream) {
   unknown_ = graph;  // what a graph sends arrives when it runs
 }
 
-void DevicePlan::step(const StepConfig& config, const There& there) {
+/// Bring what is on the device up to date; false where there is nothing to step.
+bool DevicePlan::ready(const StepConfig& config, const There& there) {
   const auto& tensors = plan().tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const TensorRow& t) { return t.active; })) {
-    return;  // every layer has stepped within backward, or there was none
+    return false;  // every layer has stepped within backward, or there was none
   }
-  const c10::DeviceGuard guard(device());
   const bool measured = plan().has_rule || config.skip;
   void* const at = stream();
   if (measured_ != measured) {
@@ -199,16 +204,55 @@ void DevicePlan::step(const StepConfig& config, const There& there) {
                 "rule: the first one builds the plan; take one before the capture");
     build(measured);
   }
-  if (!args_.layers) return;
+  if (!args_.layers) return false;
   fill(config);
   upload(at);
   const auto copy = [&](const std::optional<at::Tensor>& from, size_t to) {
     if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
   };
-  copy(there.lr, offsetof(DeviceConfig, lr));
-  copy(there.sign, offsetof(DeviceConfig, sign));
-  copy(there.found_inf, offsetof(DeviceConfig, found_inf));
-  check(engine_->step(args_, device().index(), schedule_.plain, at));
+  copy(there[0], offsetof(DeviceConfig, lr));
+  copy(there[1], offsetof(DeviceConfig, sign));
+  copy(there[2], offsetof(DeviceConfig, found_inf));
+  return true;
+}
+
+void DevicePlan::step(const StepConfig& config, const There& there) {
+  const c10::DeviceGuard guard(device());
+  if (ready(config, there)) {
+    check(engine_->step(args_, device().index(), schedule_.plain, stream()));
+  }
+  finish();
+}
+
+at::Tensor DevicePlan::measure(const StepConfig& config, const There& there) {
+  const c10::DeviceGuard guard(device());
+  if (!ready(config, there)) return no_sums();
+  check(engine_->measure(args_, device().index(), stream()));
+  return layer_sums_.clone();
+}
+
+void DevicePlan::apply(const StepConfig& config, const There& there, const at::Tensor& sums) {
+  const c10::DeviceGuard guard(device());
+  if (ready(config, there)) {
+    layer_sums_.copy_(sums);
+    check(engine_->apply(args_, device().index(), stream()));
+  }
+  finish();
+}
+
+at::Tensor DevicePlan::norms(const StepConfig& config, const There& there) {
+  const c10::DeviceGuard guard(device());
+  if (!ready(config, there)) return no_sums().select(1, 0);
+  StepArgs args = args_;  // whose rule and decay look at the gradients alone
+  args.rule = {};
+  args.raw = true;
+  check(engine_->measure(args, device().index(), stream()));
+  return layer_sums_.select(1, 1).clone();
+}
+
+at::Tensor DevicePlan::no_sums() {
+  return at::zeros({int64_t(plan().layers.size()), 4},
+                   at::TensorOptions().dtype(at::kDouble).device(device()));
 }
 
 }  // namespace layerlr

@@ -11,16 +11,24 @@ class DevicePlan : public LivePlan {
   /// `engine` runs the kernels; `tuning` is what results do not depend on.
   DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
 
-  /// One step. Numbers on the device (null: in the config) are read there: nobody waits for them.
-  struct There {
-    std::optional<at::Tensor> lr, sign, found_inf;
-  };
+  /// lr, sign and found_inf on the device (none: in the config); they are read there: nobody waits.
+  using There = std::array<std::optional<at::Tensor>, 3>;
+
   void step(const StepConfig& config, const There& there);
+
+  /// The same in two halves: the sums of each layer [layers, 4], and what follows from them.
+  at::Tensor measure(const StepConfig& config, const There& there);
+  void apply(const StepConfig& config, const There& there, const at::Tensor& sums);
+
+  /// g.g of each layer [layers], before L2 decay.
+  at::Tensor norms(const StepConfig& config, const There& there);
 
   /// Bytes of device memory that the plan keeps.
   int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }
 
  private:
+  bool ready(const StepConfig& config, const There& there);
+  at::Tensor no_sums();
   void build(bool measured);
   void fill(const StepConfig& config);
   void upload(void* stream);
@@ -35,6 +43,7 @@ class DevicePlan : public LivePlan {
   Schedule schedule_;
   StepArgs args_{};
   at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
+  at::Tensor layer_sums_;               // in scratch_
   std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
   bool unknown_ = true;
   size_t grads_at_ = 0, presence_at_ = 0, kept_at_ = 0, rows_at_ = 0;

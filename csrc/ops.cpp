@@ -64,7 +64,7 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
   config.sign = sign.item<double>();
   config.skip = skip;
   std::copy(direction_hyper.begin(), direction_hyper.end(), config.direction_hyper);
-  step_with_torch_threads(plan, config);
+  step(plan, config, torch_threads());
   staging.finish();
 }
 

@@ -98,11 +98,11 @@ Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t en
   return {static_cast<int32_t>(tensor), static_cast<int32_t>(layer), begin * row, end * row};
 }
 
-void step_with_torch_threads(Plan& plan, const StepConfig& config) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  step(plan, config, threads, [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-    at::parallel_for(0, n, 1, body);
-  });
+Threads torch_threads() {
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+          [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+            at::parallel_for(0, n, 1, body);
+          }};
 }
 
 }  // namespace layerlr

@@ -66,7 +66,7 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
 /// The span of rows [begin, end) of dim 0, in elements.
 Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer);
 
-/// Step with torch's thread pool.
-void step_with_torch_threads(Plan& plan, const StepConfig& config);
+/// torch's thread pool.
+Threads torch_threads();
 
 }  // namespace layerlr

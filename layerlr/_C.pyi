@@ -47,6 +47,34 @@ class CpuPlan(LivePlan):
         skip: bool,
         direction_hyper: Sequence[float],
     ) -> None: ...
+    def measure(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+    ) -> Tensor: ...
+    def apply(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        sums: Tensor,
+    ) -> None: ...
+    def norms(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+    ) -> Tensor: ...
 
 class DevicePlan(LivePlan):
     def __init__(
@@ -62,4 +90,35 @@ class DevicePlan(LivePlan):
         direction_hyper: Sequence[float],
         there: Sequence[Tensor | None],
     ) -> None: ...
+    def measure(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+    ) -> Tensor: ...
+    def apply(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+        sums: Tensor,
+    ) -> None: ...
+    def norms(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+    ) -> Tensor: ...
     def memory(self) -> int: ...

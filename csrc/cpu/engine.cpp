@@ -20,7 +20,8 @@ int param_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::
 
 class Step {
  public:
-  Step(Plan& plan, const StepConfig& config) : plan_(plan), config_(config) {
+  Step(Plan& plan, const StepConfig& config, const Threads& threads)
+      : plan_(plan), config_(config), threads_(threads) {
     measured_ = plan.has_rule || config.skip;
     tensors_.resize(plan.tensors.size());
     for (size_t i = 0; i < plan.tensors.size(); ++i) {
@@ -28,24 +29,33 @@ class Step {
     }
   }
 
-  void run(int threads, const ParallelFor& parallel) {
-    const int64_t n = static_cast<int64_t>(plan_.layers.size());
-    if (threads == 1) {
-      for (int64_t l = 0; l < n; ++l) whole_layer(l);
-    } else {
-      std::vector<int64_t> small;
-      for (int64_t l = 0; l < n; ++l) {
-        if (plan_.layers[l].numel > share_above) {
-          shared_layer(l, parallel);
-        } else {
-          small.push_back(l);
-        }
-      }
-      parallel(static_cast<int64_t>(small.size()), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) whole_layer(small[i]);
-      });
-    }
+  void run() {
+    for_layers([&](int64_t l, const auto& parts) {
+      if (measured_) first_pass(l, parts);
+      second_pass(l, measured_ ? sum(l) : LayerStats(), parts);
+    });
     advance_counts();
+  }
+
+  void measure(LayerStats* sums) {
+    for_layers([&](int64_t l, const auto& parts) {
+      first_pass(l, parts);
+      sums[l] = sum(l);
+    });
+  }
+
+  void apply(const LayerStats* sums) {
+    for_layers([&](int64_t l, const auto& parts) { second_pass(l, sums[l], parts); });
+    advance_counts();
+  }
+
+  void norms(double* sums) {
+    for_layers([&](int64_t l, const auto& parts) {
+      over_chunks(l, parts, [&](int32_t c) {
+        plan_.partials[c] = kernels(c).measure(piece(plan_.chunks[c]), {false, true});
+      });
+      sums[l] = sum(l).gg;
+    });
   }
 
  private:
@@ -93,41 +103,110 @@ class Step {
     return p;
   }
 
-  bool active(const Chunk& chunk) const { return plan_.tensors[chunk.tensor].active; }
+  bool active(int32_t c) const { return plan_.tensors[plan_.chunks[c].tensor].active; }
+  const Kernels& kernels(int32_t c) const { return *tensors_[plan_.chunks[c].tensor].kernels; }
 
-  // -- the two passes over a chunk, and what lies between --------------------------------------
+  // -- over layers and chunks ------------------------------------------------------------------
 
-  void first_pass(const Layer& layer, int32_t c) {
-    const Chunk& chunk = plan_.chunks[c];
-    if (!active(chunk)) return;
-    const Kernels& k = *tensors_[chunk.tensor].kernels;
-    const RuleInfo info = plan_.rule_of(layer);
-    plan_.partials[c] = plan_.rule.update
-                            ? k.advance(piece(chunk))
-                            : k.measure(piece(chunk), {info.measures_ww, info.raw_gradient});
+  /// Call body(l, parts) for every layer; parts(n, f) calls f(begin, end) over parts of [0, n).
+  template <class Body>
+  void for_layers(Body body) const {
+    const auto one = [](int64_t n, const auto& f) { f(int64_t(0), n); };
+    const int64_t n = static_cast<int64_t>(plan_.layers.size());
+    if (threads_.count == 1) {
+      for (int64_t l = 0; l < n; ++l) body(l, one);
+      return;
+    }
+    std::vector<int64_t> small;
+    for (int64_t l = 0; l < n; ++l) {
+      if (plan_.layers[l].numel > share_above) {
+        body(l, threads_.parallel);
+      } else {
+        small.push_back(l);
+      }
+    }
+    threads_.parallel(static_cast<int64_t>(small.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(small[i], one);
+    });
   }
 
-  /// Sum the chunks in order, ask the rule, start the layer's statistics.
-  Verdict between(int64_t l) {
+  /// Call body(c) for the layer's chunks that take part.
+  template <class Parts, class Body>
+  void over_chunks(int64_t l, const Parts& parts, Body body, bool last_first = false) const {
     const Layer& layer = plan_.layers[l];
-    const TensorRow* first = nullptr;
-    double rate = 1;
-    bool first_order = true, whole = true;
-    LayerStats sums;
+    parts(layer.chunk_end - layer.chunk_begin, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = last_first ? begin + end - 1 - i : i;
+        const int32_t c = static_cast<int32_t>(layer.chunk_begin + at);
+        if (active(c)) body(c);
+      }
+    });
+  }
+
+  /// The layer's first tensor that takes part, or null.
+  const Tensor* first_of(int64_t l) const {
+    const Layer& layer = plan_.layers[l];
     for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) {
-      const Chunk& chunk = plan_.chunks[c];
-      if (!active(chunk)) {
-        whole = false;
-        continue;
-      }
-      if (!first) {
-        first = &plan_.tensors[chunk.tensor];
-        rate = tensors_[chunk.tensor].rate;
-        first_order = tensors_[chunk.tensor].kernels->first_order;
-      }
-      if (measured_) sums = sums + plan_.partials[c];
+      if (active(c)) return &tensors_[plan_.chunks[c].tensor];
     }
-    const double lr = config_.lr * layer.lr_scale * rate;
+    return nullptr;
+  }
+
+  /// Sums of the layer's chunks, added in order.
+  LayerStats sum(int64_t l) const {
+    LayerStats sums;
+    const Layer& layer = plan_.layers[l];
+    for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) {
+      if (active(c)) sums = sums + plan_.partials[c];
+    }
+    return sums;
+  }
+
+  // -- the two passes over a layer, and what lies between --------------------------------------
+
+  template <class Parts>
+  void first_pass(int64_t l, const Parts& parts) {
+    const RuleInfo info = plan_.rule_of(plan_.layers[l]);
+    over_chunks(l, parts, [&](int32_t c) {
+      const Piece p = piece(plan_.chunks[c]);
+      plan_.partials[c] = plan_.rule.update
+                              ? kernels(c).advance(p)
+                              : kernels(c).measure(p, {info.measures_ww, info.raw_gradient});
+    });
+  }
+
+  template <class Parts>
+  void second_pass(int64_t l, const LayerStats& sums, const Parts& parts) {
+    const Verdict v = decide_layer(l, sums);
+    if (v.keep) return;
+    const bool tells = measured_ && !plan_.rule.update;
+    const auto chunk = [&](int32_t c) {
+      const Piece p = piece(plan_.chunks[c]);
+      if (plan_.rule.update) {
+        kernels(c).apply(p, v.scale);
+      } else if (tells) {
+        plan_.partials[c] = kernels(c).advance_apply_measured(p, v.scale);
+      } else {
+        kernels(c).advance_apply(p, v.scale);
+      }
+    };
+    over_chunks(l, parts, chunk, true);  // the last one is still in cache
+    if (!tells || !first_of(l)) return;
+    const LayerStats step = sum(l);  // a gradient rule's is known now only
+    double* row = plan_.stats + l * columns;
+    row[Column::ww] = step.ww;
+    row[Column::uu] = step.uu;
+    row[Column::wu] = step.wu;
+  }
+
+  /// Ask the rule, start the layer's statistics.
+  Verdict decide_layer(int64_t l, const LayerStats& sums) {
+    const Layer& layer = plan_.layers[l];
+    const Tensor* const first = first_of(l);
+    bool whole = true;
+    for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) whole = whole && active(c);
+    const double lr = config_.lr * layer.lr_scale * (first ? first->rate : 1);
+    const bool first_order = !first || first->kernels->first_order;
     const LayerConfig of{layer.ruled, lr,           config_.l2(), config_.apart(),
                          first_order, config_.skip, layer.kept,   whole};
     const Verdict v = decide(plan_.rule, of, sums);
@@ -143,65 +222,6 @@ class Step {
       }
     }
     return v;
-  }
-
-  void second_pass(int32_t c, const Verdict& v) {
-    const Chunk& chunk = plan_.chunks[c];
-    if (!active(chunk) || v.keep) return;
-    const Kernels& k = *tensors_[chunk.tensor].kernels;
-    if (plan_.rule.update) {
-      k.apply(piece(chunk), v.scale);
-    } else if (measured_) {
-      plan_.partials[c] = k.advance_apply_measured(piece(chunk), v.scale);
-    } else {
-      k.advance_apply(piece(chunk), v.scale);
-    }
-  }
-
-  /// A gradient rule's step is known after the second pass only.
-  void after(int64_t l, const Verdict& v) {
-    const Layer& layer = plan_.layers[l];
-    if (!measured_ || v.keep || plan_.rule.update) return;
-    LayerStats sums;
-    bool any = false;
-    for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) {
-      if (!active(plan_.chunks[c])) continue;
-      sums = sums + plan_.partials[c];
-      any = true;
-    }
-    if (!any) return;
-    double* row = plan_.stats + l * columns;
-    row[Column::ww] = sums.ww;
-    row[Column::uu] = sums.uu;
-    row[Column::wu] = sums.wu;
-  }
-
-  // -- over a layer ----------------------------------------------------------------------------
-
-  void whole_layer(int64_t l) {
-    const Layer& layer = plan_.layers[l];
-    if (measured_) {
-      for (int32_t c = layer.chunk_begin; c < layer.chunk_end; ++c) first_pass(layer, c);
-    }
-    const Verdict v = between(l);
-    // last chunk first: it is the one still in cache
-    for (int32_t c = layer.chunk_end; c-- > layer.chunk_begin;) second_pass(c, v);
-    after(l, v);
-  }
-
-  void shared_layer(int64_t l, const ParallelFor& parallel) {
-    const Layer& layer = plan_.layers[l];
-    const int64_t n = layer.chunk_end - layer.chunk_begin;
-    if (measured_) {
-      parallel(n, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) first_pass(layer, int32_t(layer.chunk_begin + c));
-      });
-    }
-    const Verdict v = between(l);
-    parallel(n, [&](int64_t begin, int64_t end) {
-      for (int64_t c = end; c-- > begin;) second_pass(int32_t(layer.chunk_begin + c), v);
-    });
-    after(l, v);
   }
 
   /// A tensor's count stands still where all of its layers were left alone.
@@ -227,6 +247,7 @@ class Step {
 
   Plan& plan_;
   const StepConfig& config_;
+  const Threads& threads_;
   bool measured_;
   std::vector<Tensor> tensors_;
   std::vector<Made> made_;
@@ -235,8 +256,20 @@ class Step {
 
 }  // namespace
 
-void step(Plan& plan, const StepConfig& config, int threads, const ParallelFor& parallel) {
-  Step(plan, config).run(threads, parallel);
+void step(Plan& plan, const StepConfig& config, const Threads& threads) {
+  Step(plan, config, threads).run();
+}
+
+void measure(Plan& plan, const StepConfig& config, const Threads& threads, LayerStats* sums) {
+  Step(plan, config, threads).measure(sums);
+}
+
+void apply(Plan& plan, const StepConfig& config, const Threads& threads, const LayerStats* sums) {
+  Step(plan, config, threads).apply(sums);
+}
+
+void norms(Plan& plan, const StepConfig& config, const Threads& threads, double* sums) {
+  Step(plan, config, threads).norms(sums);
 }
 
 }  // namespace layerlr

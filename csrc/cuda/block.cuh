@@ -59,16 +59,22 @@ struct Block {
     enter_next();
   }
   LAYERLR_DEVICE void enter_next() {
-    const Phase phase = args.phase;
     do {
       if (++cursor.run == cursor.end) return;
       cursor.now = cursor.next;
       if (cursor.run + 1 < cursor.end) cursor.next = args.runs[cursor.run + 1];
-    } while (phase != whole_step && cursor.now.kind != int(phase));
+    } while (!takes(cursor.now.kind));
+    if (args.phase != whole_step) cursor.now.kind = args.phase;
     cursor.place = 0;
     cursor.row = args.rows[cursor.now.tensor];
     cursor.g = args.grads[cursor.now.tensor];
     cursor.t = cursor.g ? coming_step(cursor.row) : 0;  // a row without gradient may be empty
+  }
+  /// Whether this launch has to do with tiles of a kind. Those that a whole step holds are streamed
+  /// by a first pass, and read again by a second.
+  LAYERLR_DEVICE bool takes(int32_t kind) const {
+    if (args.phase == first_pass) return kind != again || !args.measured;
+    return args.phase == whole_step || kind != stream;
   }
   LAYERLR_DEVICE bool more() const { return cursor.run != cursor.end; }
   LAYERLR_DEVICE void advance() {
@@ -178,7 +184,9 @@ struct Block {
   LAYERLR_DEVICE RuleInfo rule_of(bool ruled) const {
     return rule_info(ruled ? args.rule.rule : RuleId::Plain);
   }
-  LAYERLR_DEVICE double l2() const { return config.decoupled != 0 ? 0 : config.weight_decay; }
+  LAYERLR_DEVICE double l2() const {
+    return args.raw || config.decoupled != 0 ? 0 : config.weight_decay;
+  }
   LAYERLR_DEVICE double apart() const { return config.decoupled != 0 ? config.weight_decay : 0; }
 
   /// Form the direction's scalars for step t; all threads ask for the same.

@@ -24,28 +24,51 @@ DirectionKernels kernels_for(int direction) {
   return all[direction]();
 }
 
-const char* step(const StepArgs& args, int device, bool plain, void* stream) {
-  const DirectionKernels k = kernels_for(args.direction);
-  const int shared = args.rings.bytes_in_all();
-  const char* error = select_device(device);
-  const auto run = [&](void (*kernel)(StepArgs), Phase phase, int grid) {
+/// Launches one after another, up to the first that fails.
+struct Launches {
+  const StepArgs& args;
+  void* stream;
+  const DirectionKernels k;
+  const char* error;
+
+  Launches(const StepArgs& args, int device, void* stream)
+      : args(args), stream(stream), k(kernels_for(args.direction)), error(select_device(device)) {}
+
+  void passes(Phase phase) {
+    run(k.step, args.blocks, phase, args.rings.bytes_in_all(), phase == whole_step);
+  }
+  void run(void (*kernel)(StepArgs), int grid, Phase phase = whole_step, int shared = 0,
+           bool together = false) {
     if (error || !grid) return;
     StepArgs now = args;
     now.phase = phase;
-    const int bytes = kernel == k.step ? shared : 0;
-    error = launch(kernel, grid, bytes, phase == whole_step && kernel == k.step, now, stream);
-  };
-  if (plain) {
-    if (args.measured) {
-      run(k.step, first_pass, args.blocks);
-      run(k.decide, whole_step, args.layers);
-    }
-    run(k.step, second_pass, args.blocks);
-    run(k.finish, whole_step, args.layers + 1);
-  } else {
-    run(k.step, whole_step, args.blocks);
+    error = launch(kernel, grid, shared, together, now, stream);
   }
-  return error;
+};
+
+const char* measure(const StepArgs& args, int device, void* stream) {
+  Launches to(args, device, stream);
+  to.passes(first_pass);
+  to.run(to.k.sum, args.layers);
+  return to.error;
+}
+
+const char* apply(const StepArgs& args, int device, void* stream) {
+  Launches to(args, device, stream);
+  if (args.measured) to.run(to.k.decide, args.layers);
+  to.passes(second_pass);
+  to.run(to.k.finish, args.layers + 1);
+  return to.error;
+}
+
+const char* step(const StepArgs& args, int device, bool plain, void* stream) {
+  if (plain) {
+    const char* error = args.measured ? measure(args, device, stream) : nullptr;
+    return error ? error : apply(args, device, stream);
+  }
+  Launches to(args, device, stream);
+  to.passes(whole_step);
+  return to.error;
 }
 
 #if defined(LAYERLR_SIMT)
@@ -116,7 +139,7 @@ bool capturing(void* stream) {
 }  // namespace
 
 const Engine& cuda_engine() {
-  static const Engine engine{info, step, upload, capturing};
+  static const Engine engine{info, step, measure, apply, upload, capturing};
   return engine;
 }
 

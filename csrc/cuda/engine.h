@@ -22,6 +22,9 @@ struct Engine {
   const char* (*info)(int device, DeviceInfo* answer);
   /// One step, in one launch or (plain) in a few.
   const char* (*step)(const StepArgs& args, int device, bool plain, void* stream);
+  /// The two halves of a step: what leaves args.layer_sums, and what follows from them.
+  const char* (*measure)(const StepArgs& args, int device, void* stream);
+  const char* (*apply)(const StepArgs& args, int device, void* stream);
   /// Copy bytes, a multiple of 4, to device memory in stream order; `from` is free on return.
   const char* (*upload)(void* to, const void* from, size_t bytes, int device, void* stream);
   /// Whether what is launched there is recorded for a graph, not run.

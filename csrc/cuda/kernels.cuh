@@ -1,4 +1,4 @@
-// The kernels: one step in one launch, and the same in four.
+// The kernels: one step in one launch, and the same in five.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -77,14 +77,22 @@ LAYERLR_DEVICE LayerStats sum_layer(const StepArgs& args, int l, Partials& parti
   return sums;
 }
 
-/// Between the passes: a block for each layer.
+/// After the first pass: a block for each layer.
+template <template <class> class D>
+LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) sum_kernel(const StepArgs args) {
+  if (args.config->found_inf != 0) return;
+  __shared__ Partials partials;
+  const LayerStats sums = sum_layer<D>(args, blockIdx.x, partials);
+  if (threadIdx.x == 0) args.layer_sums[blockIdx.x] = sums;
+}
+
+/// Before the second: a block for each layer.
 template <template <class> class D>
 LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) decide_kernel(const StepArgs args) {
   if (args.config->found_inf != 0) return;
   __shared__ Shared<D> shared;
-  const LayerStats sums = sum_layer<D>(args, blockIdx.x, shared.partials);
   if (threadIdx.x == 0) {
-    Block<D>(args, shared, nullptr).conclude(blockIdx.x, sums);
+    Block<D>(args, shared, nullptr).conclude(blockIdx.x, args.layer_sums[blockIdx.x]);
   }
 }
 
@@ -106,6 +114,7 @@ LAYERLR_KERNEL void __launch_bounds__(tile_threads, 1) finish_kernel(const StepA
 /// The kernels of a direction.
 struct DirectionKernels {
   void (*step)(StepArgs);
+  void (*sum)(StepArgs);
   void (*decide)(StepArgs);
   void (*finish)(StepArgs);
 };
@@ -113,7 +122,7 @@ struct DirectionKernels {
 /// Instantiated in one file for each family of directions.
 template <template <class> class D>
 DirectionKernels kernels_of() {
-  return {step_kernel<D>, decide_kernel<D>, finish_kernel<D>};
+  return {step_kernel<D>, sum_kernel<D>, decide_kernel<D>, finish_kernel<D>};
 }
 
 }  // namespace layerlr

@@ -129,7 +129,7 @@ LAYERLR_HD int32_t Rings::bytes_in_all() const {
   return bytes_of_tiles() + places[0] * static_cast<int32_t>(sizeof(Job));
 }
 
-/// What a launch of step_kernel does: the runs of one kind, or all and what lies between.
+/// What a launch of step_kernel does: one pass over all tiles, or both and what lies between.
 enum Phase : int32_t { first_pass = stream, second_pass = again, whole_step };
 
 /// Arguments of a kernel.
@@ -138,6 +138,7 @@ struct StepArgs {
   Phase phase;
   RuleConfig rule;
   bool measured;  // there is something to measure
+  bool raw;       // no weight decay is added to gradients
   int32_t tensors, layers, blocks;
   int32_t ahead;  // tiles asked for before they are needed
   int32_t lag;    // tiles measured before the first must be applied
@@ -157,6 +158,7 @@ struct StepArgs {
 
   LayerStats* tile_sums;
   LayerStats* segment_sums;
+  LayerStats* layer_sums;
   uint32_t* segment_arrivals;
   uint32_t* layer_arrivals;
   uint32_t* ready;  // epoch in which the layer's verdict was given

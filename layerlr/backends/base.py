@@ -49,6 +49,27 @@ class Plan(Protocol):
     def step(self, hyper: Hyper) -> None:
         """One step with the gradients that `prepare` read."""
 
+    def norms(self, h: Hyper) -> Tensor:
+        """``sum((sign*g)**2)`` of each layer, before L2 decay; float64 [layers].
+
+        Over the tensors that have a gradient, in every layer of the table; changes nothing.
+        """
+
+    def measure(self, h: Hyper) -> Tensor:
+        """``ww gg uu wu`` of each layer; float64 [layers, 4]: the first half of a step.
+
+        Sums over what is here of the layers, as the first pass takes them, which advances the
+        state where the rule scales updates. Only where there is something to measure.
+        """
+
+    def apply(self, h: Hyper, sums: Tensor) -> None:
+        """The second half of a step: all that follows from ``sums``, those of the whole layers.
+
+        After `measure` with the same numbers, and with its very answer, the same bits as `step`.
+        Of a rule that scales gradients, ``uu`` and ``wu`` in the statistics, and ``ww``, are of
+        what is here.
+        """
+
     def traced_step(self, hyper: Hyper) -> None:
         """A whole step under ``torch.compile``, `prepare` included."""
 

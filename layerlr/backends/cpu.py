@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from layerlr import _C
 from layerlr.ops import step_
 
@@ -39,9 +41,27 @@ class CpuPlan:
     def step(self, h: Hyper) -> None:
         """One pass, or two where there is something to measure."""
         if not float(h.found_inf):
-            numbers = float(h.lr), h.weight_decay, h.decoupled, float(h.sign)
-            self._native.step(*numbers, h.skip, h.direction)
+            self._native.step(*_numbers(h))
+
+    def norms(self, h: Hyper) -> Tensor:
+        """One pass over the gradients."""
+        return self._native.norms(*_numbers(h))
+
+    def measure(self, h: Hyper) -> Tensor:
+        """The first pass."""
+        if float(h.found_inf):
+            return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
+        return self._native.measure(*_numbers(h))
+
+    def apply(self, h: Hyper, sums: Tensor) -> None:
+        """The second pass."""
+        if not float(h.found_inf):
+            self._native.apply(*_numbers(h), sums)
 
     def traced_step(self, h: Hyper) -> None:
         """The same step under ``torch.compile``."""
         step_(self.spec, h)
+
+
+def _numbers(h: Hyper) -> tuple[float, float, bool, float, bool, tuple[float, ...]]:
+    return float(h.lr), h.weight_decay, h.decoupled, float(h.sign), h.skip, h.direction

@@ -24,6 +24,9 @@ class Tuning(NamedTuple):
     plain: bool = False  # measure, decide, apply and finish in a launch each
 
 
+#: of a step, and those among lr, sign and found_inf that are on the device
+_Numbers = tuple[float, float, bool, float, bool, tuple[float, ...], list[Tensor | None]]
+
 _tuning = Tuning()
 
 
@@ -93,12 +96,27 @@ class CudaPlan:
 
     def step(self, h: Hyper) -> None:
         """One launch, and one more for what changed since the last step."""
-        numbers = h.lr, h.sign, h.found_inf
-        there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
-        here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
-        lr, sign, found_inf = here
+        numbers, found_inf = _numbers(h)
         if not found_inf:
-            self._native.step(lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there)
+            self._native.step(*numbers)
+
+    def norms(self, h: Hyper) -> Tensor:
+        """Two launches: the tiles, the layers."""
+        numbers, _ = _numbers(h)
+        return self._native.norms(*numbers)
+
+    def measure(self, h: Hyper) -> Tensor:
+        """Two launches: the tiles, the layers."""
+        numbers, found_inf = _numbers(h)
+        if found_inf:
+            return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
+        return self._native.measure(*numbers)
+
+    def apply(self, h: Hyper, sums: Tensor) -> None:
+        """Three launches: the layers, the tiles, what is left."""
+        numbers, found_inf = _numbers(h)
+        if not found_inf:
+            self._native.apply(*numbers, sums)
 
     @torch._disable_dynamo
     def traced_step(self, h: Hyper) -> None:
@@ -106,3 +124,12 @@ class CudaPlan:
         if not self.prepare():
             raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
         self.step(h)
+
+
+def _numbers(h: Hyper) -> tuple[_Numbers, float]:
+    """What the native methods take, and the host's found_inf."""
+    numbers = h.lr, h.sign, h.found_inf
+    there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
+    here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
+    lr, sign, found_inf = here
+    return (lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there), found_inf

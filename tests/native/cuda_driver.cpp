@@ -37,6 +37,7 @@ struct Variant {
   Tuning tuning;
   int shared_bytes;
   unsigned seed;
+  bool halves = false;  // in turn with a step as it is
 };
 
 std::vector<Shape> shapes_of(const Case& c) {
@@ -83,7 +84,7 @@ struct Tables {
   std::vector<DevicePresence> presence;
   std::vector<double*> radii;
   std::vector<DeviceRow> rows;
-  std::vector<LayerStats> tile_sums, segment_sums;
+  std::vector<LayerStats> tile_sums, segment_sums, layer_sums;
   std::vector<uint32_t> segment_arrivals, layer_arrivals, ready;
   std::vector<DeviceVerdict> verdicts;
   DeviceSync sync{};
@@ -96,6 +97,7 @@ struct Tables {
         rows(p.tensors.size()),
         tile_sums(schedule.tiles),
         segment_sums(schedule.segments.size()),
+        layer_sums(p.layers.size()),
         segment_arrivals(schedule.segments.size()),
         layer_arrivals(p.layers.size()),
         ready(p.layers.size()),
@@ -144,6 +146,7 @@ struct Tables {
     args.tensor_layers = schedule.tensor_layers.data();
     args.tile_sums = tile_sums.data();
     args.segment_sums = segment_sums.data();
+    args.layer_sums = layer_sums.data();
     args.segment_arrivals = segment_arrivals.data();
     args.layer_arrivals = layer_arrivals.data();
     args.ready = ready.data();
@@ -152,11 +155,19 @@ struct Tables {
     args.stats = p.stats;
   }
 
-  void step(const StepConfig& c) {
+  void step(const StepConfig& c, bool halves) {
     config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
               double(c.skip), {},     {}};
     std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config.direction);
-    cuda_engine().step(args, 0, schedule.plain, nullptr);
+    if (!halves) {
+      cuda_engine().step(args, 0, schedule.plain, nullptr);
+      return;
+    }
+    StepArgs norms = args;
+    norms.rule = {};
+    norms.raw = true;
+    for (const StepArgs& first : {norms, args}) cuda_engine().measure(first, 0, nullptr);
+    cuda_engine().apply(args, 0, nullptr);
   }
 };
 
@@ -166,7 +177,7 @@ Model on_gpu(const Case& c, const Variant& how) {
   Model m = make(c);
   Tables tables(m.plan, m.plan.has_rule || c.options, how);
   simt::seed = how.seed;
-  for (int i = 0; i < steps; ++i) tables.step(config_of(c, i));
+  for (int i = 0; i < steps; ++i) tables.step(config_of(c, i), how.halves && i != 1);
   return m;
 }
 
@@ -175,7 +186,7 @@ Model on_cpu(const Case& c) {
   const auto serial = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     body(0, n);
   };
-  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), 1, serial);
+  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), {1, serial});
   return m;
 }
 
@@ -243,15 +254,15 @@ bool run(const Case& c) {
   const Variant variants[] = {
       {{2, 0, false}, room, 1},    {{13, 0, false}, room, 2},       {{5, 1, false}, room, 3},
       {{3, most, false}, room, 4}, {{2, 0, false}, tight(c, 1), 5}, {{3, 0, false}, tight(c, 2), 6},
-      {{3, 0, true}, room, 7},
+      {{3, 0, true}, room, 7},     {{3, 2, false}, room, 8, true},
   };
   const Model one = on_gpu(c, {{1, 0, false}, room, 0});
   const Model cpu = on_cpu(c);
   if (!agree(one, cpu)) return wrong("the CPU engine says otherwise");
   for (const Variant& how : variants) {
     if (on_gpu(c, how).bits() != one.bits()) {
-      std::printf("%d blocks, hold %d, plain %d, seed %u\n", how.tuning.blocks, how.tuning.hold,
-                  how.tuning.plain, how.seed);
+      std::printf("%d blocks, hold %d, plain %d, halves %d, seed %u\n", how.tuning.blocks,
+                  how.tuning.hold, how.tuning.plain, how.halves, how.seed);
       return wrong("bits change");
     }
   }

@@ -37,7 +37,7 @@ void run(Model& m, int threads, bool skip) {
     }
     for (std::thread& thread : pool) thread.join();
   };
-  for (int i = 0; i < 2; ++i) step(m.plan, config, threads, parallel);
+  for (int i = 0; i < 2; ++i) step(m.plan, config, {threads, parallel});
 }
 
 }  // namespace
