@@ -39,6 +39,12 @@ def params(group: dict[str, Any], index: int) -> None:
                 f"parameter {name!r} is a {type(p).__name__}: of wrapped tensors only DTensor is "
                 "supported; unwrap it or use torch.optim"
             )
+        if group["rule"] is not None and hasattr(p, "_fsdp_flattened"):
+            raise ValueError(
+                f"parameter {name!r} is flattened by FullyShardedDataParallel, where the norms of "
+                "layers cannot be had: shard with torch.distributed.fsdp.fully_shard, or use "
+                "rule=None"
+            )
         if torch._debug_has_internal_overlap(shards.local_part(p)) == 1:
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "

@@ -80,17 +80,23 @@ def _held_rows(p: Any) -> Tensor:
     return spread._local_tensor.cpu()  # type: ignore[no-any-return]
 
 
-def placed_as(p: Any, value: Tensor) -> Tensor:
-    """A tensor of p's shape as DTensor placed as p is; one that every process holds whole is cut.
+def placed_as(p: Any, value: Any, name: str) -> Any:
+    """A tensor of p's shape, placed as p is: one that every process holds whole is cut.
 
-    Changes nothing where p is no DTensor, or the value is placed that way.
+    Raises
+    ------
+    RuntimeError
+        For a DTensor of another mesh, by name.
     """
-    if not is_sharded(p):
+    if not (is_sharded(p) or is_sharded(value)):
         return value
-    if is_sharded(value):
-        if value.placements == p.placements:  # type: ignore[attr-defined]
-            return value
-        return value.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined,no-any-return]
-    from torch.distributed.tensor import distribute_tensor
+    if not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    if not is_sharded(p) or value.device_mesh != p.device_mesh:
+        raise RuntimeError(
+            f"{name} is sharded over other processes than its parameter: load it with "
+            "torch.distributed.checkpoint, which reshards"
+        )
+    return value.redistribute(p.device_mesh, p.placements)

@@ -38,7 +38,8 @@ def complete(
     Raises
     ------
     RuntimeError
-        Where a state tensor has another shape than its parameter.
+        Where a state tensor has another shape than its parameter, or is sharded over other
+        processes.
     """
     present = [key for key in direction.states if state.get(key) is not None]
     if "dampening" in group and len(present) < len(direction.states):
@@ -51,7 +52,7 @@ def complete(
         _check_shape(key, value, tuple(p.shape), name)
         if value.device != p.device:
             value = value.to(p.device)
-        state[key] = shards.placed_as(p, value)
+        state[key] = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
     step = state.get("step")
     if not isinstance(step, Tensor):
         # torch's SGD keeps no count; a buffer that is there has seen a step

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import everywhere_the_same, full, run
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -14,6 +15,7 @@ from layerlr import rules
 
 BACKENDS = ["reference", "cpu", "triton", "simt"]
 S0, S1, R = Shard(0), Shard(1), Replicate()
+CPU = torch.device("cpu")
 
 #: name -> shape; nothing divides by 4, some have fewer rows than there are processes
 SHAPES = {
@@ -158,9 +160,8 @@ def _messages(backend):
     assert seen.get_total_counts() == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_one_message_for_each_process_group(backend):
-    run(4, _messages, backend)
+def test_one_message_for_each_process_group():
+    run(4, _messages, "cpu")
 
 
 def _clipped(name, backend):
@@ -359,6 +360,31 @@ def _refusals():
     with pytest.raises(ValueError, match="curvature"):
         opt.step()
     assert torch.equal(full(p.detach()), before)
+
+
+def _flattened():
+    """FullyShardedDataParallel leaves plain tensors whose layers it has cut anywhere."""
+    model = FullyShardedDataParallel(torch.nn.Linear(3, 5), use_orig_params=True, device_id=CPU)
+    with pytest.raises(ValueError, match="fully_shard"):
+        layerlr.SGD(model.parameters(), rule="singh")
+    layerlr.SGD(model.parameters())
+
+
+def test_flattened_parameters_have_no_layers():
+    run(2, _flattened)
+
+
+def _other_mesh():
+    one, two = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), one, [S0]))
+    opt = layerlr.SGD([p], momentum=0.9)
+    opt.state[p]["momentum_buffer"] = distribute_tensor(torch.ones(4, 2), two, [R, S0])
+    with pytest.raises(RuntimeError, match=r"momentum_buffer.*group0\.param0.*reshards"):
+        opt.step()
+
+
+def test_state_of_another_mesh_is_refused():
+    run(2, _other_mesh)
 
 
 def test_what_cannot_be_is_refused():
