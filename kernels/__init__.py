@@ -4,13 +4,13 @@
 |---|---|
 | `tables.py` | the tables that the kernels walk |
 | `directions.py`, `rules.py` | the formulas of the C++ engine, one function each |
-| `rows.py` | what is done once a tensor or layer: `begin`, `decide`, `finish` |
+| `rows.py` | what is done once a tensor or layer: `begin`, `total`, `decide`, `finish` |
 | `tiles.py` | the passes over the elements: `measure` or `advance`, then `apply` |
 | `launches.py` | their order |
 """
 
 from .directions import DIRECTIONS
-from .launches import INTERPRETED, Blocks, Launch, launches
+from .launches import INTERPRETED, Blocks, Launch, Launches, launches
 from .rules import RULES
 from .tables import Tables
 
@@ -20,6 +20,7 @@ __all__ = [
     "RULES",
     "Blocks",
     "Launch",
+    "Launches",
     "Tables",
     "launches",
 ]

@@ -1,4 +1,4 @@
-"""The launches of a step, in order."""
+"""The launches of a step, of its halves and of norms, in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton.language as tl
 
 from .directions import DIRECTIONS
-from .rows import begin, decide, finish
+from .rows import begin, decide, finish, total
 from .rules import RULES
 from .tiles import advance, apply, measure
 
@@ -24,6 +24,15 @@ class Blocks(NamedTuple):
 
 #: the interpreter takes its time for each operation, however many elements it is on
 INTERPRETED = Blocks(tiles=8, elements=512, rows=16, slots=32)
+
+
+class Launches(NamedTuple):
+    """What is launched for each of a plan's methods, in order."""
+
+    step: list[Launch]
+    measure: list[Launch]  # the two halves of a step
+    apply: list[Launch]
+    norms: list[Launch]
 
 
 class Launch(NamedTuple):
@@ -42,7 +51,7 @@ class Launch(NamedTuple):
 
 def launches(
     direction: str, rule: str, measured: bool, dtypes: Sequence[str], blocks: Blocks
-) -> list[Launch]:
+) -> Launches:
     """The launches of a plan; ``measured``: there are sums to take, by the rule or to skip."""
     d, r = DIRECTIONS[direction], RULES[rule]
     of_rows = {"ROWS": blocks.rows, "SLOTS": blocks.slots}
@@ -52,20 +61,32 @@ def launches(
     def over_tiles(kernel: Any, **constants: Any) -> list[Launch]:
         return [Launch(kernel, dtype, {**_of(dtype, blocks), **constants}) for dtype in dtypes]
 
-    first: list[Launch] = []
+    def totals(update: bool, ww: bool) -> Launch:
+        return Launch(total, None, {"UPDATE": update, "MEASURES_WW": ww, **of_rows})
+
+    first = [Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}, 1)]
     if measured and r.update:
-        first = over_tiles(advance, **formulas)
+        first += over_tiles(advance, **formulas)
     elif measured:
-        first = over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient)
+        first += over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient, BARE=False)
     asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "LATCHES": r.latches}
     asked["FIRST_ORDER"] = d.first_order
-    return [
-        Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}, 1),
-        *first,
-        Launch(decide, None, {**asked, **passes, **of_rows}),
+    here, given = (
+        Launch(decide, None, {**asked, **passes, "TOTAL": t, **of_rows}) for t in (False, True)
+    )
+    second = [
         *over_tiles(apply, **formulas, **passes),
         Launch(finish, None, {"TELLS": measured and not r.update, **of_rows}),
     ]
+    return Launches(
+        step=[*first, here, *second],
+        measure=[*first, totals(r.update, r.measures_ww)],
+        apply=[given, *second],
+        norms=[
+            *over_tiles(measure, MEASURES_WW=False, RAW=True, BARE=True),
+            totals(False, False),
+        ],
+    )
 
 
 def _of(dtype: str, blocks: Blocks) -> dict[str, Any]:

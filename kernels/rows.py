@@ -18,6 +18,7 @@ from .tables import (
     STATS,
     STEP,
     STEP_IS_DOUBLE,
+    TOTALS,
     WIDTH,
     is_active,
     nothing,
@@ -84,6 +85,22 @@ def _gather(t, layer, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def total(
+    t, UPDATE: tl.constexpr, MEASURES_WW: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """The first half of a step ends with each layer's sums; 0 where there is none."""
+    if nothing(t):
+        return
+    layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ww, gg, uu, wu, _, _, _ = _gather(t, layer, SLOTS)
+    to = t.totals + layer * TOTALS
+    tl.store(to, ww if MEASURES_WW else 0.0)
+    tl.store(to + 1, gg)
+    tl.store(to + 2, uu if UPDATE else 0.0)
+    tl.store(to + 3, wu if UPDATE else 0.0)
+
+
+@triton.jit
 def decide(
     t,
     SCALE: tl.constexpr,
@@ -92,6 +109,7 @@ def decide(
     LATCHES: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
+    TOTAL: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -100,6 +118,9 @@ def decide(
         return
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ww, gg, uu, wu, tensor, takes_part, whole = _gather(t, layer, SLOTS)
+    if TOTAL:
+        at = t.totals + layer * TOTALS
+        ww, gg, uu, wu = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
     rate = tl.load(t.scalars + tensor * WIDTH + RATE)
     lr = tl.load(t.config + LR) * tl.load(t.lr_scale + layer) * rate

@@ -37,6 +37,8 @@ class Tables(NamedTuple):
     scalars: Any
     #: of each tile: ww, gg, uu, wu
     sums: Any
+    #: rows of 4, of each layer: ww, gg, uu, wu, perhaps with those of other processes
+    totals: Any
     #: of each layer: grad, a, b, keep
     scales: Any
     #: rows of 9, of each layer: ww, gg, uu, wu, scale, lr, a, b, skipped
@@ -45,6 +47,7 @@ class Tables(NamedTuple):
 
 WIDTH = tl.constexpr(8)
 STATS = tl.constexpr(9)
+TOTALS = tl.constexpr(4)
 # columns
 GRAD = tl.constexpr(1)
 STATE = tl.constexpr(2)

@@ -99,12 +99,13 @@ def measure(
     order,
     MEASURES_WW: tl.constexpr,
     RAW: tl.constexpr,
+    BARE: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """First pass of a gradient rule: gg, and ww where the rule wants it."""
+    """First pass of a gradient rule: gg, and ww where the rule wants it; BARE: gg without decay."""
     if nothing(t):
         return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
@@ -113,14 +114,15 @@ def measure(
     inside = lane < count
     sums = t.sums + tile * WIDTH
     g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
-    l2 = tl.load(t.config + L2)
-    if MEASURES_WW or l2 != 0:
-        w = _load(w_at, lane, inside, full, DT, T)
-        if RAW:  # parameters outside the layers are measured as they are used
-            l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
-        g = _decayed(g, w, l2)
-        w = w.to(tl.float64)
-        tl.store(sums, _sum(w * w))
+    if not BARE:
+        l2 = tl.load(t.config + L2)
+        if MEASURES_WW or l2 != 0:
+            w = _load(w_at, lane, inside, full, DT, T)
+            if RAW:  # parameters outside the layers are measured as they are used
+                l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
+            g = _decayed(g, w, l2)
+            w = w.to(tl.float64)
+            tl.store(sums, _sum(w * w))
     g = g.to(tl.float64)
     tl.store(sums + 1, _sum(g * g))
 

@@ -5,6 +5,7 @@ That they compute the right numbers is for the tests over all engines, in Triton
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -120,7 +121,7 @@ COMPILED += [("adam", r, "bfloat16", 90) for r in kernels.RULES]
 COMPILED += [("nesterov", "lars", dtype, 90) for dtype in ("float64", "float16", "float32")]
 COMPILED += [("momentum", "layca", "bfloat16", arch) for arch in (80, 100)]
 COMPILED += [("adam", "lars", "float32", arch) for arch in (80, 100)]
-ROWS = ("begin", "decide", "finish")
+ROWS = ("begin", "total", "decide", "finish")
 
 
 def compiled() -> dict[str, str]:
@@ -132,7 +133,8 @@ def main() -> None:
     """Compile and print, line by line, what the tests look at."""
     seen = set()
     for direction, rule, dtype, arch in COMPILED:
-        for x in kernels.launches(direction, rule, True, [dtype], kernels.Blocks()):
+        methods = kernels.launches(direction, rule, True, [dtype], kernels.Blocks())
+        for x in itertools.chain(*methods):
             key = (x.kernel, arch, repr(x.constants))
             if key in seen:
                 continue
@@ -146,7 +148,7 @@ def main() -> None:
 
 def build(x, arch):
     """Compile a launch for tables as the backend makes them: 16-byte aligned."""
-    wide = ("lr_scale", "config", "scalars", "sums", "scales", "stats")
+    wide = ("lr_scale", "config", "scalars", "sums", "totals", "scales", "stats")
     fields = kernels.Tables._fields
     signature = {"t": kernels.Tables(*("*fp64" if f in wide else "*i64" for f in fields))}
     aligned = [["tt.divisibility", 16]]

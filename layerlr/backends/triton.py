@@ -61,19 +61,19 @@ class TritonPlan:
         }
         self._launches = {measured: self._plan(measured) for measured in (False, True)}
 
-    def _plan(self, measured: bool) -> list[Any]:
-        """The launches of a step: kernel and grid, arguments, constants."""
+    def _plan(self, measured: bool) -> dict[str, list[Any]]:
+        """The launches of each method: kernel and grid, arguments, constants."""
         direction, rule = self.spec.direction.name, self.spec.rule
         name = "plain" if rule is None else rule.kernel
         launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
-        plan = []
-        for x in launches:
-            programs, arguments = len(self._tables.tensors) // self._blocks.rows, [self._tables]
-            if x.dtype is not None:
-                programs = len(self._tiles[x.dtype]) // self._blocks.tiles
-                arguments.append(self._tiles[x.dtype])
-            plan.append((x.kernel[(programs,)], arguments, x.constants | x.options))
-        return plan
+        return {method: [self._bound(x) for x in of] for method, of in launches._asdict().items()}
+
+    def _bound(self, x: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+        programs, arguments = len(self._tables.tensors) // self._blocks.rows, [self._tables]
+        if x.dtype is not None:
+            programs = len(self._tiles[x.dtype]) // self._blocks.tiles
+            arguments.append(self._tiles[x.dtype])
+        return x.kernel[(programs,)], arguments, x.constants | x.options
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh; nothing reaches the device yet."""
@@ -81,14 +81,38 @@ class TritonPlan:
 
     def step(self, h: Hyper) -> None:
         """Write the tables where they changed, and launch; the host does not wait."""
+        self._launch("step", h)
+        self._native.finish()
+
+    def norms(self, h: Hyper) -> Tensor:
+        """The tiles, then the layers."""
+        self._launch("norms", h)
+        return self._totals[:, 1].clone()
+
+    def measure(self, h: Hyper) -> Tensor:
+        """As `step`, up to the sums."""
+        self._launch("measure", h)
+        return self._totals.clone()
+
+    def apply(self, h: Hyper, sums: Tensor) -> None:
+        """As `step`, from there."""
+        self._totals.copy_(sums)
+        self._launch("apply", h)
+        self._native.finish()
+
+    @property
+    def _totals(self) -> Tensor:
+        totals: Tensor = self._tables.totals[: len(self.spec.table.layers)]
+        return totals
+
+    def _launch(self, method: str, h: Hyper) -> None:
         with torch.accelerator.device_index(self.spec.table.device.index):
             self._write("tensors", self._native.rows())
             self._write("kept", self._native.kept())
             self._configure(h)
             measured = self.spec.rule is not None or h.skip
-            for kernel, arguments, constants in self._launches[measured]:
+            for kernel, arguments, constants in self._launches[measured][method]:
                 kernel(*arguments, **constants)
-        self._native.finish()
 
     @torch._disable_dynamo
     def traced_step(self, h: Hyper) -> None:
@@ -161,6 +185,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "config": torch.zeros(14, dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
         "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),
+        "totals": torch.zeros(n, 4, dtype=torch.float64),
         "scales": torch.zeros(n, 8, dtype=torch.float64),
     }
 
