@@ -228,3 +228,17 @@ def test_plot_is_drawn(tmp_path):
     arguments = ["--models", "tiny300", "--families", "sgd", "--repeats", "1"]
     step_time.main([*arguments, "--only", "foreach", "--out", str(out)])
     assert plot(out, tmp_path / "run.png").stat().st_size > 5000
+
+
+def test_sharded_step_counts_messages(tmp_path):
+    from bench import sharded_step
+
+    out = tmp_path / "x.json"
+    words = ["--counts", "1", "3", "--rounds", "1", "--steps", "1", "--shape", "5", "2"]
+    assert sharded_step.main([*words, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["parameters"]
+    for n in ("1", "3"):
+        ours = [row for name, row in found[n].items() if name.startswith("layerlr")]
+        assert [row["messages"] for row in ours] == [1, 1, 1]
+        assert found[n][sharded_step.BASELINE]["messages"] == 0
+        assert found[n]["timm Lars, loop"]["messages"] == 5 * int(n)
