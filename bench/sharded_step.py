@@ -8,6 +8,7 @@ contenders between barriers, of which the ratio to torch.optim.SGD (foreach, no 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -38,10 +39,13 @@ CONTENDERS: dict[str, Callable[[list[Tensor]], Any]] = {
     "layerlr SGD, lars": lambda p: layerlr.SGD(p, lr=0.1, momentum=0.9, rule="lars", adapt="all"),
     "layerlr SGD, layca": lambda p: layerlr.SGD(p, lr=0.1, momentum=0.9, rule="layca"),
     "layerlr AdamW, lamb": lambda p: layerlr.AdamW(p, lr=1e-3, rule="lamb", adapt="all"),
-    "timm Lars, foreach": peers.timm_lars(True),
-    "timm Lars, loop": peers.timm_lars(False),
-    "timm Lamb, foreach": peers.timm_lamb(True),
 }
+if importlib.util.find_spec("timm"):
+    CONTENDERS |= {
+        "timm Lars, foreach": peers.timm_lars(True),
+        "timm Lars, loop": peers.timm_lars(False),
+        "timm Lamb, foreach": peers.timm_lamb(True),
+    }
 
 
 def parameters(mesh: DeviceMesh, n: int, shape: Sequence[int]) -> list[Tensor]:

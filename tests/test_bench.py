@@ -241,4 +241,5 @@ def test_sharded_step_counts_messages(tmp_path):
         ours = [row for name, row in found[n].items() if name.startswith("layerlr")]
         assert [row["messages"] for row in ours] == [1, 1, 1]
         assert found[n][sharded_step.BASELINE]["messages"] == 0
-        assert found[n]["timm Lars, loop"]["messages"] == 5 * int(n)
+        if importlib.util.find_spec("timm"):
+            assert found[n]["timm Lars, loop"]["messages"] == 5 * int(n)
