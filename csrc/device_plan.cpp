@@ -242,7 +242,7 @@ void DevicePlan::apply(const StepConfig& config, const There& there, const at::T
 
 at::Tensor DevicePlan::norms(const StepConfig& config, const There& there) {
   const c10::DeviceGuard guard(device());
-  if (!ready(config, there)) return no_sums().select(1, 0);
+  if (!ready(config, there)) return no_sums().select(1, 0).contiguous();
   StepArgs args = args_;  // whose rule and decay look at the gradients alone
   args.rule = {};
   args.raw = true;

@@ -11,10 +11,12 @@ import pytest
 import simt_engine
 import torch
 from cases import BY_ID, RULE_ROWS, copies, ids, same_bits, same_state, set_grads, state_of
+from contract_helpers import bits, photograph
+from contract_helpers import same as same_photograph
 from torch.nn import Parameter
 
 from bench import roofline
-from layerlr.backends import BACKENDS
+from layerlr.backends import BACKENDS, cuda
 from layerlr.backends.cuda import Tuning, tuning
 
 missing = simt_engine.unavailable()
@@ -238,6 +240,22 @@ def test_changes_between_steps(change, case):
     torch.testing.assert_close(ours, cpu)
     still = changing(lambda *_: None, case, "simt")
     assert same_bits(ours, still) == (change in (move_gradients, move_parameters))
+
+
+@pytest.mark.parametrize("case", ["nag-singh", "adamw-layca"])
+def test_found_inf_that_the_host_does_not_know(case):
+    """A step and its halves leave everything as it is."""
+    params = [Parameter(v) for v in cases.random(((3, 700), (5,)), torch.float32)]
+    opt = BY_ID[case].make(params, backend="simt")
+    cases.train(opt, params, 1)
+    ((group, plans),) = opt._prepared()
+    numbers, _ = cuda._numbers(opt._hyper(group, plans.key[0]))
+    numbers[-1][2] = torch.ones((), dtype=torch.float64)
+    native = plans.plans[0]._native
+    before = photograph(opt), bits(plans.stats[0])
+    native.step(*numbers)
+    native.apply(*numbers, native.measure(*numbers))
+    assert same_photograph((photograph(opt), bits(plans.stats[0])), before)
 
 
 # -- memory ---------------------------------------------------------------------------------------
