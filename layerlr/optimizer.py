@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, checks, estimators, rules, state
+from . import _C, backends, checks, estimators, ops, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
@@ -24,6 +25,7 @@ Rule = str | rules.LayerRule | None
 class _GroupPlans:
     """The plans of one param group and what they were built for."""
 
+    group: dict[str, Any]
     key: tuple[Any, ...]
     params: list[Tensor]
     tables: list[LayerTable]
@@ -62,6 +64,7 @@ class LayerwiseOptimizer(Optimizer):
         backends.validate(backend)
         self.backend = backend
         self._plans: list[_GroupPlans] = []
+        self._handle = ops.handle_of(self)
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
@@ -84,7 +87,8 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            group["rule"] = rules.resolve(group["rule"])
+            # a copy: torch.compile watches one of several ways to an object, not each group's
+            group["rule"] = copy.copy(rules.resolve(group["rule"]))
             validate(group)
             checks.params(group, len(self.param_groups) - 1)
             self._plans.append(self._build(len(self.param_groups) - 1))
@@ -117,7 +121,7 @@ class LayerwiseOptimizer(Optimizer):
             else {}
         )
         self._notice()
-        built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [], [])
+        built = _GroupPlans(group, self._key(group), list(group["params"]), [], [], [], [], [])
         for table in build_tables(group, index):
             states = state.complete_table(self.state, table, group, direction)
             stats = carried.get((table.device, tuple(table.layers)))
@@ -212,7 +216,10 @@ class LayerwiseOptimizer(Optimizer):
             For a gradient that cannot be used, naming its parameter.
         """
         loss = None
-        estimated = any(_is_estimated(g["rule"]) for g in self.param_groups)
+        compiling = torch.compiler.is_compiling()
+        # dynamo would make constants of all numbers in param_groups
+        groups = [plans.group for plans in self._plans] if compiling else self.param_groups
+        estimated = any(_is_estimated(g["rule"]) for g in groups)
         if closure is not None:
             start = estimators.random_state() if estimated else []
             with torch.enable_grad():
@@ -220,25 +227,65 @@ class LayerwiseOptimizer(Optimizer):
         if estimated:
             again = None if closure is None else functools.partial(self._again, closure, start)
             self._estimate(again)
+        if compiling:
+            self._traced()
+            return loss
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if torch.compiler.is_compiling():
-                return self._traced(loss)
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
                 for plan in plans.plans:
                     plan.step(hyper)
         return loss
 
-    def _traced(self, loss: Any) -> Any:
+    def _traced(self) -> None:
         """The step as ``torch.compile`` sees it: the registered op, or a graph break."""
+        from torch._dynamo.comptime import comptime
+
+        comptime(ops.see_changes)
+        for index, plans in enumerate(self._plans):
+            group = plans.group
+            # a momentum that is not 0 is a number like others, and not looked at
+            other = any("momentum_buffer" in p.spec.direction.states for p in plans.plans)
+            key = self._key({**group, "momentum": 1.0} if other else group)
+            if not plans.fits(key, group["params"]):
+                torch._dynamo.disable(self._fitting)(index)  # a graph break
+        # may raise: a graph would leave torch.no_grad() behind
+        numbers = torch.ops.layerlr.numbers(self._handle)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for index, plans in enumerate(self._plans):
+                tensor = ops.has_tensor_lr(self._handle, index)
+                lr = plans.group["lr"].detach() if tensor else None
+                for plan in plans.plans:
+                    if plan.traceable:
+                        ops.step_(plan.spec, numbers[index], lr, scale, found_inf)
+                    else:
+                        self._outside(index, plan)
+
+    @torch._disable_dynamo
+    def _outside(self, index: int, plan: Plan) -> None:
+        """The step of a plan that no compiler looks into."""
+        if not plan.prepare():
+            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
+        plan.step(self._hyper(self.param_groups[index], plan.spec.direction))
+
+    def _numbers(self) -> list[tuple[float, ...]]:
+        """Of each group, what a compiled step reads when it runs."""
+        self._notice()
+        rows = []
         for index, group in enumerate(self.param_groups):
-            plans = self._plans[index]
-            if not plans.fits(self._key(group), group["params"]):
-                plans = torch._dynamo.disable(self._fitting)(index)  # a graph break
-            hyper = self._hyper(group, self._direction(group))
-            for plan in plans.plans:
-                plan.traced_step(hyper)
-        return loss
+            if index >= len(self._plans) or not self._plans[index].fits(
+                self._key(group), group["params"]
+            ):
+                raise RuntimeError(
+                    f"param group {index} wants another step than was compiled, since its "
+                    "parameters or their state changed, or its momentum became 0: take a step "
+                    "outside torch.compile first"
+                )
+            h = self._hyper(group, self._plans[index].key[0])
+            sign = -1.0 if group["maximize"] else 1.0  # the scale is a tensor of the graph
+            rows.append((float(h.lr), h.weight_decay, h.decoupled, sign, h.skip, *h.direction))
+        return rows
 
     # -- rules that look at the model ------------------------------------------------------------
 
@@ -394,6 +441,8 @@ class LayerwiseOptimizer(Optimizer):
             state.restore_dtypes(self.state, self.param_groups, self._loading)
         self.__dict__.setdefault("_plans", [])
         self.__dict__.setdefault("_watch", None)
+        if "_handle" not in self.__dict__:
+            self._handle = ops.handle_of(self)
         self._snapshot = None
         self._plans = [self._build(index) for index in range(len(self.param_groups))]
 

@@ -42,15 +42,13 @@ class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
     spec: PlanSpec
+    traceable: bool  # `ops.step_` does the same under ``torch.compile``; else the graph breaks
 
     def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""
 
     def step(self, hyper: Hyper) -> None:
         """One step with the gradients that `prepare` read."""
-
-    def traced_step(self, hyper: Hyper) -> None:
-        """A whole step under ``torch.compile``, `prepare` included."""
 
 
 class Backend(Protocol):

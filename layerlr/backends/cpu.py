@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from layerlr import _C
-from layerlr.ops import step_
 
 from . import native
 from .base import Hyper, PlanSpec
@@ -28,6 +27,8 @@ class CpuBackend:
 class CpuPlan:
     """A native plan over the live parameters and state dicts of a table."""
 
+    traceable = True
+
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
         self._native = _C.CpuPlan(native.live_plan(spec))
@@ -41,7 +42,3 @@ class CpuPlan:
         if not float(h.found_inf):
             numbers = float(h.lr), h.weight_decay, h.decoupled, float(h.sign)
             self._native.step(*numbers, h.skip, h.direction)
-
-    def traced_step(self, h: Hyper) -> None:
-        """The same step under ``torch.compile``."""
-        step_(self.spec, h)

@@ -78,6 +78,8 @@ class CudaBackend:
 class CudaPlan:
     """A plan with tables in device memory, built at its first step."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
         self.spec, self.name = spec, backend.name
         self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)
@@ -99,10 +101,3 @@ class CudaPlan:
         lr, sign, found_inf = here
         if not found_inf:
             self._native.step(lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there)
-
-    @torch._disable_dynamo
-    def traced_step(self, h: Hyper) -> None:
-        """Outside the graph."""
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(h)

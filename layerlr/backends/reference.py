@@ -29,6 +29,8 @@ class ReferenceBackend:
 class ReferencePlan:
     """One step over a `LayerTable`, tensor by tensor."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
         self.active: list[int] = []
@@ -78,12 +80,6 @@ class ReferencePlan:
             scale(hyper, rule, lr, ruled)
         if plain:
             scale(hyper, Plain(), lr, plain)
-
-    @torch._disable_dynamo
-    def traced_step(self, hyper: Hyper) -> None:
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(hyper)
 
     # -- the two orders -----------------------------------------------------------------------
 

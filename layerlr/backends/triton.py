@@ -44,6 +44,8 @@ class TritonBackend:
 class TritonPlan:
     """Tables in device memory, of which a step writes again what changed."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec) -> None:
         kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
 
@@ -89,13 +91,6 @@ class TritonPlan:
             for kernel, arguments, constants in self._launches[measured]:
                 kernel(*arguments, **constants)
         self._native.finish()
-
-    @torch._disable_dynamo
-    def traced_step(self, h: Hyper) -> None:
-        """Outside the graph."""
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(h)
 
     def _configure(self, h: Hyper) -> None:
         """Write the step's numbers, in the order of ``kernels.tables``."""
