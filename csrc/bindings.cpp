@@ -80,6 +80,13 @@ PYBIND11_MODULE(_C, m) {
                        {there[0], there[1], there[2]});
              plan.finish();
            })
+      .def("refresh",
+           [](DevicePlan& plan, double lr, double weight_decay, bool decoupled, double sign,
+              bool skip, const std::vector<double>& direction_hyper,
+              const std::array<std::optional<at::Tensor>, 3>& there) {
+             plan.refresh(step_config(lr, weight_decay, decoupled, sign, skip, direction_hyper),
+                          {there[0], there[1], there[2]});
+           })
       .def("memory", &DevicePlan::memory);
 }
 

@@ -17,12 +17,17 @@ class DevicePlan : public LivePlan {
   };
   void step(const StepConfig& config, const There& there);
 
+  /// Bring the numbers to the device, for steps that have been captured.
+  void refresh(const StepConfig& config, const There& there);
+
   /// Bytes of device memory that the plan keeps.
   int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }
 
  private:
   void build(bool measured);
-  void fill(const StepConfig& config);
+  void fill_config(const StepConfig& config, const There& there);
+  void fill_rows();
+  void copy(const There& there);
   void upload(void* stream);
   void upload(size_t begin, size_t end, bool all, void* stream);
   void* stream() const;
@@ -37,6 +42,7 @@ class DevicePlan : public LivePlan {
   at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
   std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
   bool unknown_ = true;
+  bool captured_ = false;  // graphs write there whenever they run
   size_t grads_at_ = 0, presence_at_ = 0, kept_at_ = 0, rows_at_ = 0;
 };
 

@@ -21,7 +21,7 @@ from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
 Rule = str | rules.LayerRule | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _GroupPlans:
     """The plans of one param group and what they were built for."""
 
@@ -64,6 +64,7 @@ class LayerwiseOptimizer(Optimizer):
         backends.validate(backend)
         self.backend = backend
         self._plans: list[_GroupPlans] = []
+        self._captured: list[_GroupPlans] = []  # graphs do not keep what they read alive
         self._handle = ops.handle_of(self)
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
@@ -104,6 +105,7 @@ class LayerwiseOptimizer(Optimizer):
             group["rule"],
             group["layers"],
             group["adapt"],
+            group["on_nonfinite"],
             _hashable(group.get("split")),
             _hashable(group.get("lr_scale")),
         )
@@ -111,6 +113,11 @@ class LayerwiseOptimizer(Optimizer):
     def _build(self, index: int) -> _GroupPlans:
         """Tables, state and plans of a group; statistics of unchanged layers are carried over."""
         group = self.param_groups[index]
+        if any(checks.capturing(device) for device in {p.device for p in group["params"]}):
+            raise RuntimeError(
+                f"param group {index} is new or has changed: take a step before capturing one in a "
+                "CUDA graph"
+            )
         group["rule"] = rules.resolve(group["rule"])
         validate(group)
         direction = self._direction(group)
@@ -167,15 +174,25 @@ class LayerwiseOptimizer(Optimizer):
     def _prepared(self) -> list[tuple[dict[str, Any], _GroupPlans]]:
         """Every group with plans that are up to date and hold checked gradients."""
         self._notice()
+        graph = any(checks.capturing(t.device) for plans in self._plans for t in plans.tables)
         ready = []
         for index, group in enumerate(self.param_groups):
             checks.capturable(group)
+            if graph:
+                checks.capture(group, index)
+                if _is_estimated(group["rule"]):
+                    raise RuntimeError(
+                        f"the step of param group {index} cannot be captured in a CUDA graph: "
+                        "its rule looks at the model"
+                    )
             plans = self._fitting(index)
             if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
                 if not all(plan.prepare() for plan in plans.plans):
                     raise RuntimeError("optimizer.state changed while a step was prepared")
             ready.append((group, plans))
+        if graph:
+            self._captured += [plans for _, plans in ready if plans not in self._captured]
         return ready
 
     def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:
@@ -286,6 +303,62 @@ class LayerwiseOptimizer(Optimizer):
             sign = -1.0 if group["maximize"] else 1.0  # the scale is a tensor of the graph
             rows.append((float(h.lr), h.weight_decay, h.decoupled, sign, h.skip, *h.direction))
         return rows
+
+    # -- CUDA graphs -----------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Bring hyper-parameters that have changed to the device, where captured steps read them.
+
+        A CUDA graph of a step has no numbers of its own. Outside of captures ``step()`` brings lr,
+        weight decay, momentum, betas and the like along; between replays this does, on the current
+        stream::
+
+            scheduler.step()
+            optimizer.refresh()
+            graph.replay()
+
+        So it does before a capture, where a number has changed since the last step. An lr that is a
+        tensor on the device is read there by every replay.
+
+        A replay is the step of the parameters, groups, gradient tensors, state, rule and flags that
+        were captured: it leaves out a group that was added and a parameter that was thawed, and
+        goes on with one that was frozen. The next step outside is right; then capture again.
+
+        Raises
+        ------
+        RuntimeError
+            Within a capture; for a group that is not, or no longer, what was captured.
+        """
+        self._notice()
+        if any(checks.capturing(t.device) for plans in self._plans for t in plans.tables):
+            raise RuntimeError("call refresh() before the capture of a CUDA graph, not within it")
+        groups = list(enumerate(self.param_groups))
+        for index, group in groups:
+            plans = self._plans[index] if index < len(self._plans) else None
+            if (
+                plans is None
+                or not plans.fits(self._key(group), group["params"])
+                or (self._captured and plans not in self._captured)
+            ):
+                raise RuntimeError(
+                    f"param group {index} is new or has changed since its step was captured, and "
+                    "no replay can follow: take a step outside of the graph, and capture again"
+                )
+        for index, group in groups:
+            for plan in self._plans[index].plans:
+                plan.refresh(self._hyper(group, self._plans[index].key[0]))
+
+    def release(self) -> None:
+        """Let go of the plans and of their memory on the device; state is left as it is.
+
+        Graphs that were captured must not be replayed any more. The next step builds the plans
+        again. Call it before a process group is destroyed and before the process exits: what is
+        torn down with the interpreter goes in no order, and device memory, graphs and communicators
+        may find their driver gone.
+        """
+        for plans in self._plans:
+            plans.key, plans.plans = (), []
+        self._captured = []
 
     # -- rules that look at the model ------------------------------------------------------------
 
@@ -440,6 +513,7 @@ class LayerwiseOptimizer(Optimizer):
         if hasattr(self, "_loading"):
             state.restore_dtypes(self.state, self.param_groups, self._loading)
         self.__dict__.setdefault("_plans", [])
+        self.__dict__.setdefault("_captured", [])
         self.__dict__.setdefault("_watch", None)
         if "_handle" not in self.__dict__:
             self._handle = ops.handle_of(self)

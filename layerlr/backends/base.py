@@ -50,6 +50,9 @@ class Plan(Protocol):
     def step(self, hyper: Hyper) -> None:
         """One step with the gradients that `prepare` read."""
 
+    def refresh(self, hyper: Hyper) -> None:
+        """Bring the numbers to where captured steps read them."""
+
 
 class Backend(Protocol):
     """A way to run plans."""

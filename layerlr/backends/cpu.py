@@ -42,3 +42,6 @@ class CpuPlan:
         if not float(h.found_inf):
             numbers = float(h.lr), h.weight_decay, h.decoupled, float(h.sign)
             self._native.step(*numbers, h.skip, h.direction)
+
+    def refresh(self, h: Hyper) -> None:
+        """Nothing is captured here."""

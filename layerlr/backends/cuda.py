@@ -95,9 +95,19 @@ class CudaPlan:
 
     def step(self, h: Hyper) -> None:
         """One launch, and one more for what changed since the last step."""
-        numbers = h.lr, h.sign, h.found_inf
-        there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
-        here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
-        lr, sign, found_inf = here
+        found_inf, numbers = _numbers(h)
         if not found_inf:
-            self._native.step(lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there)
+            self._native.step(*numbers)
+
+    def refresh(self, h: Hyper) -> None:
+        """A launch, where there was a step."""
+        self._native.refresh(*_numbers(h)[1])
+
+
+def _numbers(h: Hyper) -> tuple[float, tuple[Any, ...]]:
+    """found_inf as far as the host knows, and all numbers, those on the device apart."""
+    numbers = h.lr, h.sign, h.found_inf
+    there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
+    here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
+    lr, sign, found_inf = here
+    return found_inf, (lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerlr import checks
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
@@ -39,6 +40,11 @@ class ReferencePlan:
 
     def prepare(self) -> bool:
         spec = self.spec
+        if checks.capturing(spec.table.device):
+            raise RuntimeError(
+                "backend 'reference' takes its numbers from Python and cannot be captured in a "
+                "CUDA graph: use backend='cuda' or 'triton'"
+            )
         self.active = []
         for i, p in enumerate(spec.table.params):
             if p.grad is None:
@@ -67,6 +73,9 @@ class ReferencePlan:
         self._step(hyper)
         for x, old in zip(everything, before, strict=True):  # the host does not know
             x.copy_(torch.where(found.to(x.device) != 0, old, x))
+
+    def refresh(self, hyper: Hyper) -> None:
+        """Nothing is captured here."""
 
     def _step(self, hyper: Hyper) -> None:
         table = self.spec.table
