@@ -85,7 +85,7 @@ class SimtBackend(CudaBackend):
 
     @functools.cache  # noqa: B019
     def library(self):
-        """Beside the engine: ``simt_capture(on)`` and ``simt_replay()``, a graph of its launches."""
+        """Beside the engine: ``simt_capture(on)`` and ``simt_replay()``, its launches."""
         return ctypes.CDLL(self.module().__file__)
 
     def engine(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import cases
 import pytest
@@ -275,8 +276,6 @@ def test_release(backend):
 
 
 def test_released_plans_are_gone(capture):
-    import weakref
-
     (opt, _), _ = two("adamw-layca")
     with capture():
         opt.step()
