@@ -140,14 +140,34 @@ def test_graph_and_steps_take_turns(case, backend):
     (opt, params), (twin, same) = warm(case, backend), warm(case, backend)
     graph, of_graph = captured(opt), [p.grad for p in params]
     elsewhere = [torch.empty_like(g) for g in of_graph]
-    for k in range(3):
-        for grads, step in ((of_graph, graph.replay), (elsewhere, opt.step)):
-            for p, q, g, new in zip(params, same, grads, cases.random(SHAPES, seed=k)):
-                p.grad = g.copy_(new)
-                q.grad.copy_(new)
-            step()
-            twin.step()
-            assert same_bits(params, same), (k, step)
+    for k in range(6):
+        grads, step = ((of_graph, graph.replay), (elsewhere, opt.step))[k % 2]
+        for p, q, g, new in zip(params, same, grads, cases.random(SHAPES, seed=k)):
+            p.grad = g.copy_(new)
+            q.grad.copy_(new)
+        step()
+        twin.step()
+        assert same_bits(params, same), k
+
+
+@each_backend
+def test_graph_of_a_tensor_lr_that_becomes_a_number(backend):
+    """Replays go on with the tensor; steps outside take the number each time."""
+    rate = torch.tensor(0.1, device="cuda")
+    (opt, params), (twin, same) = (
+        warm(CASES[-1], backend, lr=rate),
+        warm(CASES[-1], backend, lr=rate),
+    )
+    graph = captured(opt)
+    for _ in range(2):
+        for o in (opt, twin):
+            o.param_groups[0]["lr"] = 0.3
+            o.step()
+        assert same_bits(params, same)
+        graph.replay()
+        twin.param_groups[0]["lr"] = rate
+        twin.step()
+        assert same_bits(params, same)
 
 
 @each_backend
