@@ -49,6 +49,11 @@ class LayerwiseOptimizer(Optimizer):
     dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite`` (as the keyword
     arguments), ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks
     or their sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
+
+    Under ``torch.compile`` a step on the CPU engine is one op a group, without a graph break, that
+    reads lr, weight decay, momentum, betas and the like when it runs: schedules do not recompile.
+    Other engines step outside of the graph. Steps on a GPU can be captured in CUDA graphs: see
+    `refresh`.
     """
 
     def __init__(
@@ -266,8 +271,10 @@ class LayerwiseOptimizer(Optimizer):
             key = self._key({**group, "momentum": 1.0} if other else group)
             if not plans.fits(key, group["params"]):
                 torch._dynamo.disable(self._fitting)(index)  # a graph break
-        # may raise: a graph would leave torch.no_grad() behind
-        numbers = torch.ops.layerlr.numbers(self._handle)
+        numbers: list[Tensor] | Tensor = []
+        if any(plan.traceable for plans in self._plans for plan in plans.plans):
+            # here, since it may raise: a graph would leave torch.no_grad() behind
+            numbers = torch.ops.layerlr.numbers(self._handle)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for index, plans in enumerate(self._plans):

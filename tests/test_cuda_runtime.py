@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import BY_ID, Engine, copies, ids, same_bits, set_grads
 
+import layerlr
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CASES = [BY_ID[f"{d}-{rule}"] for d in ("mom", "adamw") for rule in ("none", "singh", "layca")]
@@ -190,6 +192,15 @@ def test_graph_without_a_gradient(backend):
     opt, params = warm(CASES[-1], backend)
     params[1].grad = None
     with pytest.raises(RuntimeError, match="has no gradient, and the CUDA graph"):
+        captured(opt)
+
+
+def test_graph_and_a_parameter_of_the_host():
+    params = [torch.nn.Parameter(torch.ones(3, device=d)) for d in ("cuda", "cpu")]
+    opt = layerlr.SGD(params)
+    set_grads(params, 0)
+    opt.step()
+    with pytest.raises(RuntimeError, match="is on cpu, where nothing is captured"):
         captured(opt)
 
 
