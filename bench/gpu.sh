@@ -24,7 +24,7 @@ fi
 
 readonly TOTAL=530 # seconds that all stages have between them
 reserve=210        # of which so many are kept for the later ones
-failed=() left_out=() commands=()
+failed=() left_out=() commands=() verdicts=()
 say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 left() { echo $((TOTAL - SECONDS)); }
 least() { echo $(($1 < $2 ? $1 : $2)); }
@@ -52,6 +52,40 @@ stage() {
   return $code
 }
 
+# verdict NAME LIMIT ARGUMENT...: a stage of pytest, and a line about it in the end.
+verdict() {
+  local name="$1" limit="$2" report="build/gpu-tests/$1.xml" word counts
+  shift 2
+  stage "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --maxfail 20 --tb short \
+    --junitxml "$report" "$@"
+  word=$?
+  [ -z "$dry" ] || return 0
+  counts=$("$python" - "$report" <<'END'
+import sys
+from xml.etree import ElementTree
+
+try:
+    suite = next(ElementTree.parse(sys.argv[1]).iter("testsuite"))
+except OSError:
+    print(0, 0, 0)
+else:
+    n, skipped = int(suite.get("tests")), int(suite.get("skipped"))
+    bad = int(suite.get("failures")) + int(suite.get("errors"))
+    print(n - skipped - bad, bad, skipped)
+END
+  )
+  read -r passed bad skipped <<<"$counts"
+  counts="$passed passed, $bad failed, $skipped skipped"
+  if [ "$word" -ne 0 ]; then
+    word=FAILED
+  elif [ "$passed" -eq 0 ]; then
+    word="not run"
+  else
+    word=passed
+  fi
+  verdicts+=("$name $word ($counts)")
+}
+
 # --- what is here ---
 
 say "machine"
@@ -76,7 +110,7 @@ if [ -z "$gpu" ] && [ -z "$dry" ]; then
 fi
 work=build/gpu # so that nothing of an older run is taken for one of this
 result="$work/${gpu:-gpu}"
-[ -n "$dry" ] || { rm -rf "$work" && mkdir -p "$work"; }
+[ -n "$dry" ] || { rm -rf "$work" build/gpu-tests && mkdir -p "$work" build/gpu-tests; }
 
 # --- build, in place ---
 
@@ -89,8 +123,28 @@ fi
 # --- right: tests, checkers, repeatability ---
 
 if has pytest; then
-  stage "tests" 120 "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors \
-    --maxfail 20 --tb short -k "cuda or triton" tests
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  on_gpu="cuda or triton"
+  verdict "graphs" 40 tests/test_cuda_runtime.py -k graph
+  verdict "streams" 30 tests/test_cuda_runtime.py tests/test_step_in_backward.py \
+    tests/test_telemetry.py -k "stream or wait or allocates or devices"
+  verdict "AMP" 30 tests/test_amp.py -k "$on_gpu or scaler"
+  if [ -e tests/test_precision.py ]; then
+    verdict "precision" 40 tests/test_precision.py -k "$on_gpu"
+  else
+    verdicts+=("precision not run (no such tests)")
+  fi
+  if compgen -G "tests/test_sharding*.py" >/dev/null && [ "$gpus" -gt 1 ]; then
+    verdict "sharding" 60 tests/test_sharding*.py -k "$on_gpu or nccl"
+  else
+    verdicts+=("sharding not run (wants its tests and two GPUs; here are $gpus)")
+  fi
+  verdict "optimizer infrastructure" 60 tests/test_torch_infra.py -k "cuda_float64"
+  verdict "other tests" 90 --continue-on-collection-errors -k "$on_gpu" tests \
+    --ignore tests/test_cuda_runtime.py --ignore tests/test_amp.py \
+    --ignore tests/test_torch_infra.py --ignore tests/test_precision.py
+else
+  verdicts+=("tests not run (no pytest)")
 fi
 if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
   sanitizer=(compute-sanitizer --error-exitcode 1 --print-limit 10)
@@ -142,5 +196,6 @@ for folder in bench/results ${OUT:+"$OUT"}; do
 done
 for item in "${left_out[@]}"; do echo "left out: $item"; done
 for item in "${failed[@]}"; do echo "FAILED: $item"; done
+for item in "${verdicts[@]}"; do echo "verdict: $item"; done
 "$python" -m bench.goals "$result.json"
 [ ${#failed[@]} -eq 0 ] # the exit status is about what ran, not about goals

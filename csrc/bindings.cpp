@@ -118,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
       .def("measure", of_numbers(&DevicePlan::measure))
       .def("apply", of_numbers(&DevicePlan::apply))
       .def("norms", of_numbers(&DevicePlan::norms))
+      .def("refresh", of_numbers(&DevicePlan::refresh))
       .def("memory", &DevicePlan::memory);
 }
 

@@ -5,6 +5,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace layerlr {
 namespace {
@@ -125,12 +126,21 @@ void DevicePlan::build(bool measured) {
   measured_ = measured;
 }
 
-void DevicePlan::fill(const StepConfig& c) {
-  const Plan& p = plan();
+void DevicePlan::fill_config(const StepConfig& c, const There& there) {
   auto* config = reinterpret_cast<DeviceConfig*>(now_.data());
+  auto* sent = reinterpret_cast<DeviceConfig*>(there_.data());
   *config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
              double(c.skip), {},     {}};
   std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config->direction);
+  // what is copied there differs from whatever is sent later
+  constexpr double elsewhere = -std::numeric_limits<double>::infinity();
+  if (there[0]) config->lr = sent->lr = elsewhere;
+  if (there[1]) config->sign = sent->sign = elsewhere;
+  if (there[2]) config->found_inf = sent->found_inf = elsewhere;
+}
+
+void DevicePlan::fill_rows() {
+  const Plan& p = plan();
   auto* grads = reinterpret_cast<const char**>(now_.data() + grads_at_);
   auto* rows = reinterpret_cast<DeviceRow*>(now_.data() + rows_at_);
   for (size_t i = 0; i < p.tensors.size(); ++i) {
@@ -181,13 +191,29 @@ void DevicePlan::upload(size_t begin, size_t end, bool all, void* stream) {
   }
 }
 
-/// A graph brings its own pointers along, as steps outside may put others there in between, but
-/// hyper-parameters only where they have changed: else it reads those that are there when it runs.
+/// A graph brings its own pointers along, as steps outside may put others there in between, but no
+/// hyper-parameters: it reads those that are there when it runs.
 void DevicePlan::upload(void* stream) {
-  const bool graph = engine_->capturing(stream);
-  upload(0, grads_at_, unknown_, stream);
-  upload(grads_at_, now_.size(), unknown_ || graph, stream);
-  unknown_ = graph;  // what a graph sends arrives when it runs
+  const bool graph = engine_->capturing(stream), all = unknown_ || captured_ || graph;
+  if (graph) {
+    TORCH_CHECK(std::memcmp(now_.data(), there_.data(), grads_at_) == 0,
+                "layerlr: hyper-parameters have changed since the last step: call "
+                "optimizer.refresh() before the capture, which brings them to the device");
+    captured_ = true;
+  } else {
+    upload(0, grads_at_, all, stream);
+  }
+  upload(grads_at_, now_.size(), all, stream);
+  unknown_ = false;
+}
+
+void DevicePlan::copy(const There& there) {
+  const auto one = [&](const std::optional<at::Tensor>& from, size_t to) {
+    if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
+  };
+  one(there[0], offsetof(DeviceConfig, lr));
+  one(there[1], offsetof(DeviceConfig, sign));
+  one(there[2], offsetof(DeviceConfig, found_inf));
 }
 
 /// Bring what is on the device up to date; false where there is nothing to step.
@@ -205,14 +231,10 @@ bool DevicePlan::ready(const StepConfig& config, const There& there) {
     build(measured);
   }
   if (!args_.layers) return false;
-  fill(config);
+  fill_config(config, there);
+  fill_rows();
   upload(at);
-  const auto copy = [&](const std::optional<at::Tensor>& from, size_t to) {
-    if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
-  };
-  copy(there[0], offsetof(DeviceConfig, lr));
-  copy(there[1], offsetof(DeviceConfig, sign));
-  copy(there[2], offsetof(DeviceConfig, found_inf));
+  copy(there);
   return true;
 }
 
@@ -253,6 +275,14 @@ at::Tensor DevicePlan::norms(const StepConfig& config, const There& there) {
 at::Tensor DevicePlan::no_sums() {
   return at::zeros({int64_t(plan().layers.size()), 4},
                    at::TensorOptions().dtype(at::kDouble).device(device()));
+}
+
+void DevicePlan::refresh(const StepConfig& config, const There& there) {
+  if (!args_.layers) return;  // there was no step
+  const c10::DeviceGuard guard(device());
+  fill_config(config, there);
+  upload(0, grads_at_, true, stream());
+  copy(there);
 }
 
 }  // namespace layerlr

@@ -23,6 +23,9 @@ class DevicePlan : public LivePlan {
   /// g.g of each layer [layers], before L2 decay.
   at::Tensor norms(const StepConfig& config, const There& there);
 
+  /// Bring the numbers to the device, for steps that have been captured.
+  void refresh(const StepConfig& config, const There& there);
+
   /// Bytes of device memory that the plan keeps.
   int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }
 
@@ -30,7 +33,9 @@ class DevicePlan : public LivePlan {
   bool ready(const StepConfig& config, const There& there);
   at::Tensor no_sums();
   void build(bool measured);
-  void fill(const StepConfig& config);
+  void fill_config(const StepConfig& config, const There& there);
+  void fill_rows();
+  void copy(const There& there);
   void upload(void* stream);
   void upload(size_t begin, size_t end, bool all, void* stream);
   void* stream() const;
@@ -46,6 +51,7 @@ class DevicePlan : public LivePlan {
   at::Tensor layer_sums_;               // in scratch_
   std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
   bool unknown_ = true;
+  bool captured_ = false;  // graphs write there whenever they run
   size_t grads_at_ = 0, presence_at_ = 0, kept_at_ = 0, rows_at_ = 0;
 };
 

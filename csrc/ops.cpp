@@ -7,20 +7,37 @@
 namespace layerlr {
 namespace {
 
+/// A step's numbers, as LayerwiseOptimizer._numbers lists them.
+StepConfig config_of(const at::Tensor& numbers) {
+  constexpr int others = 5;
+  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 1 &&
+              numbers.numel() == others + max_direction_hyper);
+  const at::Tensor row = numbers.contiguous();
+  const double* x = row.data_ptr<double>();
+  StepConfig config;
+  config.lr = x[0];
+  config.weight_decay = x[1];
+  config.decoupled = x[2] != 0;
+  config.sign = x[3];
+  config.skip = x[4] != 0;
+  std::copy(x + others, x + others + max_direction_hyper, config.direction_hyper);
+  return config;
+}
+
 /// Spans are flat (tensor, first row, last row, layer); leaders are flat (layer, tensor of `kept`,
 /// place in it) of the layers that keep a number; state holds each parameter's tensors in turn.
 void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
              at::TensorList steps, at::TensorList kept, const at::Tensor& stats,
-             const at::Tensor& lr, c10::string_view direction, c10::string_view rule,
-             at::IntArrayRef spans, at::IntArrayRef ruled, at::IntArrayRef leaders,
-             at::ArrayRef<double> lr_scale, at::ArrayRef<double> rule_hyper,
-             at::ArrayRef<double> direction_hyper, double weight_decay, bool decoupled,
-             const at::Tensor& sign, const at::Tensor& found_inf, bool skip) {
-  if (found_inf.item<double>() != 0) return;
+             const at::Tensor& numbers, const std::optional<at::Tensor>& lr,
+             const std::optional<at::Tensor>& grad_scale,
+             const std::optional<at::Tensor>& found_inf, c10::string_view direction,
+             c10::string_view rule, at::IntArrayRef spans, at::IntArrayRef ruled,
+             at::IntArrayRef leaders, at::ArrayRef<double> lr_scale,
+             at::ArrayRef<double> rule_hyper) {
+  if (found_inf && found_inf->item<double>() != 0) return;
   Plan plan;
   configure(plan, std::string(direction), std::string(rule), rule_hyper,
             std::vector<bool>(ruled.begin(), ruled.end()), lr_scale, stats);
-  TORCH_CHECK(direction_hyper.size() <= max_direction_hyper);
   TORCH_CHECK(spans.size() % 4 == 0 && leaders.size() % 3 == 0);
   TORCH_CHECK(grads.size() == params.size() && steps.size() == params.size());
   std::vector<int> parts(params.size());
@@ -57,13 +74,9 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
     plan.layers.at(leaders[i]).kept = r.data_ptr<double>() + leaders[i + 2];
   }
   plan.finish();
-  StepConfig config;
-  config.lr = lr.item<double>();
-  config.weight_decay = weight_decay;
-  config.decoupled = decoupled;
-  config.sign = sign.item<double>();
-  config.skip = skip;
-  std::copy(direction_hyper.begin(), direction_hyper.end(), config.direction_hyper);
+  StepConfig config = config_of(numbers);
+  if (lr) config.lr = lr->item<double>();
+  if (grad_scale) config.sign /= grad_scale->item<double>();
   step(plan, config, torch_threads());
   staging.finish();
 }
@@ -73,9 +86,11 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
 TORCH_LIBRARY(layerlr, m) {
   m.def(
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
-      "Tensor(d!)[] kept, Tensor(e!) stats, Tensor lr, str direction, str rule, int[] spans, "
-      "int[] ruled, int[] leaders, float[] lr_scale, float[] rule_hyper, float[] direction_hyper, "
-      "float weight_decay, bool decoupled, Tensor sign, Tensor found_inf, bool skip) -> ()");
+      "Tensor(d!)[] kept, Tensor(e!) stats, Tensor numbers, Tensor? lr, Tensor? grad_scale, "
+      "Tensor? found_inf, str direction, str rule, int[] spans, int[] ruled, int[] leaders, "
+      "float[] lr_scale, float[] rule_hyper) -> ()");
+  // the tag: another answer at every call, which no compiler may keep
+  m.def("numbers(int handle) -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
 TORCH_LIBRARY_IMPL(layerlr, CPU, m) { m.impl("step_", &step_op); }

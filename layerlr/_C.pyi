@@ -121,4 +121,14 @@ class DevicePlan(LivePlan):
         direction_hyper: Sequence[float],
         there: Sequence[Tensor | None],
     ) -> Tensor: ...
+    def refresh(
+        self,
+        lr: float,
+        weight_decay: float,
+        decoupled: bool,
+        sign: float,
+        skip: bool,
+        direction_hyper: Sequence[float],
+        there: Sequence[Tensor | None],
+    ) -> None: ...
     def memory(self) -> int: ...

@@ -88,6 +88,30 @@ def max_grad_norm(group: dict[str, Any]) -> float | None:
     return float(limit)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there is recorded for a CUDA graph, not run."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def capture(group: dict[str, Any], index: int) -> None:
+    """Refuse to capture a step whose replays would leave parameters out, naming one."""
+    for name, p in zip(names_of(group, index), group["params"], strict=True):
+        if not capturing(p.device):
+            raise RuntimeError(
+                f"parameter {name!r} is on {p.device}, where nothing is captured: a CUDA graph of "
+                "the step would not update it; give it to an optimizer of its own"
+            )
+        if p.requires_grad and p.grad is None:
+            raise RuntimeError(
+                f"parameter {name!r} has no gradient, and the CUDA graph that is captured would "
+                "never update it: capture a step after backward(), or within the graph, or freeze "
+                "the parameter with requires_grad_(False)"
+            )
+
+
 def capturable(group: dict[str, Any]) -> None:
     """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
     if group.get("capturable") and not torch.compiler.is_compiling():

@@ -1,18 +1,65 @@
 """``torch.ops.layerlr.step_``, the step that ``torch.compile`` sees.
 
 Eager steps go through a cached native plan, which a compiler cannot look into; the registered op
-does the same from plain tensors and numbers.
+does the same from plain tensors. What is a Python number to the compiler is a constant of its
+graph, compiled again when it changes; so a second op, ``numbers``, asks the live optimizer for lr,
+weight decay and the like when the graph runs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the op)
-from .backends.base import Hyper, PlanSpec
+from .backends.base import PlanSpec
+
+if TYPE_CHECKING:
+    from .optimizer import LayerwiseOptimizer
+
+_live: weakref.WeakValueDictionary[int, LayerwiseOptimizer] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+#: columns of `numbers`
+WIDTH = 10
+
+
+def handle_of(optimizer: LayerwiseOptimizer) -> int:
+    """A number by which graphs find the optimizer, and which does not keep it alive."""
+    handle = next(_handles)
+    _live[handle] = optimizer
+    return handle
+
+
+@torch.library.impl("layerlr::numbers", "CompositeExplicitAutograd")
+def _numbers(handle: int) -> Tensor:
+    rows = _live[handle]._numbers()
+    padded = [[*row, *(WIDTH - len(row)) * (0.0,)] for row in rows]
+    return torch.tensor(padded, dtype=torch.float64)
+
+
+@torch.library.register_fake("layerlr::numbers")
+def _(handle: int) -> Tensor:
+    return torch.empty(len(_live[handle]._plans), WIDTH, dtype=torch.float64)
+
+
+@torch.compiler.assume_constant_result
+def has_tensor_lr(handle: int, index: int) -> bool:
+    """Whether a group's lr is a tensor; asked without looking at a lr that is a number."""
+    return isinstance(_live[handle].param_groups[index]["lr"], Tensor)
+
+
+def see_changes(ctx: Any) -> None:
+    """While compiling: break the graph if it has changed a param group, which `numbers` reads."""
+    effects = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
+    optimizer = ctx.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker().value
+    for group in optimizer.param_groups:
+        seen = effects.id_to_variable.get(id(group))
+        if seen is not None and effects.is_modified(seen):
+            ctx.graph_break()
 
 
 @torch.library.register_fake("layerlr::step_")
@@ -20,11 +67,13 @@ def _(params: list[Tensor], *_: Any) -> None:
     """Nothing is returned, nothing changes shape."""
 
 
-def _number(x: float | Tensor) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64)
-
-
-def step_(spec: PlanSpec, h: Hyper) -> None:
+def step_(
+    spec: PlanSpec,
+    numbers: Tensor,
+    lr: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     """Step the parameters of a table that have a gradient."""
     table, rule, direction = spec.table, spec.rule, spec.direction
     active = [i for i, p in enumerate(table.params) if p.grad is not None]
@@ -55,7 +104,10 @@ def step_(spec: PlanSpec, h: Hyper) -> None:
         [state["step"] for state in states],
         kept,
         spec.stats,
-        _number(h.lr),
+        numbers,
+        lr,
+        grad_scale,
+        found_inf,
         direction.name,
         "" if rule is None else rule.kernel,
         spans,
@@ -63,10 +115,4 @@ def step_(spec: PlanSpec, h: Hyper) -> None:
         leaders,
         table.lr_scale,
         [] if rule is None else list(rule.hyper()),
-        list(h.direction),
-        h.weight_decay,
-        h.decoupled,
-        _number(h.sign),
-        _number(h.found_inf),
-        h.skip,
     )

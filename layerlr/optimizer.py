@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, checks, estimators, rules, sharding, state
+from . import _C, backends, checks, estimators, ops, rules, sharding, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
@@ -20,10 +21,11 @@ from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
 Rule = str | rules.LayerRule | None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _GroupPlans:
     """The plans of one param group and what they were built for."""
 
+    group: dict[str, Any]
     key: tuple[Any, ...]
     params: list[Tensor]
     tables: list[LayerTable]
@@ -48,6 +50,11 @@ class LayerwiseOptimizer(Optimizer):
     ``max_grad_norm`` (as the keyword arguments), ``split`` (blocks of dim 0 that are layers of
     their own: a number of equal blocks or their sizes) and ``lr_scale`` (a factor on lr: a number,
     or one for each layer).
+
+    Under ``torch.compile`` a step on the CPU engine is one op a group, without a graph break, that
+    reads lr, weight decay, momentum, betas and the like when it runs: schedules do not recompile.
+    On other engines, of sharded parameters and with ``max_grad_norm`` the step is taken outside of
+    the graph. Steps on a GPU can be captured in CUDA graphs: see `refresh`.
     """
 
     #: norm of the gradients that the last step clipped, before that: float64, on the device
@@ -67,6 +74,8 @@ class LayerwiseOptimizer(Optimizer):
         backends.validate(backend)
         self.backend = backend
         self._plans: list[_GroupPlans] = []
+        self._captured: list[_GroupPlans] = []  # graphs do not keep what they read alive
+        self._handle = ops.handle_of(self)
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
@@ -89,6 +98,8 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            # a copy: torch.compile watches one of several ways to an object, not each group's
+            group["rule"] = copy.copy(rules.resolve(group["rule"]))
             self._plans.append(self._build(len(self.param_groups) - 1))
         except Exception:
             self.param_groups.pop()
@@ -102,6 +113,7 @@ class LayerwiseOptimizer(Optimizer):
             group["rule"],
             group["layers"],
             group["adapt"],
+            group["on_nonfinite"],
             _hashable(group.get("split")),
             _hashable(group.get("lr_scale")),
         )
@@ -109,6 +121,11 @@ class LayerwiseOptimizer(Optimizer):
     def _build(self, index: int) -> _GroupPlans:
         """Tables, state and plans of a group; statistics of unchanged layers are carried over."""
         group = self.param_groups[index]
+        if any(checks.capturing(device) for device in {p.device for p in group["params"]}):
+            raise RuntimeError(
+                f"param group {index} is new or has changed: take a step before capturing one in a "
+                "CUDA graph"
+            )
         group["rule"] = rules.resolve(group["rule"])
         validate(group)
         checks.params(group, index)
@@ -121,7 +138,7 @@ class LayerwiseOptimizer(Optimizer):
             else {}
         )
         self._notice()
-        built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [], [])
+        built = _GroupPlans(group, self._key(group), list(group["params"]), [], [], [], [], [])
         for table in build_tables(group, index):
             states = state.complete_table(self.state, table, group, direction)
             stats = carried.get((table.device, tuple(table.layers)))
@@ -167,15 +184,25 @@ class LayerwiseOptimizer(Optimizer):
     def _prepared(self) -> list[tuple[dict[str, Any], _GroupPlans]]:
         """Every group with plans that are up to date and hold checked gradients."""
         self._notice()
+        graph = any(checks.capturing(t.device) for plans in self._plans for t in plans.tables)
         ready = []
         for index, group in enumerate(self.param_groups):
             checks.capturable(group)
+            if graph:
+                checks.capture(group, index)
+                if _is_estimated(group["rule"]):
+                    raise RuntimeError(
+                        f"the step of param group {index} cannot be captured in a CUDA graph: "
+                        "its rule looks at the model"
+                    )
             plans = self._fitting(index)
             if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
                 if not all(plan.prepare() for plan in plans.plans):
                     raise RuntimeError("optimizer.state changed while a step was prepared")
             ready.append((group, plans))
+        if graph:
+            self._captured += [plans for _, plans in ready if plans not in self._captured]
         return ready
 
     def _hyper(self, group: dict[str, Any], direction: Direction) -> Hyper:
@@ -201,23 +228,26 @@ class LayerwiseOptimizer(Optimizer):
     ) -> list[tuple[Plan, Hyper]]:
         """Put ``min(1, limit / (norm of all gradients + 1e-6))`` on the gradients of a step."""
         bounds = {k: limit for k, limit in enumerate(limits) if limit is not None}
+        self.grad_norm = None
         if not bounds:
-            self.grad_norm = None
             return steps
-        sums = sharding.norms([steps[k] for k in bounds])
-        device = sums[0].device
+        signs = {}
+        for k in bounds:  # on the device, as the step's will be: a graph reads one or the other
+            plan, hyper = steps[k]
+            device = plan.spec.table.device
+            signs[k] = torch.as_tensor(hyper.sign, dtype=torch.float64, device=device)
+            steps[k] = plan, hyper._replace(sign=signs[k])
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for k, squares in zip(bounds, sums, strict=True):
+        for k, squares in zip(bounds, sharding.norms([steps[k] for k in bounds]), strict=True):
             if steps[k][1].skip:  # a layer that is left alone
                 squares = torch.where(torch.isfinite(squares), squares, 0.0)
             total += squares.sum().to(device)
         self.grad_norm = total.sqrt()
-        clipped = list(steps)
         for k, bound in bounds.items():
             plan, hyper = steps[k]
             factor = (bound / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            clipped[k] = plan, hyper._replace(sign=factor * hyper.sign)
-        return clipped
+            steps[k] = plan, hyper._replace(sign=signs[k] * factor.to(signs[k].device))
+        return steps
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -239,7 +269,10 @@ class LayerwiseOptimizer(Optimizer):
             For a gradient that cannot be used, naming its parameter.
         """
         loss = None
-        estimated = any(_is_estimated(g["rule"]) for g in self.param_groups)
+        compiling = torch.compiler.is_compiling()
+        # dynamo would make constants of all numbers in param_groups
+        groups = [plans.group for plans in self._plans] if compiling else self.param_groups
+        estimated = any(_is_estimated(g["rule"]) for g in groups)
         if closure is not None:
             start = estimators.random_state() if estimated else []
             with torch.enable_grad():
@@ -247,27 +280,124 @@ class LayerwiseOptimizer(Optimizer):
         if estimated:
             again = None if closure is None else functools.partial(self._again, closure, start)
             self._estimate(again)
+        if compiling:
+            self._traced()
+            return loss
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        """The eager step."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if torch.compiler.is_compiling():
-                return self._traced(loss)
             steps, limits = [], []
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
                 steps += [(plan, hyper) for plan in plans.plans]
                 limits += [checks.max_grad_norm(group)] * len(plans.plans)
             sharding.step(self._clipped(steps, limits))
-        return loss
 
-    def _traced(self, loss: Any) -> Any:
+    def _traced(self) -> None:
         """The step as ``torch.compile`` sees it: the registered op, or a graph break."""
+        from torch._dynamo.comptime import comptime
+
+        comptime(ops.see_changes)
+        for index, plans in enumerate(self._plans):
+            group = plans.group
+            # a momentum that is not 0 is a number like others, and not looked at
+            other = any("momentum_buffer" in p.spec.direction.states for p in plans.plans)
+            key = self._key({**group, "momentum": 1.0} if other else group)
+            if not plans.fits(key, group["params"]):
+                torch._dynamo.disable(self._fitting)(index)  # a graph break
+        of_groups = [(plans.group, plans.plans) for plans in self._plans]
+        if not all(
+            group["max_grad_norm"] is None and all(plan.traceable for plan in of_group)
+            for group, of_group in of_groups
+        ):
+            torch._dynamo.disable(self._step)()  # a graph break
+            return
+        # here, since it may raise: a graph would leave torch.no_grad() behind
+        numbers = torch.ops.layerlr.numbers(self._handle)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        with torch.no_grad():
+            for index, (group, of_group) in enumerate(of_groups):
+                tensor = ops.has_tensor_lr(self._handle, index)
+                lr = group["lr"].detach() if tensor else None
+                for plan in of_group:
+                    ops.step_(plan.spec, numbers[index], lr, scale, found_inf)
+
+    def _numbers(self) -> list[tuple[float, ...]]:
+        """Of each group, what a compiled step reads when it runs."""
+        self._notice()
+        rows = []
         for index, group in enumerate(self.param_groups):
-            plans = self._plans[index]
-            if not plans.fits(self._key(group), group["params"]):
-                plans = torch._dynamo.disable(self._fitting)(index)  # a graph break
-            hyper = self._hyper(group, self._direction(group))
-            for plan in plans.plans:
-                plan.traced_step(hyper)
-        return loss
+            if index >= len(self._plans) or not self._plans[index].fits(
+                self._key(group), group["params"]
+            ):
+                raise RuntimeError(
+                    f"param group {index} wants another step than was compiled, since its "
+                    "parameters or their state changed, or its momentum became 0: take a step "
+                    "outside torch.compile first"
+                )
+            h = self._hyper(group, self._plans[index].key[0])
+            sign = -1.0 if group["maximize"] else 1.0  # the scale is a tensor of the graph
+            rows.append((float(h.lr), h.weight_decay, h.decoupled, sign, h.skip, *h.direction))
+        return rows
+
+    # -- CUDA graphs -----------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Bring hyper-parameters that have changed to the device, where captured steps read them.
+
+        A CUDA graph of a step has no numbers of its own. Outside of captures ``step()`` brings lr,
+        weight decay, momentum, betas and the like along; between replays this does, on the current
+        stream::
+
+            scheduler.step()
+            optimizer.refresh()
+            graph.replay()
+
+        So it does before a capture, where a number has changed since the last step. An lr that is a
+        tensor on the device is read there by every replay.
+
+        A replay is the step of the parameters, groups, gradient tensors, state, rule and flags that
+        were captured: it leaves out a group that was added and a parameter that was thawed, and
+        goes on with one that was frozen. The next step outside is right; then capture again.
+
+        Raises
+        ------
+        RuntimeError
+            Within a capture; for a group that is not, or no longer, what was captured.
+        """
+        self._notice()
+        if any(checks.capturing(t.device) for plans in self._plans for t in plans.tables):
+            raise RuntimeError("call refresh() before the capture of a CUDA graph, not within it")
+        groups = list(enumerate(self.param_groups))
+        for index, group in groups:
+            plans = self._plans[index] if index < len(self._plans) else None
+            if (
+                plans is None
+                or not plans.fits(self._key(group), group["params"])
+                or (self._captured and plans not in self._captured)
+            ):
+                raise RuntimeError(
+                    f"param group {index} is new or has changed since its step was captured, and "
+                    "no replay can follow: take a step outside of the graph, and capture again"
+                )
+        for index, group in groups:
+            for plan in self._plans[index].plans:
+                plan.refresh(self._hyper(group, self._plans[index].key[0]))
+
+    def release(self) -> None:
+        """Let go of the plans and of their memory on the device; state is left as it is.
+
+        Graphs that were captured must not be replayed any more. The next step builds the plans
+        again. Call it before a process group is destroyed and before the process exits: what is
+        torn down with the interpreter goes in no order, and device memory, graphs and communicators
+        may find their driver gone.
+        """
+        for plans in self._plans:
+            plans.key, plans.plans = (), []
+        self._captured = []
 
     # -- rules that look at the model ------------------------------------------------------------
 
@@ -425,7 +555,10 @@ class LayerwiseOptimizer(Optimizer):
         if hasattr(self, "_loading"):
             state.restore_dtypes(self.state, self.param_groups, self._loading)
         self.__dict__.setdefault("_plans", [])
+        self.__dict__.setdefault("_captured", [])
         self.__dict__.setdefault("_watch", None)
+        if "_handle" not in self.__dict__:
+            self._handle = ops.handle_of(self)
         self._snapshot = None
         self._plans = [self._build(index) for index in range(len(self.param_groups))]
 

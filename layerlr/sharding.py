@@ -99,6 +99,8 @@ class ShardedPlan:
     processes of a group hold is counted by each of them in part.
     """
 
+    traceable = False
+
     def __init__(self, backend: Backend, spec: PlanSpec) -> None:
         self.spec = spec
         self.update = spec.rule is not None and spec.rule.order == "update"
@@ -190,12 +192,9 @@ class ShardedPlan:
             self._plan.step(h)
             self._finish()
 
-    @torch._disable_dynamo
-    def traced_step(self, h: Hyper) -> None:
-        """Outside the graph."""
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(h)
+    def refresh(self, h: Hyper) -> None:
+        """Of this process's part."""
+        self._plan.refresh(h)
 
     def _of_layers(self, sums: Tensor) -> Tensor:
         """From rows of the table to layers."""

@@ -242,6 +242,10 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
         if group["differentiable"]:
             raise ValueError("step_in_backward does not work with differentiable=True")
         checks.capturable(group)
+        if any(checks.capturing(p.device) for p in group["params"][:1]):
+            raise RuntimeError(
+                "step_in_backward cannot be captured in a CUDA graph: remove() the handle first"
+            )
 
 
 @torch._disable_dynamo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +17,10 @@ from pathlib import Path
 from torch.utils.cpp_extension import include_paths
 
 from layerlr.backends.cuda import CudaBackend
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype = ctypes.py_object
+_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: tiles of 512 elements rather than 2,048, so that small tensors have several
@@ -78,5 +83,11 @@ class SimtBackend(CudaBackend):
         spec.loader.exec_module(module)
         return module
 
+    @functools.cache  # noqa: B019
+    def library(self):
+        """Beside the engine: ``simt_capture(on)`` and ``simt_replay()``, its launches."""
+        return ctypes.CDLL(self.module().__file__)
+
     def engine(self):
-        return self.module().engine()
+        address = ctypes.addressof(ctypes.c_char.in_dll(self.library(), "simt_engine"))
+        return _capsule(address, b"layerlr.Engine", None)

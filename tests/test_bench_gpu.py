@@ -292,9 +292,57 @@ def test_gpu_script_s_dry_run():
     modules = ("step_time", "roofline", "summary", "repeat", "sanitize_step", "goals")
     for module in modules:
         assert f"bench.{module} imports and reads its arguments" in done.stdout
-    for stage in ("build", "tests", "memory check", "race check", "repeatability", "step times"):
+    for stage in ("build", "graphs", "streams", "AMP", "optimizer infrastructure", "other tests"):
+        assert f"== {stage} (" in done.stdout
+    for stage in ("memory check", "race check", "repeatability", "step times"):
         assert f"== {stage} (" in done.stdout
     assert "pip install" in done.stdout and "--tool racecheck" in done.stdout
+
+
+FAKE = """\
+#!/usr/bin/env bash
+# Python on a machine with a GPU, where tests of AMP fail and those of graphs are skipped
+case "$*" in
+*get_device_name*) echo a-gpu ;;
+*device_count*) echo 1 ;;
+*get_device_properties*) echo properties ;;
+*"-m pytest"*)
+  skipped=0 failures=0
+  case "$*" in
+  *test_amp*-k*) failures=2 ;;
+  *"-k graph"*) skipped=7 ;;
+  *cuda_float64*) exit 3 ;;
+  esac
+  while [ "$1" != --junitxml ]; do shift; done
+  echo "<testsuites><testsuite errors='0' failures='$failures' skipped='$skipped' tests='7'/>\
+</testsuites>" >"$2"
+  [ $failures -eq 0 ] ;;
+*"-m "*|*setup.py*) echo "ran $*" ;;
+*) exec "$REAL" "$@" ;;
+esac
+"""
+
+
+def test_gpu_script_s_verdicts(tmp_path):
+    """With a Python that says it has a GPU, and does nothing."""
+    fake, root = tmp_path / "python", tmp_path / "root"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    (root / "bench").mkdir(parents=True)
+    (root / "tests").mkdir()
+    shutil.copy(ROOT / "bench/gpu.sh", root / "bench")
+    done = bash(str(root / "bench/gpu.sh"), PYTHON=str(fake), REAL=sys.executable)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("verdict: ")]
+    assert lines == [
+        "verdict: graphs not run (0 passed, 0 failed, 7 skipped)",
+        "verdict: streams passed (7 passed, 0 failed, 0 skipped)",
+        "verdict: AMP FAILED (5 passed, 2 failed, 0 skipped)",
+        "verdict: precision not run (no such tests)",
+        "verdict: sharding not run (wants its tests and two GPUs; here are 1)",
+        "verdict: optimizer infrastructure FAILED (0 passed, 0 failed, 0 skipped)",
+        "verdict: other tests passed (7 passed, 0 failed, 0 skipped)",
+    ], done.stdout + done.stderr
+    assert done.returncode == 1 and "FAILED: AMP\n" in done.stdout
 
 
 def test_gpu_script_refuses_what_it_does_not_know():

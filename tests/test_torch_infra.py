@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import unittest
 from copy import deepcopy
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytest.importorskip("expecttest", reason="torch's test infrastructure needs it")
 pytest.importorskip("numpy", reason="torch's test infrastructure needs it")
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.testing._internal.common_device_type import instantiate_device_type_tests
+from torch.testing._internal.common_device_type import instantiate_device_type_tests, onlyCPU
 from torch.testing._internal.common_optimizers import (
     OptimizerInfo,
     OptimizerInput,
@@ -31,9 +32,24 @@ from torch.testing._internal.common_optimizers import (
     optims,
 )
 from torch.testing._internal.common_utils import TestCase
+from torch.testing._internal.opinfo.core import DecorateInfo
 
 OURS = ("rule", "layers", "adapt", "on_nonfinite")
 _AMOM_INPUTS = ({}, {"lr": 0.01}, {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.5})
+
+
+#: device -> the backends that are tried on it
+DEVICES = {"cpu": BACKENDS}
+if torch.cuda.is_available():
+    DEVICES["cuda"] = ["cuda", "triton", "reference"]
+
+
+def _skips(backend):
+    return [
+        DecorateInfo(unittest.skip(f"{backend!r} is not for the {device}"), device_type=device)
+        for device, backends in DEVICES.items()
+        if backend not in backends
+    ]
 
 
 def _amom_inputs(device, dtype=None):
@@ -54,7 +70,8 @@ def _info(ours, rule, backend):
             optim_inputs_func=_amom_inputs,
             optim_error_inputs_func=get_error_inputs_for_all_optims,
             supported_impls=("foreach", "fused"),
-            supports_fused_on=("cpu",),
+            supports_fused_on=("cpu", "cuda"),
+            skips=_skips(backend),
         )
     return OptimizerInfo(
         cls,
@@ -64,10 +81,12 @@ def _info(ours, rule, backend):
         supported_impls=tuple(i for i in twin.supported_impls if i != "differentiable"),
         not_og_supported_flags=twin.not_og_supported_flags,
         supports_fused_on=twin.supports_fused_on,
+        skips=_skips(backend),
     )
 
 
-INFOS = [_info(ours, rule, b) for ours in TWINS for rule in RULES for b in BACKENDS]
+ON_SOME = list(dict.fromkeys(chain(*DEVICES.values())))
+INFOS = [_info(ours, rule, b) for ours in TWINS for rule in RULES for b in ON_SOME]
 on_all = optims(INFOS, dtypes=[torch.float64])
 
 
@@ -110,6 +129,7 @@ class TestTorchInfra(TestCase):
         if not same(a, b):
             self.fail(f"{a}\n!=\n{b}")
 
+    @onlyCPU  # arguments are refused whatever the device, and torch lists them for one
     @on_all
     def test_errors(self, device, dtype, optim_info):
         errors = optim_info.optim_error_inputs_func(device, dtype)
@@ -261,9 +281,9 @@ class TestTorchInfra(TestCase):
             opt.load_state_dict(old)
             self.assertSame(photograph(opt)["groups"], wanted)
             steps = [opt.state[p]["step"] for p in opt.param_groups[0]["params"]]
-            self.assertSame(steps, [torch.tensor(3.0)] * 2)
+            self.assertSame(steps, [torch.tensor(3.0, device=device)] * 2)
             opt.step(closure)
-            self.assertSame(steps, [torch.tensor(4.0)] * 2)
+            self.assertSame(steps, [torch.tensor(4.0, device=device)] * 2)
 
     @on_all
     def test_save_load_weights_only(self, device, dtype, optim_info):
@@ -326,15 +346,16 @@ class TestTorchInfra(TestCase):
     def test_complex(self, device, dtype, optim_info):
         for i in optim_info.optim_inputs_func(device):
             generator = torch.Generator().manual_seed(5)
-            z = Parameter(torch.randn(4, 3, dtype=torch.complex128, generator=generator))
+            draw = torch.randn(4, 4, 3, dtype=torch.complex128, generator=generator).to(device)
+            z = Parameter(draw[0].clone())
             x = Parameter(torch.view_as_real(z.detach()).clone())
             opts = [optim_info.optim_cls([p], **i.kwargs, backend="auto") for p in (z, x)]
-            for _ in range(3):
-                z.grad = torch.randn(4, 3, dtype=torch.complex128, generator=generator)
+            for step in range(3):
+                z.grad = draw[1 + step].clone()
                 x.grad = torch.view_as_real(z.grad).clone()
                 for opt in opts:
                     opt.step()
             self.assertSame(torch.view_as_real(z.detach()), x.detach())
 
 
-instantiate_device_type_tests(TestTorchInfra, globals(), only_for="cpu")
+instantiate_device_type_tests(TestTorchInfra, globals(), only_for=tuple(DEVICES))

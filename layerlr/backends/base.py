@@ -42,6 +42,7 @@ class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
     spec: PlanSpec
+    traceable: bool  # `ops.step_` does the same under ``torch.compile``; else the graph breaks
 
     def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""
@@ -70,8 +71,8 @@ class Plan(Protocol):
         what is here.
         """
 
-    def traced_step(self, hyper: Hyper) -> None:
-        """A whole step under ``torch.compile``, `prepare` included."""
+    def refresh(self, hyper: Hyper) -> None:
+        """Bring the numbers to where captured steps read them."""
 
 
 class Backend(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from layerlr import _C
-from layerlr.ops import step_
 
 from . import native
 from .base import Hyper, PlanSpec
@@ -29,6 +28,8 @@ class CpuBackend:
 
 class CpuPlan:
     """A native plan over the live parameters and state dicts of a table."""
+
+    traceable = True
 
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
@@ -58,9 +59,8 @@ class CpuPlan:
         if not float(h.found_inf):
             self._native.apply(*_numbers(h), sums)
 
-    def traced_step(self, h: Hyper) -> None:
-        """The same step under ``torch.compile``."""
-        step_(self.spec, h)
+    def refresh(self, h: Hyper) -> None:
+        """Nothing is captured here."""
 
 
 def _numbers(h: Hyper) -> tuple[float, float, bool, float, bool, tuple[float, ...]]:

@@ -81,6 +81,8 @@ class CudaBackend:
 class CudaPlan:
     """A plan with tables in device memory, built at its first step."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
         self.spec, self.name = spec, backend.name
         self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)
@@ -118,12 +120,10 @@ class CudaPlan:
         if not found_inf:
             self._native.apply(*numbers, sums)
 
-    @torch._disable_dynamo
-    def traced_step(self, h: Hyper) -> None:
-        """Outside the graph."""
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(h)
+    def refresh(self, h: Hyper) -> None:
+        """A launch, where there was a step."""
+        numbers, _ = _numbers(h)
+        self._native.refresh(*numbers)
 
 
 def _numbers(h: Hyper) -> tuple[_Numbers, float]:

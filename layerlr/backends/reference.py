@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerlr import checks
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
@@ -29,6 +30,8 @@ class ReferenceBackend:
 class ReferencePlan:
     """One step over a `LayerTable`, tensor by tensor."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
         self.active: list[int] = []
@@ -39,6 +42,11 @@ class ReferencePlan:
 
     def prepare(self) -> bool:
         spec = self.spec
+        if checks.capturing(spec.table.device):
+            raise RuntimeError(
+                "backend 'reference' takes its numbers from Python and cannot be captured in a "
+                "CUDA graph: use backend='cuda' or 'triton'"
+            )
         self.active = []
         for i, p in enumerate(spec.table.params):
             if p.grad is None:
@@ -87,6 +95,9 @@ class ReferencePlan:
             x.copy_(torch.where(found != 0, old, x))
         self.before = None
 
+    def refresh(self, hyper: Hyper) -> None:
+        """Nothing is captured here."""
+
     def _nothing(self, h: Hyper) -> bool:
         """Whether the host knows that nothing is to change."""
         found = h.found_inf
@@ -108,12 +119,6 @@ class ReferencePlan:
             tensors = [i for i in self.active if table.ruled[table.parts[i][0].layer] == ruled]
             if tensors:
                 yield rule, tensors
-
-    @torch._disable_dynamo
-    def traced_step(self, hyper: Hyper) -> None:
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(hyper)
 
     # -- the two orders -----------------------------------------------------------------------
 

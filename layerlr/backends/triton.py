@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerlr import checks
 from layerlr.layers import Span, rows
 
 from . import native
@@ -44,6 +45,8 @@ class TritonBackend:
 class TritonPlan:
     """Tables in device memory, of which a step writes again what changed."""
 
+    traceable = False
+
     def __init__(self, spec: PlanSpec) -> None:
         kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
 
@@ -55,10 +58,15 @@ class TritonPlan:
         tables = {name: table.to(device) for name, table in host.items()}
         self._tables = kernels.Tables(**tables, stats=spec.stats)
         self._known: dict[str, Tensor] = {}  # what was written last into the tables that change
+        self._captured: dict[str, list[Tensor]] = {}  # of those, what graphs read
         self._tiles = {
             name: tiles.to(device)
             for name, tiles in _by_dtype(spec, host["tiles"], self._blocks.tiles).items()
         }
+        self._bind()
+
+    def _bind(self) -> None:
+        """Make the launches, which hold the tables."""
         self._launches = {measured: self._plan(measured) for measured in (False, True)}
 
     def _plan(self, measured: bool) -> dict[str, list[Any]]:
@@ -114,12 +122,11 @@ class TritonPlan:
             for kernel, arguments, constants in self._launches[measured][method]:
                 kernel(*arguments, **constants)
 
-    @torch._disable_dynamo
-    def traced_step(self, h: Hyper) -> None:
-        """Outside the graph."""
-        if not self.prepare():
-            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
-        self.step(h)
+    def refresh(self, h: Hyper) -> None:
+        """Write the numbers."""
+        with torch.accelerator.device_index(self.spec.table.device.index):
+            self._known.pop("config", None)
+            self._configure(h)
 
     def _configure(self, h: Hyper) -> None:
         """Write the step's numbers, in the order of ``kernels.tables``."""
@@ -134,24 +141,35 @@ class TritonPlan:
         # those are copied on the device
         here = [-math.inf if place in there else float(x) for place, x in enumerate(numbers)]
         values = (*here, *_fill(h.direction, 5), *_fill(rule, 3))
+        if "config" in self._known:
+            self._known["config"][list(there)] = -math.inf
         self._write("config", torch.tensor(values, dtype=torch.float64))
         for place, x in there.items():
             self._tables.config[place : place + 1].copy_(x.reshape(1))
 
     def _write(self, name: str, value: Tensor) -> None:
-        """Bring a table up to date, in stream order."""
-        known = self._known.get(name)
-        if known is None or not torch.equal(known, value):
-            table = getattr(self._tables, name)
-            if table.is_cuda and torch.cuda.is_current_stream_capturing():
+        """Bring a table up to date, in stream order; graphs share the numbers, not the pointers."""
+        known, table = self._known.get(name), getattr(self._tables, name)
+        same = known is not None and torch.equal(known, value)
+        if checks.capturing(self.spec.table.device):
+            if not same:
                 raise RuntimeError(
                     "backend 'triton' can be captured in a CUDA graph only after a step with the "
-                    "same numbers and the same gradient tensors (zero_grad(set_to_none=False)): "
-                    "take one, or use backend='cuda'"
+                    "same numbers (optimizer.refresh()) and the same gradient tensors "
+                    "(zero_grad(set_to_none=False)): take one, or use backend='cuda'"
                 )
-            self._known[name] = value
-            value = value.pin_memory() if table.is_cuda else value
-            table[: len(value)].copy_(value, non_blocking=True)
+            self._captured.setdefault(name, []).append(table)
+            return
+        read = any(table is x for x in self._captured.get(name, ()))
+        if same and not (read and name == "config"):  # a graph may have copied a tensor lr there
+            return
+        if read and name != "config":
+            table = table.clone()
+            self._tables = self._tables._replace(**{name: table})
+            self._bind()
+        self._known[name] = value
+        value = value.pin_memory() if table.is_cuda else value
+        table[: len(value)].copy_(value, non_blocking=True)
 
 
 def _fill(values: tuple[float, ...], n: int) -> tuple[float, ...]:
