@@ -48,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
   m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
+  m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())
       .def("matches",

@@ -16,6 +16,8 @@ from . import _C, backends, checks, estimators, rules, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
+from .precision import Precision
+from .precision import of as precision_of
 
 Rule = str | rules.LayerRule | None
 
@@ -44,9 +46,10 @@ class LayerwiseOptimizer(Optimizer):
     """A direction and a layer rule; subclasses name the direction.
 
     Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
-    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite`` (as the keyword
-    arguments), ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks
-    or their sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
+    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite``, ``precision``
+    (as the keyword arguments), ``seed`` (of stochastic rounding), ``split`` (blocks of dim 0 that
+    are layers of their own: a number of equal blocks or their sizes) and ``lr_scale`` (a factor on
+    lr: a number, or one for each layer).
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class LayerwiseOptimizer(Optimizer):
         adapt: str | Adapt | None,
         backend: str,
         on_nonfinite: Literal["skip", "propagate"] | None,
+        precision: Precision,
     ) -> None:
         backends.validate(backend)
         self.backend = backend
@@ -65,7 +69,7 @@ class LayerwiseOptimizer(Optimizer):
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
-        defaults["on_nonfinite"] = on_nonfinite
+        defaults |= {"on_nonfinite": on_nonfinite, "precision": precision}
         checks.flags(defaults)
         super().__init__(params, defaults)
 
@@ -102,6 +106,7 @@ class LayerwiseOptimizer(Optimizer):
             group["adapt"],
             _hashable(group.get("split")),
             _hashable(group.get("lr_scale")),
+            group["precision"],
         )
 
     def _build(self, index: int) -> _GroupPlans:
@@ -109,7 +114,9 @@ class LayerwiseOptimizer(Optimizer):
         group = self.param_groups[index]
         group["rule"] = rules.resolve(group["rule"])
         validate(group)
+        checks.precision(group, index)
         direction = self._direction(group)
+        first = sum(len(g["params"]) for g in self.param_groups[:index])
         old = self._plans[index] if index < len(self._plans) else None
         carried = (
             {(t.device, tuple(t.layers)): s for t, s in zip(old.tables, old.stats, strict=True)}
@@ -119,12 +126,15 @@ class LayerwiseOptimizer(Optimizer):
         self._notice()
         built = _GroupPlans(self._key(group), list(group["params"]), [], [], [], [], [])
         for table in build_tables(group, index):
-            states = state.complete_table(self.state, table, group, direction)
+            states = state.complete_table(self.state, table, group, direction, first)
             stats = carried.get((table.device, tuple(table.layers)))
             if stats is None:
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
-            spec = PlanSpec(table, direction, group["rule"], states, stats, group["differentiable"])
+            precision = precision_of(table.params, group["precision"])
+            spec = PlanSpec(
+                table, direction, group["rule"], states, stats, group["differentiable"], precision
+            )
             backend = backends.choose(self.backend, spec)
             built.tables.append(table)
             built.backends.append(backend.name)

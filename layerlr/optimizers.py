@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .directions import DIRECTIONS, Direction
 from .layers import Adapt, LayerKey
 from .optimizer import LayerwiseOptimizer, Rule
+from .precision import Precision
 
 OnNonfinite = Literal["skip", "propagate"] | None
 
@@ -32,6 +33,15 @@ _LAYERWISE_DOC = """\
         ``"skip"``: a layer whose gradient holds NaN or inf keeps its weights and its step count,
         the other layers go on (the default with a rule). ``"propagate"``: torch's way (the
         default without).
+    precision : str or None
+        How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
+        than half a unit in the last place); others step as without it. Bytes a weight: of memory,
+        then read and written a step, in each pass that reads weights. ``"master"``: a float32 copy
+        takes the steps, the weight is its rounding (4; 6 + 6). ``"kahan"``: a second number of the
+        weight's dtype holds what the first lost (2; 4 + 4), in float16 nothing below 2^-24.
+        ``"stochastic"``: the weight is rounded up or down with probability in proportion, bfloat16
+        only (0; 2 + 2), by bits that follow from a seed in the state: `torch.initial_seed` or the
+        group key ``seed``. None: rounded to nearest (0; 2 + 2). See `layerlr.precision`.
 
     Notes
     -----
@@ -95,6 +105,7 @@ class SGD(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         _check_lr(lr)
         _check("momentum", momentum)
@@ -113,7 +124,7 @@ class SGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite, precision)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         if group["momentum"] == 0:
@@ -155,6 +166,7 @@ class AMomSGD(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         _check_lr(lr)
         if not 0.0 <= momentum <= 1.0:
@@ -170,7 +182,7 @@ class AMomSGD(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite, precision)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["averaged_momentum"]
@@ -210,6 +222,7 @@ class Adagrad(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         _check_lr(lr)
         _check("lr_decay", lr_decay)
@@ -228,7 +241,7 @@ class Adagrad(LayerwiseOptimizer):
             "fused": fused,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite, precision)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["adagrad"]
@@ -275,6 +288,7 @@ class RMSprop(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         _check_lr(lr)
         _check_eps(eps)
@@ -293,7 +307,7 @@ class RMSprop(LayerwiseOptimizer):
             "maximize": maximize,
             "differentiable": differentiable,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite, precision)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         name = "rmsprop" + "_centered" * bool(group["centered"])
@@ -335,6 +349,7 @@ class Adam(LayerwiseOptimizer):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         if isinstance(lr, Tensor) and foreach and not capturable:
             raise ValueError(
@@ -357,7 +372,7 @@ class Adam(LayerwiseOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite)
+        super().__init__(params, defaults, rule, layers, adapt, backend, on_nonfinite, precision)
 
     def _direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["amsgrad" if group["amsgrad"] else "adam"]
@@ -400,6 +415,7 @@ class AdamW(Adam):
         adapt: str | Adapt | None = None,
         backend: str = "auto",
         on_nonfinite: OnNonfinite = None,
+        precision: Precision = None,
     ) -> None:
         super().__init__(
             params,
@@ -419,6 +435,7 @@ class AdamW(Adam):
             adapt=adapt,
             backend=backend,
             on_nonfinite=on_nonfinite,
+            precision=precision,
         )
 
 

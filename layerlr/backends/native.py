@@ -28,6 +28,8 @@ def unsupported(spec: PlanSpec) -> str | None:
         return f"has no direction {spec.direction.name!r}"
     if spec.rule is not None and spec.rule.kernel not in _C.rules():
         return f"has no rule {spec.rule.kernel!r}"
+    if spec.precision is not None:
+        return f"has no precision={spec.precision!r}"
     for p, name, state in zip(spec.table.params, spec.table.names, spec.states, strict=True):
         if p.dtype not in _DTYPES:
             return f"does not support parameter {name!r} of dtype {p.dtype}"
