@@ -58,7 +58,8 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
                     const std::vector<double>&, const std::string&,
                     const std::optional<std::string>&, const std::vector<double>&,
-                    const std::optional<std::string>&, at::Tensor>())
+                    const std::optional<std::string>&, at::Tensor, const std::string&,
+                    const std::string&>())
       .def("prepare", &LivePlan::prepare)
       .def("finish", &LivePlan::finish)
       .def("rows", &LivePlan::rows)

@@ -379,7 +379,7 @@ def test_no_key_no_state(engine):
 def test_state_dicts_without_the_key_load(engine):
     params = halves(engine)
     opt = layerlr.SGD(params, 0.1, backend=engine.backend, precision="master")
-    theirs = torch.optim.SGD(params, 0.1, momentum=0.9)
+    theirs = torch.optim.SGD(params, 0.1)
     train(theirs, params, 1)
     opt.load_state_dict(theirs.state_dict())
     assert opt.param_groups[0]["precision"] == "master"

@@ -90,6 +90,13 @@ class Step {
     p.sign = config_.sign;
     p.l2 = config_.l2();
     p.skip = config_.skip;
+    p.held = row.held;
+    if (row.extra) {
+      const int64_t each = row.held == Held::master ? sizeof(float) : param_bytes(row.dtype);
+      p.extra = static_cast<char*>(row.extra) + chunk.begin * each;
+    }
+    if (row.held == Held::stochastic) p.key = rounding_key(row.seed, count(row) + 1);
+    p.place = static_cast<uint32_t>(chunk.begin);
     return p;
   }
 

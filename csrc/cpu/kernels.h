@@ -15,6 +15,9 @@ struct Piece {
   double sign;            // factor on the gradient
   double l2;
   bool skip;  // an element with a bad gradient keeps its state
+  Held held = Held::nearest;
+  void* extra = nullptr;        // what 16-bit weights have beside them
+  uint32_t key = 0, place = 0;  // of stochastic rounding: the step's, the first element's
 };
 
 /// What a gradient rule measures before it scales.

@@ -98,6 +98,14 @@ inline void store(Float16* p, Pack<float> x) {
 }
 #endif
 
+/// x rounded to P.
+template <class P>
+inline Pack<float> nearest(Pack<float> x) {
+  P room[Pack<float>::size];
+  store(room, x);
+  return load(room);
+}
+
 // -- the last n elements of a tensor: the other lanes are zero, and are not written ---------------
 
 template <class P>

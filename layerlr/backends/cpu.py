@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from layerlr import _C
 from layerlr.ops import step_
 
@@ -43,5 +45,14 @@ class CpuPlan:
             self._native.step(*numbers, h.skip, h.direction)
 
     def traced_step(self, h: Hyper) -> None:
-        """The same step under ``torch.compile``."""
-        step_(self.spec, h)
+        """The same step under ``torch.compile``; outside the graph where there is a precision."""
+        if self.spec.precision is None:
+            step_(self.spec, h)
+        else:
+            self._outside(h)
+
+    @torch._disable_dynamo
+    def _outside(self, h: Hyper) -> None:
+        if not self.prepare():
+            raise RuntimeError("optimizer.state changed since the last step outside torch.compile")
+        self.step(h)

@@ -67,6 +67,7 @@ class CudaBackend:
         return (
             self.missing()
             or native.unsupported(spec)
+            or native.no_precision(spec)
             or native.counts_elsewhere(spec, spec.table.device)
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from layerlr import _C
+from layerlr.precision import KEYS
 
 from .base import PlanSpec, accumulator, check_gradient, state_dtype
 
@@ -28,8 +29,6 @@ def unsupported(spec: PlanSpec) -> str | None:
         return f"has no direction {spec.direction.name!r}"
     if spec.rule is not None and spec.rule.kernel not in _C.rules():
         return f"has no rule {spec.rule.kernel!r}"
-    if spec.precision is not None:
-        return f"has no precision={spec.precision!r}"
     for p, name, state in zip(spec.table.params, spec.table.names, spec.states, strict=True):
         if p.dtype not in _DTYPES:
             return f"does not support parameter {name!r} of dtype {p.dtype}"
@@ -40,6 +39,11 @@ def unsupported(spec: PlanSpec) -> str | None:
         if state and state["step"].dtype not in (torch.float32, torch.float64):
             return f"counts steps in floating point, {name!r} in {state['step'].dtype}"
     return None
+
+
+def no_precision(spec: PlanSpec) -> str | None:
+    """Why an engine that holds weights as they are cannot, or None."""
+    return None if spec.precision is None else f"has no precision={spec.precision!r}"
 
 
 def counts_elsewhere(spec: PlanSpec, device: torch.device) -> str | None:
@@ -65,6 +69,8 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         () if rule is None else rule.hyper(),
         None if rule is None else rule.kept,
         spec.stats,
+        spec.precision or "",
+        KEYS.get(spec.precision or "", ""),
     )
 
 

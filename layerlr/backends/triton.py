@@ -34,7 +34,11 @@ class TritonBackend:
             return f"does not support parameters on {device}"
         if importlib.util.find_spec("triton") is None:
             return "needs Triton: pip install triton"
-        return native.unsupported(spec) or native.counts_elsewhere(spec, device)
+        return (
+            native.unsupported(spec)
+            or native.no_precision(spec)
+            or native.counts_elsewhere(spec, device)
+        )
 
     def plan(self, spec: PlanSpec) -> TritonPlan:
         """Plan for a supported case."""
