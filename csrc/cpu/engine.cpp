@@ -62,17 +62,18 @@ class Step {
   void prepare(size_t i) {
     const TensorRow& row = plan_.tensors[i];
     const double t = count(row) + 1;
+    const bool plain = row.held == Held::nearest;
     for (const Made& made : made_) {
-      if (made.t == t && made.dtype == row.dtype) {
+      if (made.t == t && made.dtype == row.dtype && made.plain == plain) {
         tensors_[i] = made.tensor;
         return;
       }
     }
-    const Kernels& k = kernels_for(plan_.direction, row.dtype);
+    const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
     scalars_.push_back(std::make_unique<Scalars>());
     k.make(scalars_.back()->room, config_.direction_hyper, t);
     tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction_hyper, t)};
-    made_.push_back({t, row.dtype, tensors_[i]});
+    made_.push_back({t, row.dtype, plain, tensors_[i]});
   }
 
   Piece piece(const Chunk& chunk) const {
@@ -229,6 +230,7 @@ class Step {
   struct Made {
     double t;
     DType dtype;
+    bool plain;
     Tensor tensor;
   };
 

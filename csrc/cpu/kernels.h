@@ -47,8 +47,9 @@ struct Kernels {
 
 constexpr int direction_room = 64;
 
-/// Kernels of a direction and dtype for the instruction set that was chosen at load.
-const Kernels& kernels_for(int direction, DType dtype);
+/// Kernels of a direction and dtype for the instruction set that was chosen at load. `plain`:
+/// weights are held as they are.
+const Kernels& kernels_for(int direction, DType dtype, bool plain);
 
 /// Name of that instruction set: "avx512", "avx2" or "default".
 const char* instruction_set();

@@ -124,9 +124,10 @@ inline Pack<double> root(Pack<double> x) {
   return r;
 }
 
+typedef uint32_t Bits __attribute__((vector_size(register_bytes)));
+
 /// x rounded up or down to bfloat16s, the first of them at a place of its tensor.
 inline Pack<float> at_random(Pack<float> x, uint32_t key, uint32_t place) {
-  typedef uint32_t Bits __attribute__((vector_size(register_bytes)));
   constexpr int lanes = register_bytes / 4;
   Bits lane;
   for (int k = 0; k < lanes; ++k) lane[k] = k;
