@@ -34,11 +34,7 @@ class TritonBackend:
             return f"does not support parameters on {device}"
         if importlib.util.find_spec("triton") is None:
             return "needs Triton: pip install triton"
-        return (
-            native.unsupported(spec)
-            or native.no_precision(spec)
-            or native.counts_elsewhere(spec, device)
-        )
+        return native.unsupported(spec) or native.counts_elsewhere(spec, device)
 
     def plan(self, spec: PlanSpec) -> TritonPlan:
         """Plan for a supported case."""
@@ -69,7 +65,9 @@ class TritonPlan:
         """The launches of a step: kernel and grid, arguments, constants."""
         direction, rule = self.spec.direction.name, self.spec.rule
         name = "plain" if rule is None else rule.kernel
-        launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
+        launches = self._kernels.launches(
+            direction, name, measured, self._tiles, self._blocks, self.spec.precision
+        )
         plan = []
         for x in launches:
             programs, arguments = len(self._tables.tensors) // self._blocks.rows, [self._tables]
