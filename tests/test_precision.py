@@ -42,16 +42,6 @@ each_case = pytest.mark.parametrize(
 SHAPES = ((7, 5), (33,), (2, 3, 2, 2), (), (0, 3), (40, 30))
 
 
-@pytest.fixture(autouse=True)
-def supported(request):
-    for name in {"engine", "other"} & set(request.fixturenames):
-        engine = request.getfixturevalue(name)
-        try:
-            layerlr.SGD(halves(engine), precision="master", backend=engine.backend)
-        except RuntimeError as error:
-            pytest.skip(str(error))
-
-
 def halves(engine, half=BF16, shapes=SHAPES, seed=0):
     return engine.params(cases.random(shapes, seed=seed), half)
 

@@ -67,7 +67,6 @@ class CudaBackend:
         return (
             self.missing()
             or native.unsupported(spec)
-            or native.no_precision(spec)
             or native.counts_elsewhere(spec, spec.table.device)
         )
 

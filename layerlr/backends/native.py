@@ -41,11 +41,6 @@ def unsupported(spec: PlanSpec) -> str | None:
     return None
 
 
-def no_precision(spec: PlanSpec) -> str | None:
-    """Why an engine that holds weights as they are cannot, or None."""
-    return None if spec.precision is None else f"has no precision={spec.precision!r}"
-
-
 def counts_elsewhere(spec: PlanSpec, device: torch.device) -> str | None:
     """Why an engine that counts steps on the device cannot, or None."""
     for name, state in zip(spec.table.names, spec.states, strict=True):
