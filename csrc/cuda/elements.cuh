@@ -25,8 +25,8 @@ struct Arrays {
   char* u;
   int count;
   Held held;
-  char* extra;          // what 16-bit weights have beside them, in global memory
-  uint32_t key, place;  // of stochastic rounding: the step's, the first element's
+  char* extra = nullptr;    // what 16-bit weights have beside them, in global memory
+  uint32_t key = 0, place;  // of stochastic rounding: the step's, the first element's
 };
 
 /// What a step does to every gradient.
