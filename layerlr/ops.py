@@ -1,7 +1,8 @@
 """``torch.ops.layerlr.step_``, the step that ``torch.compile`` sees.
 
 Eager steps go through a cached native plan, which a compiler cannot look into; the registered op
-does the same from plain tensors and numbers.
+does the same from plain tensors and numbers. It knows weights that are held as they are: under
+``precision`` a step is a graph break.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from cases import copies, same_bits, same_state, set_grads, state_of, train
 from torch.nn import Parameter
 
 import layerlr
-from layerlr import _C
 from layerlr.rules import Lamb, Layca, Rated, Singh
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -554,26 +553,3 @@ def test_steps_in_backward():
             opt.zero_grad()
         sides.append(list(model.parameters()))
     assert same_bits(*sides)
-
-
-@each_precision
-def test_every_instruction_set_gives_the_same_bits(precision):
-    best, found = _C.instruction_set(), []
-    try:
-        for name in ("default", "avx2", "avx512"):
-            try:
-                _C.use_instruction_set(name)
-            except ValueError:
-                continue
-            torch.manual_seed(0)
-            params = [
-                p
-                for half in (BF16, F16)[: 2 - (precision == "stochastic")]
-                for p in halves(cases.Engine("cpu", "cpu"), half)
-            ]
-            opt = layerlr.SGD(params, 1e-3, momentum=0.9, rule="layca", precision=precision)
-            train(opt, params, 3)
-            found.append([*params, *held(opt, params, KEYS[precision])])
-    finally:
-        _C.use_instruction_set(best)
-    assert all(same_bits(x, found[0]) for x in found)
