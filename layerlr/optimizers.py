@@ -35,13 +35,13 @@ _LAYERWISE_DOC = """\
         default without).
     precision : str or None
         How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
-        than half a unit in the last place); others step as without it. Bytes a weight: of memory,
-        then read and written a step, in each pass that reads weights. ``"master"``: a float32 copy
-        takes the steps, the weight is its rounding (4; 6 + 6). ``"kahan"``: a second number of the
-        weight's dtype holds what the first lost (2; 4 + 4), in float16 nothing below 2^-24.
+        than half a unit in the last place); others step as without it. ``"master"``: a float32
+        copy takes the steps, the weight is its rounding. ``"kahan"``: a second number of the
+        weight's dtype holds what the first has lost, in float16 nothing below 2^-24.
         ``"stochastic"``: the weight is rounded up or down with probability in proportion, bfloat16
-        only (0; 2 + 2), by bits that follow from a seed in the state: `torch.initial_seed` or the
-        group key ``seed``. None: rounded to nearest (0; 2 + 2). See `layerlr.precision`.
+        only, by bits that follow from a seed in the state: `torch.initial_seed` or the group key
+        ``seed``. None: rounded to nearest. Of memory they take 4, 2, 0 and 0 bytes a weight; a
+        pass over the weights reads 6, 4, 2 and 2, a step writes as many. See `layerlr.precision`.
 
     Notes
     -----
