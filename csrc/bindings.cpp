@@ -87,6 +87,7 @@ PYBIND11_MODULE(_C, m) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
   m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
+  m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())
       .def("matches",
@@ -96,7 +97,8 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
                     const std::vector<double>&, const std::string&,
                     const std::optional<std::string>&, const std::vector<double>&,
-                    const std::optional<std::string>&, at::Tensor>())
+                    const std::optional<std::string>&, at::Tensor, const std::string&,
+                    const std::string&>())
       .def("prepare", &LivePlan::prepare)
       .def("finish", &LivePlan::finish)
       .def("rows", &LivePlan::rows)

@@ -153,6 +153,9 @@ void DevicePlan::fill_rows() {
     row.step = from.step;
     row.dtype = static_cast<int32_t>(from.dtype);
     row.step_is_double = from.step_is_double;
+    row.held = from.held;
+    row.extra = static_cast<char*>(from.extra);
+    row.seed = from.seed;
     row.first_layer = schedule_.first_layer[i];
     row.layers = schedule_.first_layer[i + 1] - schedule_.first_layer[i];
   }

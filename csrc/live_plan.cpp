@@ -34,16 +34,18 @@ LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::stri
                    const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
                    const std::vector<double>& lr_scale, const std::string& direction,
                    const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-                   const std::optional<std::string>& keeps, at::Tensor stats)
+                   const std::optional<std::string>& keeps, at::Tensor stats,
+                   const std::string& precision, const std::string& extra_key)
     : params_(std::move(params)),
       states_(std::move(states)),
       stats_(std::move(stats)),
       device_(stats_.device()),
-      n_states_(static_cast<int>(keys.size())) {
+      n_states_(static_cast<int>(keys.size())),
+      held_(held_by_name(precision)) {
   configure(plan_, direction, rule.value_or(""), rule_hyper, ruled, lr_scale, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, keeps);
+  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, keeps, extra_key);
   read_layouts(spans);
 }
 
@@ -63,7 +65,7 @@ int LivePlan::prepare() {
 }
 
 void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
-                           const std::optional<std::string>& keeps) {
+                           const std::optional<std::string>& keeps, const std::string& extra_key) {
   Tensor& t = tensors_[i];
   t.param = PyList_GET_ITEM(params_.ptr(), i);
   t.state = PyList_GET_ITEM(states_.ptr(), i);
@@ -76,6 +78,9 @@ void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
   for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
   t.step = get("step");
   if (keeps) t.kept = get(keeps->c_str());
+  if (held_ != Held::nearest && THPVariable_Unpack(t.param).element_size() == 2) {
+    t.extra = get(extra_key.c_str());
+  }
   t.step_dtype = THPVariable_Unpack(t.step).dtype();
   if (n_states_) t.state_dtype = THPVariable_Unpack(t.values[0]).dtype();
 }
@@ -100,6 +105,14 @@ void LivePlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
   }
 }
 
+bool LivePlan::holds_extra(const Tensor& t) const {
+  const at::Tensor& x = THPVariable_Unpack(t.extra);
+  if (held_ == Held::stochastic) {
+    return x.scalar_type() == at::kLong && x.numel() == 1 && x.is_cpu();
+  }
+  return holds(t, x, held_ == Held::master ? caffe2::TypeMeta::Make<float>() : t.dtype);
+}
+
 int LivePlan::look_up(size_t i) {
   const Tensor& t = tensors_[i];
   plan_.tensors[i].active = false;
@@ -119,6 +132,11 @@ int LivePlan::look_up(size_t i) {
     x.states[k] = &THPVariable_Unpack(t.values[k]);
     if (!holds(t, *x.states[k], t.state_dtype)) return stale;
   }
+  if (t.extra) {
+    if (!holds_extra(t)) return stale;
+    x.held = held_;
+    x.extra = &THPVariable_Unpack(t.extra);
+  }
   fill_row(plan_.tensors[i], staging_, x, t.dense);
   return ready;
 }
@@ -133,6 +151,7 @@ void LivePlan::finish() {
     if (!plan_.tensors[i].active) continue;
     bump(tensors_[i].param);
     for (int k = 0; k < n_states_; ++k) bump(tensors_[i].values[k]);
+    if (plan_.tensors[i].extra) bump(tensors_[i].extra);
   }
 }
 
@@ -144,7 +163,7 @@ at::Tensor LivePlan::rows() const {
                               row.state[0], row.state[1],
                               row.state[2], row.step};
     for (const void* p : pointers) *to++ = reinterpret_cast<int64_t>(p);
-    *to++ = static_cast<int64_t>(row.dtype);
+    *to++ = row.extra ? reinterpret_cast<int64_t>(row.extra) : row.seed;
     *to++ = row.step_is_double;
   }
   return answer;

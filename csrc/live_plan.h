@@ -35,7 +35,8 @@ class LivePlan {
            const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
            const std::vector<double>& lr_scale, const std::string& direction,
            const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-           const std::optional<std::string>& keeps, at::Tensor stats);
+           const std::optional<std::string>& keeps, at::Tensor stats, const std::string& precision,
+           const std::string& extra_key);
 
   /// Read gradients and data pointers into plan().
   int prepare();
@@ -46,7 +47,8 @@ class LivePlan {
   at::Device device() const { return stats_.device(); }
 
   /// [tensors, 8], int64 on the host: pointers of param, gradient (0: none), three states and step,
-  /// the dtype's number, whether step is float64.
+  /// pointer to what is held beside the weights or the seed of their rounding, whether step is
+  /// float64.
   at::Tensor rows() const;
   /// [layers], int64 on the host: pointers of the numbers that layers keep, or 0.
   at::Tensor kept() const;
@@ -59,7 +61,8 @@ class LivePlan {
     std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
     PyObject* step = nullptr;
-    PyObject* kept = nullptr;  // what its parts' layers keep
+    PyObject* kept = nullptr;   // what its parts' layers keep
+    PyObject* extra = nullptr;  // what 16-bit weights have beside them
     at::DimVector sizes, strides;
     caffe2::TypeMeta dtype, state_dtype, step_dtype;
     bool dense = true;
@@ -75,14 +78,16 @@ class LivePlan {
            x.layout() == at::kStrided;
   }
   void find_values(size_t i, const std::vector<std::string>& keys,
-                   const std::optional<std::string>& keeps);
+                   const std::optional<std::string>& keeps, const std::string& extra_key);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
+  bool holds_extra(const Tensor& t) const;
   int look_up(size_t i);
 
   py::list params_, states_;
   at::Tensor stats_;
   at::Device device_;
   int n_states_;
+  Held held_;  // how 16-bit weights are
   Plan plan_;
   std::vector<Tensor> tensors_;
   std::vector<Leader> leaders_;

@@ -7,6 +7,7 @@
 
 #include "decide.h"
 #include "directions/all.h"
+#include "precision.h"
 
 namespace layerlr {
 
@@ -28,6 +29,9 @@ struct TensorRow {
   DType dtype = DType::f32;
   bool step_is_double = false;
   bool active = false;  // takes part in this step
+  Held held = Held::nearest;
+  void* extra = nullptr;  // the master or the compensation, one element for each
+  int64_t seed = 0;       // of stochastic rounding
 };
 
 /// A part of one tensor, all of it in one layer.

@@ -53,6 +53,12 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
   row.param = staging.pointer(*x.param, like, true);
   row.grad = staging.pointer(*x.grad, like, false);
   for (int k = 0; k < x.n_states; ++k) row.state[k] = staging.pointer(*x.states[k], like, true);
+  row.held = x.held;
+  if (x.held == Held::stochastic) {
+    row.seed = *x.extra->data_ptr<int64_t>();
+  } else if (x.extra) {
+    row.extra = staging.pointer(*x.extra, like, true);
+  }
   row.step = x.step->data_ptr();
   if (!row.grad) row.grad = row.step;  // an empty gradient has no memory, but it is one
   row.step_is_double = x.step->scalar_type() == at::kDouble;
@@ -90,6 +96,10 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
     plan.layers[l].ruled = ruled[l];
     plan.layers[l].lr_scale = lr_scale[l];
   }
+}
+
+Held held_by_name(const std::string& precision) {
+  return static_cast<Held>(index_of({"", "master", "kahan", "stochastic"}, precision, "precision"));
 }
 
 Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer) {

@@ -52,6 +52,8 @@ struct Operands {
   const at::Tensor* states[max_states];
   int n_states;
   const at::Tensor* step;
+  Held held = Held::nearest;
+  const at::Tensor* extra = nullptr;  // what the state holds for it
 };
 
 /// Fill a row of the plan for one parameter that takes part, and whose dense layout is known.
@@ -62,6 +64,9 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
 void configure(Plan& plan, const std::string& direction, const std::string& rule,
                at::ArrayRef<double> rule_hyper, const std::vector<bool>& ruled,
                at::ArrayRef<double> lr_scale, const at::Tensor& stats);
+
+/// A precision's number; empty: to nearest.
+Held held_by_name(const std::string& precision);
 
 /// The span of rows [begin, end) of dim 0, in elements.
 Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer);

@@ -57,6 +57,32 @@ def narrow(x):
 
 
 @triton.jit
+def nearest(x, DT: tl.constexpr):
+    """x rounded to DT."""
+    return widen(narrow(x)) if DT == tl.bfloat16 else x.to(DT).to(x.dtype)
+
+
+@triton.jit
+def rounding_key(seed, t):
+    """What step t mixes into the places of a tensor's elements; SplitMix64."""
+    x = seed.to(tl.uint64) + t.to(tl.int64).to(tl.uint64) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return ((x ^ (x >> 31)) >> 32).to(tl.uint32)
+
+
+@triton.jit
+def at_random(x, key, place):
+    """x rounded up or down to a bfloat16 by 16 bits of MurmurHash3's finaliser."""
+    h = key ^ place
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    h = h ^ (h >> 16)
+    up = ((x.to(tl.uint32, bitcast=True) + (h >> 16)) >> 16) << 16
+    return tl.where(x != x, x, up.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _split(x):
     """Halves of a float64 whose products are exact (Dekker)."""
     wide = x * 134217729.0  # 2^27 + 1

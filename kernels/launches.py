@@ -50,7 +50,12 @@ class Launch(NamedTuple):
 
 
 def launches(
-    direction: str, rule: str, measured: bool, dtypes: Sequence[str], blocks: Blocks
+    direction: str,
+    rule: str,
+    measured: bool,
+    dtypes: Sequence[str],
+    blocks: Blocks,
+    precision: str | None = None,
 ) -> Launches:
     """The launches of a plan; ``measured``: there are sums to take, by the rule or to skip."""
     d, r = DIRECTIONS[direction], RULES[rule]
@@ -59,7 +64,10 @@ def launches(
     passes = {"UPDATE": r.update, "MEASURED": measured}
 
     def over_tiles(kernel: Any, **constants: Any) -> list[Launch]:
-        return [Launch(kernel, dtype, {**_of(dtype, blocks), **constants}) for dtype in dtypes]
+        return [
+            Launch(kernel, dtype, {**_of(dtype, blocks, precision), **constants})
+            for dtype in dtypes
+        ]
 
     def totals(update: bool, ww: bool) -> Launch:
         return Launch(total, None, {"UPDATE": update, "MEASURES_WW": ww, **of_rows})
@@ -89,7 +97,8 @@ def launches(
     )
 
 
-def _of(dtype: str, blocks: Blocks) -> dict[str, Any]:
+def _of(dtype: str, blocks: Blocks, precision: str | None) -> dict[str, Any]:
     arithmetic = tl.float64 if dtype == "float64" else tl.float32
     sizes = {"TILES": blocks.tiles, "BLOCK": blocks.elements}
-    return {"DT": getattr(tl, dtype), "T": arithmetic, **sizes}
+    held = precision if dtype in ("bfloat16", "float16") else None
+    return {"DT": getattr(tl, dtype), "T": arithmetic, "HELD": held, **sizes}

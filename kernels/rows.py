@@ -27,7 +27,7 @@ from .tables import (
 
 
 @triton.jit
-def _count(t, tensor, active):
+def count_steps(t, tensor, active):
     """Addresses of the step counts, which of them are float64, and the counts."""
     at = tl.load(t.tensors + tensor * WIDTH + STEP, mask=active, other=0)
     wide = active & (
@@ -45,7 +45,7 @@ def begin(t, MAKE: tl.constexpr, RATE_OF: tl.constexpr, ROWS: tl.constexpr):
         return
     tensor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     active = is_active(t, tensor)
-    _, _, count = _count(t, tensor, active)
+    _, _, count = count_steps(t, tensor, active)
     h, to = t.config + DIRECTION_HYPER, t.scalars + tensor * WIDTH
     values = MAKE(h, count + 1.0)
     for k in tl.static_range(len(values)):
@@ -196,6 +196,6 @@ def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
         counts = counts | (keep == 0)
         part += 1
     counts = counts & is_active(t, tensor)
-    at, wide, count = _count(t, tensor, counts)
+    at, wide, count = count_steps(t, tensor, counts)
     tl.store(at.to(tl.pointer_type(tl.float64)), count + 1.0, mask=wide)
     tl.store(at.to(tl.pointer_type(tl.float32)), (count + 1.0).to(tl.float32), mask=counts & ~wide)

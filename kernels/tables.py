@@ -17,7 +17,8 @@ class Tables(NamedTuple):
     """
 
     #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states,
-    #: count of steps; then its dtype and whether the count is float64
+    #: count of steps, what is held beside the weights (or the seed of their rounding); then whether
+    #: the count is float64
     tensors: Any
     #: int64, by layer: tensor, layer, first element, number of elements
     tiles: Any
@@ -52,6 +53,7 @@ TOTALS = tl.constexpr(4)
 GRAD = tl.constexpr(1)
 STATE = tl.constexpr(2)
 STEP = tl.constexpr(5)
+EXTRA = tl.constexpr(6)
 STEP_IS_DOUBLE = tl.constexpr(7)
 RULED = tl.constexpr(2)
 RATE = tl.constexpr(7)

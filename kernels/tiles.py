@@ -1,6 +1,7 @@
 """The passes over the elements; a program for each tile of one dtype.
 
-``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic. In Triton's
+``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic, ``HELD`` the
+precision of the weights, or None. In Triton's
 interpreter, which takes its time for each operation, a program takes several tiles side by side:
 what is a number for each tile is a column then.
 """
@@ -8,8 +9,9 @@ what is a number for each tile is a column then.
 import triton
 import triton.language as tl
 
-from .arithmetic import add_step, finite, narrow, widen
-from .tables import GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, nothing, skipped
+from .arithmetic import add_step, at_random, finite, narrow, nearest, rounding_key, widen
+from .rows import count_steps
+from .tables import EXTRA, GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, is_active, nothing, skipped
 
 
 @triton.jit
@@ -33,11 +35,16 @@ def _addresses(
     begin,
     count,
     STATES: tl.constexpr,
+    HELD: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Addresses of weights, gradient, states; whether all can be read 16 bytes at a time."""
+    """Addresses of weights, gradient, states and of what is held beside the weights.
+
+    The last is the seed where weights are rounded by it. Then: whether all can be read 16 bytes at
+    a time.
+    """
     row = t.tensors + tensor * WIDTH
     w = tl.load(row) + begin * (DT.primitive_bitwidth // 8)
     g = tl.load(row + GRAD) + begin * (DT.primitive_bitwidth // 8)
@@ -47,7 +54,13 @@ def _addresses(
         state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
         s = s + (state,)
         bits = bits | state
-    return w, g, s, (count == BLOCK) & (bits % 16 == 0)
+    extra = w
+    if HELD is not None:
+        extra = tl.load(row + EXTRA)
+    if HELD == "master" or HELD == "kahan":
+        extra += begin * ((T if HELD == "master" else DT).primitive_bitwidth // 8)
+        bits = bits | extra
+    return w, g, s, extra, (count == BLOCK) & (bits % 16 == 0)
 
 
 @triton.jit
@@ -80,6 +93,52 @@ def _store(address, x, lane, inside, full, DT: tl.constexpr):
 
 
 @triton.jit
+def _load_weights(
+    address, extra, lane, inside, full, HELD: tl.constexpr, DT: tl.constexpr, T: tl.constexpr
+):
+    """The arithmetic weights."""
+    w = _load(address, lane, inside, full, DT, T)
+    if HELD == "master":
+        x = _load(extra, lane, inside, full, T, T)
+        w = tl.where(nearest(x, DT) == w, x, w)
+    if HELD == "kahan":
+        rest = _load(extra, lane, inside, full, DT, T)
+        w = tl.where(nearest(w + rest * 0.5, DT) == w, w + rest, w)
+    return w
+
+
+@triton.jit
+def _store_weights(
+    t,
+    tensor,
+    begin,
+    address,
+    extra,
+    w,
+    x,
+    lane,
+    inside,
+    full,
+    HELD: tl.constexpr,
+    DT: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Hold x where there was w."""
+    if HELD == "master":
+        _store(extra, x, lane, inside, full, T)
+    if HELD == "kahan":  # a weight can be held by two pairs
+        rest = x - nearest(x, DT)
+        rest = tl.where(finite(rest), rest, 0.0)
+        rest = tl.where(x == w, _load(extra, lane, inside, full, DT, T), rest)
+        _store(extra, rest, lane, inside, full, DT)
+        x = tl.where(x == w, _load(address, lane, inside, full, DT, T), x)
+    if HELD == "stochastic":
+        _, _, count = count_steps(t, tensor, is_active(t, tensor))
+        x = at_random(x, rounding_key(extra, count + 1.0), (begin + lane).to(tl.uint32))
+    _store(address, x, lane, inside, full, DT)
+
+
+@triton.jit
 def _decayed(g, w, l2):
     return tl.where(l2 != 0, g + w * l2.to(g.dtype), g)
 
@@ -100,6 +159,7 @@ def measure(
     MEASURES_WW: tl.constexpr,
     RAW: tl.constexpr,
     BARE: tl.constexpr,
+    HELD: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -109,7 +169,7 @@ def measure(
     if nothing(t):
         return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, _, full = _addresses(t, tensor, begin, count, 0, DT, T, BLOCK)
+    w_at, g_at, _, extra, full = _addresses(t, tensor, begin, count, 0, HELD, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
     sums = t.sums + tile * WIDTH
@@ -117,7 +177,7 @@ def measure(
     if not BARE:
         l2 = tl.load(t.config + L2)
         if MEASURES_WW or l2 != 0:
-            w = _load(w_at, lane, inside, full, DT, T)
+            w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
             if RAW:  # parameters outside the layers are measured as they are used
                 l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
             g = _decayed(g, w, l2)
@@ -134,6 +194,7 @@ def advance(
     ADVANCE: tl.constexpr,
     DIRECTION: tl.constexpr,
     STATES: tl.constexpr,
+    HELD: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -143,10 +204,10 @@ def advance(
     if nothing(t):
         return
     tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
+    w_at, g_at, s_at, extra, full = _addresses(t, tensor, begin, count, STATES, HELD, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
-    w = _load(w_at, lane, inside, full, DT, T)
+    w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
     raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
     old = _load_states(s_at, lane, inside, full, T)
     g = _decayed(raw, w, tl.load(t.config + L2))
@@ -175,6 +236,7 @@ def apply(
     STATES: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURED: tl.constexpr,
+    HELD: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -187,10 +249,10 @@ def apply(
     tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH
     count = tl.where(tl.load(scale + KEEP) == 0, count, 0)
-    w_at, g_at, s_at, full = _addresses(t, tensor, begin, count, STATES, DT, T, BLOCK)
+    w_at, g_at, s_at, extra, full = _addresses(t, tensor, begin, count, STATES, HELD, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
-    w = _load(w_at, lane, inside, full, DT, T)
+    w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
     g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
     s = _load_states(s_at, lane, inside, full, T)
     g = _decayed(g, w, tl.load(t.config + L2))
@@ -202,7 +264,7 @@ def apply(
             _store(s_at[k], s[k], lane, inside, full, T)
     u = DIRECTION(g, s, c)
     moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
-    _store(w_at, moved, lane, inside, full, DT)
+    _store_weights(t, tensor, begin, w_at, extra, w, moved, lane, inside, full, HELD, DT, T)
     if MEASURED and not UPDATE:
         w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
         sums = t.sums + tile * WIDTH

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import precision as precisions
 from . import rules, shards
 from .layers import names_of
 
@@ -109,6 +110,25 @@ def capture(group: dict[str, Any], index: int) -> None:
                 f"parameter {name!r} has no gradient, and the CUDA graph that is captured would "
                 "never update it: capture a step after backward(), or within the graph, or freeze "
                 "the parameter with requires_grad_(False)"
+            )
+
+
+def precision(group: dict[str, Any], index: int) -> None:
+    """Refuse a ``precision`` that is unknown, or not for a parameter of the group."""
+    wanted, seed = group["precision"], group.get("seed")
+    if wanted is not None and wanted not in precisions.KEYS:
+        raise ValueError(
+            f"Invalid precision: {wanted!r}, wanted None, 'master', 'stochastic' or 'kahan'"
+        )
+    if seed is not None and not isinstance(seed, int):
+        raise ValueError(f"Invalid seed: {seed!r}, wanted None or an integer")
+    if wanted is not None and group["differentiable"]:
+        raise ValueError("precision does not work with differentiable=True, which cannot round")
+    for name, p in zip(names_of(group, index), group["params"], strict=True):
+        if wanted == "stochastic" and p.dtype == torch.float16:
+            raise ValueError(
+                f"precision='stochastic' rounds to bfloat16, parameter {name!r} is {p.dtype}: use "
+                "precision='master' or precision='kahan'"
             )
 
 

@@ -17,6 +17,8 @@ from . import _C, backends, checks, estimators, ops, rules, sharding, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
+from .precision import Precision
+from .precision import of as precision_of
 
 Rule = str | rules.LayerRule | None
 
@@ -47,14 +49,14 @@ class LayerwiseOptimizer(Optimizer):
 
     Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
     dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite``,
-    ``max_grad_norm`` (as the keyword arguments), ``split`` (blocks of dim 0 that are layers of
-    their own: a number of equal blocks or their sizes) and ``lr_scale`` (a factor on lr: a number,
-    or one for each layer).
+    ``max_grad_norm``, ``precision`` (as the keyword arguments), ``seed`` (of stochastic rounding),
+    ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks or their
+    sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
 
     Under ``torch.compile`` a step on the CPU engine is one op a group, without a graph break, that
     reads lr, weight decay, momentum, betas and the like when it runs: schedules do not recompile.
-    On other engines, of sharded parameters and with ``max_grad_norm`` the step is taken outside of
-    the graph. Steps on a GPU can be captured in CUDA graphs: see `refresh`.
+    On other engines, of sharded parameters and with ``max_grad_norm`` or ``precision`` the step is
+    taken outside of the graph. Steps on a GPU can be captured in CUDA graphs: see `refresh`.
     """
 
     #: norm of the gradients that the last step clipped, before that: float64, on the device
@@ -70,6 +72,7 @@ class LayerwiseOptimizer(Optimizer):
         backend: str,
         on_nonfinite: Literal["skip", "propagate"] | None,
         max_grad_norm: float | None,
+        precision: Precision,
     ) -> None:
         backends.validate(backend)
         self.backend = backend
@@ -79,7 +82,11 @@ class LayerwiseOptimizer(Optimizer):
         self._snapshot: _C.Snapshot | None = None  # of self.state, as the plans know it
         self._watch: estimators.ModelWatch | None = None
         defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
-        defaults |= {"on_nonfinite": on_nonfinite, "max_grad_norm": max_grad_norm}
+        defaults |= {
+            "on_nonfinite": on_nonfinite,
+            "max_grad_norm": max_grad_norm,
+            "precision": precision,
+        }
         checks.flags(defaults)
         super().__init__(params, defaults)
 
@@ -116,6 +123,7 @@ class LayerwiseOptimizer(Optimizer):
             group["on_nonfinite"],
             _hashable(group.get("split")),
             _hashable(group.get("lr_scale")),
+            group["precision"],
         )
 
     def _build(self, index: int) -> _GroupPlans:
@@ -130,7 +138,9 @@ class LayerwiseOptimizer(Optimizer):
         validate(group)
         checks.params(group, index)
         checks.max_grad_norm(group)
+        checks.precision(group, index)
         direction = self._direction(group)
+        first = sum(len(g["params"]) for g in self.param_groups[:index])
         old = self._plans[index] if index < len(self._plans) else None
         carried = (
             {(t.device, tuple(t.layers)): s for t, s in zip(old.tables, old.stats, strict=True)}
@@ -140,12 +150,15 @@ class LayerwiseOptimizer(Optimizer):
         self._notice()
         built = _GroupPlans(group, self._key(group), list(group["params"]), [], [], [], [], [])
         for table in build_tables(group, index):
-            states = state.complete_table(self.state, table, group, direction)
+            states = state.complete_table(self.state, table, group, direction, first)
             stats = carried.get((table.device, tuple(table.layers)))
             if stats is None:
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
-            spec = PlanSpec(table, direction, group["rule"], states, stats, group["differentiable"])
+            precision = precision_of(table.params, group["precision"])
+            spec = PlanSpec(
+                table, direction, group["rule"], states, stats, group["differentiable"], precision
+            )
             backend = backends.choose(self.backend, spec)
             built.tables.append(table)
             built.backends.append(backend.name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _C, shards
 from .backends import COLUMNS, Backend, Hyper, Plan, PlanSpec
 from .layers import LayerTable, Span
+from .precision import splitmix64
 
 #: columns that a gradient rule knows after its second pass, of this process's part
 _OF_STEP = [COLUMNS.index(c) for c in ("ww", "uu", "wu")]
@@ -91,6 +92,15 @@ def _device(group: Any, x: Tensor) -> torch.device:
     return x.device if x.device.type in {d.type for d in devices} else devices[0]
 
 
+def _local_state(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """State of the part of p that lies here; parts round with random bits of their own."""
+    local = {key: shards.local_part(value) for key, value in state.items()}
+    if "rounding_seed" in local and shards.index(p):
+        number = torch.tensor(shards.index(p))
+        local["rounding_seed"] = splitmix64(local["rounding_seed"], number)
+    return local
+
+
 class ShardedPlan:
     """A plan over the local parts, with a sum over processes between its two halves.
 
@@ -147,8 +157,8 @@ class ShardedPlan:
             [spec.table.lr_scale[k] for k in layers],
         )
         states = [
-            None if s is None else {k: shards.local_part(v) for k, v in s.items()}
-            for s in spec.states
+            None if s is None else _local_state(p, s)
+            for p, s in zip(params, spec.states, strict=True)
         ]
         stats = spec.stats[self._layer_of] if self._mixed else spec.stats
         self._plan = backend.plan(spec._replace(table=table, states=states, stats=stats))

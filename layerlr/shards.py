@@ -38,6 +38,17 @@ def groups(p: Any) -> dict[str, Any]:
     return found
 
 
+def index(p: Any) -> int:
+    """Number of this part among those of p; copies of a part have one number."""
+    number = 0
+    if is_sharded(p):
+        sizes, at = p.device_mesh.shape, p.device_mesh.get_coordinate()
+        for size, k, placement in zip(sizes, at, p.placements, strict=True):
+            if not placement.is_replicate():
+                number = number * size + k
+    return number
+
+
 def local_part(x: Any) -> Any:
     """The part of a DTensor that lies here, a tensor of its own over the same memory."""
     return x._local_tensor.detach() if is_sharded(x) else x

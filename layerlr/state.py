@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import rules, shards
+from . import precision, rules, shards
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -28,12 +28,13 @@ def complete(
     direction: Direction,
     keeps: Mapping[str, float],
     parts: int,
+    number: int,
 ) -> None:
     """Create what is missing in one parameter's state, and check what is there.
 
     ``keeps``: keys and first values of what the rule keeps of each of the parameter's ``parts``
-    that it governs. State moves to its parameter's device; its dtype is left alone once a step
-    was taken.
+    that it governs; ``number``: the parameter's in the optimizer. State moves to its parameter's
+    device; its dtype is left alone once a step was taken.
 
     Raises
     ------
@@ -68,6 +69,14 @@ def complete(
         if kept is None or kept.numel() != parts:
             kept = torch.full((parts,), initial, dtype=torch.float64)
         state[key] = kept.to(p.device, torch.float64)
+    if group["precision"] is not None and precision.applies(p):
+        key, value = precision.complete(state, p, group["precision"], group.get("seed"), number)
+        if key == "rounding_seed":
+            _check_shape(key, value, (), name)
+        else:
+            _check_shape(key, value, tuple(p.shape), name)
+            value = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+        state[key] = value
 
 
 def _never_used(state: dict[str, Any], value: Tensor, p: Tensor) -> bool:
@@ -99,8 +108,13 @@ def complete_table(
     table: LayerTable,
     group: dict[str, Any],
     direction: Direction,
+    first: int,
 ) -> list[dict[str, Any] | None]:
-    """State dicts of a table's parameters, completed; None for those that are frozen."""
+    """State dicts of a table's parameters, completed; None for those that are frozen.
+
+    ``first``: number of the group's first parameter in the optimizer.
+    """
+    numbers = {id(p): first + k for k, p in enumerate(group["params"])}
     keeps: Mapping[str, float] = {} if group["rule"] is None else group["rule"].keeps
     parts = [0] * len(table.params)
     for span in table.spans:
@@ -110,7 +124,7 @@ def complete_table(
         if not p.requires_grad and p.grad is None and not optimizer_state.get(p):
             states.append(None)
             continue
-        complete(optimizer_state[p], p, name, group, direction, keeps, n)
+        complete(optimizer_state[p], p, name, group, direction, keeps, n, numbers[id(p)])
         states.append(optimizer_state[p])
     return states
 
@@ -136,7 +150,7 @@ def unpack_groups(
                 del group[key]
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
-        for key in ("split", "lr_scale"):
+        for key in ("split", "lr_scale", "seed"):
             if key in old:
                 group.setdefault(key, old[key])
         group["rule"] = rules.resolve(group["rule"])

@@ -76,7 +76,9 @@ def units(group: int, plans: _GroupPlans) -> Iterator[Unit]:
             states = [plan.spec.states[i] for i in tensors]
             rows = stats[layers[0] : layers[-1] + 1]
             assert len(rows) == len(layers), "blocks of a key are layers in a row"
-            spec = PlanSpec(_part(table, tensors, layers), direction, rule, states, rows, False)
+            part = _part(table, tensors, layers)
+            precision = plan.spec.precision
+            spec = PlanSpec(part, direction, rule, states, rows, False, precision)
             yield Unit(group, backend, spec, layers)
 
 

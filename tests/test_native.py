@@ -50,9 +50,15 @@ def instruction_sets():
     return here
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+#: dtypes, and how weights are held
+HELD = [(d, None) for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+HELD += [(d, p) for d in (torch.bfloat16, torch.float16) for p in ("master", "kahan")]
+HELD += [(torch.bfloat16, "stochastic")]
+
+
+@pytest.mark.parametrize(("dtype", "precision"), HELD)
 @pytest.mark.parametrize("rule", [None, "singh", "layca"])
-def test_instruction_sets_agree_to_the_bit(rule, dtype):
+def test_instruction_sets_agree_to_the_bit(rule, dtype, precision):
     """Also a check of bfloat16 and float16 rounding, which each set does in its own way."""
     results = []
     best = _C.instruction_set()
@@ -61,12 +67,14 @@ def test_instruction_sets_agree_to_the_bit(rule, dtype):
             _C.use_instruction_set(name)
             torch.manual_seed(0)
             params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5, 16, 40_001)]
-            opt = layerlr.Adam(params, lr=0.1, rule=rule, adapt="all", amsgrad=True)
+            how = {"rule": rule, "adapt": "all", "precision": precision}
+            opt = layerlr.Adam(params, lr=0.1, amsgrad=True, **how)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn_like(p)
                 opt.step()
-            results.append(torch.cat([p.detach() for p in params]))
+            everything = [*params, *(v for p in params for v in opt.state[p].values())]
+            results.append(torch.cat([x.detach().flatten().double() for x in everything]))
     finally:
         _C.use_instruction_set(best)
     assert len(results) >= 1

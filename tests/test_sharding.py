@@ -312,6 +312,42 @@ def test_low_precision(dtype, backend):
     run(2, _dtypes, dtype, backend)
 
 
+def _precision(backend, held):
+    """16-bit weights under a rule: as whole tensors, but for the random bits of other parts."""
+    shape, placements = PLACEMENTS["rows"]
+    mesh = init_device_mesh("cpu", shape)
+    (ours, opt), (theirs, sharded) = pair(
+        mesh,
+        placements,
+        lambda p: layerlr.SGD(
+            p, lr=1e-3, momentum=0.9, rule="layca", precision=held, backend=backend
+        ),
+        dtype=torch.bfloat16,
+    )
+    for step in range(1 if held == "stochastic" else 5):
+        fill(ours, theirs, mesh, placements, step)
+        opt.step()
+        sharded.step()
+    for (_, p), (_, q) in zip(ours, theirs, strict=True):
+        rtol = torch.finfo(torch.bfloat16).eps if held == "stochastic" else 0
+        close(q, p, rtol, 0)
+        if held == "stochastic":
+            mine = q.detach()._local_tensor
+            rows = mine.shape[0]
+            assert dist.get_rank() or torch.equal(mine, p.detach()[:rows])
+            assert sharded.state[q]["rounding_seed"] == opt.state[p]["rounding_seed"]
+        else:
+            key = "master" if held == "master" else "compensation"
+            assert isinstance(sharded.state[q][key], DTensor)
+            close(sharded.state[q][key], opt.state[p][key], 1e-6, 1e-9)
+
+
+@pytest.mark.parametrize("held", ["master", "kahan", "stochastic"])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_precision_of_shards(backend, held):
+    run(2, _precision, backend, held)
+
+
 def _gradients(backend):
     """Placed otherwise, summed yet to be, still on their way."""
     mesh = init_device_mesh("cpu", (2,))

@@ -115,12 +115,14 @@ def test_blocks(case, monkeypatch):
 
 # -- what they compile to --------------------------------------------------------------------------
 
-#: direction, rule, dtype, compute capability
+#: direction, rule, dtype, compute capability, precision of the weights if any
 COMPILED = [(d, "layca", "float32", 90) for d in kernels.DIRECTIONS]
 COMPILED += [("adam", r, "bfloat16", 90) for r in kernels.RULES]
 COMPILED += [("nesterov", "lars", dtype, 90) for dtype in ("float64", "float16", "float32")]
 COMPILED += [("momentum", "layca", "bfloat16", arch) for arch in (80, 100)]
 COMPILED += [("adam", "lars", "float32", arch) for arch in (80, 100)]
+COMPILED += [("adam", "layca", "bfloat16", 90, p) for p in ("master", "kahan", "stochastic")]
+COMPILED += [("momentum", "lars", "float16", 90, p) for p in ("master", "kahan")]
 ROWS = ("begin", "total", "decide", "finish")
 
 
@@ -132,8 +134,8 @@ def compiled() -> dict[str, str]:
 def main() -> None:
     """Compile and print, line by line, what the tests look at."""
     seen = set()
-    for direction, rule, dtype, arch in COMPILED:
-        methods = kernels.launches(direction, rule, True, [dtype], kernels.Blocks())
+    for direction, rule, dtype, arch, *held in COMPILED:
+        methods = kernels.launches(direction, rule, True, [dtype], kernels.Blocks(), *held)
         for x in itertools.chain(*methods):
             key = (x.kernel, arch, repr(x.constants))
             if key in seen:
@@ -141,6 +143,7 @@ def main() -> None:
             seen.add(key)
             code = build(x, arch)
             row = {"kernel": x.kernel.__name__, "direction": direction, "rule": rule}
+            row["precision"] = held[0] if held else "nearest"
             row |= {"states": kernels.DIRECTIONS[direction].states, "dtype": dtype, "arch": arch}
             row |= {"ptx": code.asm["ptx"], "use": usage(code)}
             print(json.dumps(row))
@@ -188,7 +191,9 @@ def built(tmp_path_factory):
 
 
 def label(row) -> str:
-    return " ".join(str(row[k]) for k in ("kernel", "direction", "rule", "dtype", "arch"))
+    return " ".join(
+        str(row[k]) for k in ("kernel", "direction", "rule", "dtype", "arch", "precision")
+    )
 
 
 def test_accesses_of_16_bytes(built):
@@ -203,9 +208,9 @@ def test_accesses_of_16_bytes(built):
 
 def test_second_pass_reads_what_it_needs(built):
     # a thread has 8 elements; momentum under layca forms u from the buffer alone
-    (row,) = [r for r in built if label(r) == "apply momentum layca float32 90"]
+    (row,) = [r for r in built if label(r) == "apply momentum layca float32 90 nearest"]
     assert row["ptx"].count("ld.global.v4.b32") == 2 * 8 * 4 // 16
-    (row,) = [r for r in built if label(r) == "apply nesterov layca float32 90"]
+    (row,) = [r for r in built if label(r) == "apply nesterov layca float32 90 nearest"]
     assert row["ptx"].count("ld.global.v4.b32") == 3 * 8 * 4 // 16
 
 

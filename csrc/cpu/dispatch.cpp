@@ -5,17 +5,17 @@
 
 namespace layerlr {
 
-const Kernels* kernels_default(int direction, DType dtype);
+const Kernels* kernels_default(int direction, DType dtype, bool plain);
 #if defined(LAYERLR_X86)
-const Kernels* kernels_avx2(int direction, DType dtype);
-const Kernels* kernels_avx512(int direction, DType dtype);
+const Kernels* kernels_avx2(int direction, DType dtype, bool plain);
+const Kernels* kernels_avx512(int direction, DType dtype, bool plain);
 #endif
 
 namespace {
 
 struct InstructionSet {
   const char* name;
-  const Kernels* (*kernels)(int, DType);
+  const Kernels* (*kernels)(int, DType, bool);
   bool here;
 };
 
@@ -45,7 +45,9 @@ InstructionSet chosen = best();
 
 }  // namespace
 
-const Kernels& kernels_for(int direction, DType dtype) { return *chosen.kernels(direction, dtype); }
+const Kernels& kernels_for(int direction, DType dtype, bool plain) {
+  return *chosen.kernels(direction, dtype, plain);
+}
 
 const char* instruction_set() { return chosen.name; }
 

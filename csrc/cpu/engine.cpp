@@ -83,17 +83,18 @@ class Step {
   void prepare(size_t i) {
     const TensorRow& row = plan_.tensors[i];
     const double t = count(row) + 1;
+    const bool plain = row.held == Held::nearest;
     for (const Made& made : made_) {
-      if (made.t == t && made.dtype == row.dtype) {
+      if (made.t == t && made.dtype == row.dtype && made.plain == plain) {
         tensors_[i] = made.tensor;
         return;
       }
     }
-    const Kernels& k = kernels_for(plan_.direction, row.dtype);
+    const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
     scalars_.push_back(std::make_unique<Scalars>());
     k.make(scalars_.back()->room, config_.direction_hyper, t);
     tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction_hyper, t)};
-    made_.push_back({t, row.dtype, tensors_[i]});
+    made_.push_back({t, row.dtype, plain, tensors_[i]});
   }
 
   Piece piece(const Chunk& chunk) const {
@@ -111,6 +112,13 @@ class Step {
     p.sign = config_.sign;
     p.l2 = config_.l2();
     p.skip = config_.skip;
+    p.held = row.held;
+    if (row.extra) {
+      const int64_t each = row.held == Held::master ? sizeof(float) : param_bytes(row.dtype);
+      p.extra = static_cast<char*>(row.extra) + chunk.begin * each;
+    }
+    if (row.held == Held::stochastic) p.key = rounding_key(row.seed, count(row) + 1);
+    p.place = static_cast<uint32_t>(chunk.begin);
     return p;
   }
 
@@ -248,6 +256,7 @@ class Step {
   struct Made {
     double t;
     DType dtype;
+    bool plain;
     Tensor tensor;
   };
 

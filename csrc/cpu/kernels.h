@@ -15,6 +15,9 @@ struct Piece {
   double sign;            // factor on the gradient
   double l2;
   bool skip;  // an element with a bad gradient keeps its state
+  Held held = Held::nearest;
+  void* extra = nullptr;        // what 16-bit weights have beside them
+  uint32_t key = 0, place = 0;  // of stochastic rounding: the step's, the first element's
 };
 
 /// What a gradient rule measures before it scales.
@@ -44,8 +47,9 @@ struct Kernels {
 
 constexpr int direction_room = 64;
 
-/// Kernels of a direction and dtype for the instruction set that was chosen at load.
-const Kernels& kernels_for(int direction, DType dtype);
+/// Kernels of a direction and dtype for the instruction set that was chosen at load. `plain`:
+/// weights are held as they are.
+const Kernels& kernels_for(int direction, DType dtype, bool plain);
 
 /// Name of that instruction set: "avx512", "avx2" or "default".
 const char* instruction_set();

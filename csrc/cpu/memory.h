@@ -98,6 +98,24 @@ inline void store(Float16* p, Pack<float> x) {
 }
 #endif
 
+/// x rounded to P.
+template <class P>
+inline Pack<float> nearest(Pack<float> x) {
+  P room[Pack<float>::size];
+  store(room, x);
+  return load(room);
+}
+template <>
+inline Pack<float> nearest<BFloat16>(Pack<float> x) {
+  Pack<float> r;
+  for (int i = 0; i < registers; ++i) {
+    const Bits bits = (Bits)x.v[i];
+    const Bits up = (bits + (((bits >> 16) & 1u) + 0x7fffu)) & 0xffff0000u;
+    r.v[i] = x.v[i] == x.v[i] ? (Register<float>::type)up : x.v[i];
+  }
+  return r;
+}
+
 // -- the last n elements of a tensor: the other lanes are zero, and are not written ---------------
 
 template <class P>

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core.h"
+#include "precision.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -86,6 +87,11 @@ template <class T>
 inline Pack<T> where_finite(Pack<T> g, Pack<T> y, Pack<T> x) {
   LAYERLR_EACH(g.v[i] - g.v[i] == 0 ? y.v[i] : x.v[i])
 }
+/// y where a equals b, x elsewhere.
+template <class T>
+inline Pack<T> where_equal(Pack<T> a, Pack<T> b, Pack<T> y, Pack<T> x) {
+  LAYERLR_EACH(a.v[i] == b.v[i] ? y.v[i] : x.v[i])
+}
 /// moved + step; where the step is zero, moved to the bit, the sign of a zero too.
 template <class T>
 inline Pack<T> add_step(Pack<T> moved, Pack<T> step) {
@@ -115,6 +121,22 @@ inline Pack<double> root(Pack<double> x) {
   for (int i = 0; i < registers; ++i)
     for (int k = 0; k < 2; ++k) r.v[i][k] = sqrt(x.v[i][k]);
 #endif
+  return r;
+}
+
+typedef uint32_t Bits __attribute__((vector_size(register_bytes)));
+
+/// x rounded up or down to bfloat16s, the first of them at a place of its tensor.
+inline Pack<float> at_random(Pack<float> x, uint32_t key, uint32_t place) {
+  constexpr int lanes = register_bytes / 4;
+  Bits lane;
+  for (int k = 0; k < lanes; ++k) lane[k] = k;
+  Pack<float> r;
+  for (int i = 0; i < registers; ++i) {
+    const Bits at = lane + (place + i * lanes);
+    const auto up = (Register<float>::type)round_at_random((Bits)x.v[i], key, at);
+    r.v[i] = x.v[i] == x.v[i] ? up : x.v[i];
+  }
   return r;
 }
 

@@ -175,6 +175,13 @@ struct Block {
       for (int k = 0; k < D<T>::states; ++k) {
         at.s[k] = place(j, 2 + k) + shift(row.state[k] + job.begin * sizeof(T));
       }
+      at.held = row.held;
+      if (row.extra) {
+        const int each = row.held == Held::master ? sizeof(T) : sizeof(P);
+        at.extra = row.extra + job.begin * each;
+      }
+      if (row.held == Held::stochastic) at.key = rounding_key(row.seed, job.t);
+      at.place = static_cast<uint32_t>(job.begin);
       at.u = args.rings.u_is_g ? at.g : place(j, 0) + args.rings.u_offset;
       const void* room = sizeof(T) == 8 ? shared.wide : shared.single;
       body(Tile<D, P>(at, *static_cast<const D<T>*>(room), how));

@@ -24,6 +24,9 @@ struct Arrays {
   char* s[max_states];
   char* u;
   int count;
+  Held held;
+  char* extra = nullptr;    // what 16-bit weights have beside them, in global memory
+  uint32_t key = 0, place;  // of stochastic rounding: the step's, the first element's
 };
 
 /// What a step does to every gradient.
@@ -52,6 +55,61 @@ struct Tile {
   LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.w); }
   LAYERLR_DEVICE T* u() const { return reinterpret_cast<T*>(at.u); }
   LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.s[k]); }
+  LAYERLR_DEVICE static T nearest(T x) {
+    P p;
+    narrowed(x, p);
+    return widened(p);
+  }
+  /// The weight of element e, p being its nearest.
+  LAYERLR_DEVICE T weight(T p, int e) const {
+    if (at.held == Held::master) {
+      const T x = device::read(reinterpret_cast<const T*>(at.extra) + e);
+      return nearest(x) == p ? x : p;
+    }
+    if (at.held == Held::kahan) {
+      const T rest = widened(device::read(reinterpret_cast<const P*>(at.extra) + e));
+      return nearest(p + rest * T(0.5)) == p ? p + rest : p;
+    }
+    return p;
+  }
+  /// Hold x in place of `old`, but for what is returned: to be stored as the nearest.
+  LAYERLR_DEVICE T hold(T p, T old, T x, int e) const {
+    if (at.held == Held::master) device::write(reinterpret_cast<T*>(at.extra) + e, x);
+    if (at.held == Held::kahan) {
+      if (x == old) return p;  // a weight can be held by two pairs
+      const T rest = x - nearest(x);
+      P c;
+      narrowed(rest - rest == 0 ? rest : T(0), c);
+      device::write(reinterpret_cast<P*>(at.extra) + e, c);
+    }
+    if (at.held == Held::stochastic && x == x) {
+      const uint32_t bits = bit_cast<uint32_t>(x);
+      return bit_cast<T>(round_at_random(bits, at.key, at.place + static_cast<uint32_t>(e)));
+    }
+    return x;
+  }
+  template <class Whole>
+  LAYERLR_DEVICE void load_weights(Whole whole, int e, int n, T* w) const {
+    load(whole, this->w() + e, n, w);
+    if constexpr (sizeof(P) == 2) {
+      if (at.held != Held::nearest) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[i] = i < n ? weight(w[i], e + i) : T(0);
+      }
+    }
+  }
+  template <class Whole>
+  LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, T* x) const {
+    if constexpr (sizeof(P) == 2) {
+      if (at.held != Held::nearest) {
+        T p[4];
+        load(whole, this->w() + e, n, p);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = i < n ? hold(p[i], old[i], x[i], e + i) : T(0);
+      }
+    }
+    store(whole, this->w() + e, n, x);
+  }
   template <class Whole>
   LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* g) const {
     load(whole, reinterpret_cast<const P*>(at.g) + e, n, g);
@@ -79,7 +137,7 @@ struct Tile {
     vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
       T w[4] = {}, g[4];
       load_gradient(whole, e, n, g);
-      if (reads_w) load(whole, this->w() + e, n, w);
+      if (reads_w) load_weights(whole, e, n, w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const T x = how.raw ? g[i] : decayed(g[i], w[i]);
@@ -95,7 +153,7 @@ struct Tile {
     LayerStats sums;
     vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
       T w[4], g[4], u[4], four[states + 1][4];
-      load(whole, this->w() + e, n, w);
+      load_weights(whole, e, n, w);
       load_gradient(whole, e, n, g);
       for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
 #pragma unroll
@@ -127,7 +185,7 @@ struct Tile {
       T w[4] = {}, g[4] = {}, u[4], four[states + 1][4];
       if (D<T>::needs_grad) {
         load_gradient(whole, e, n, g);
-        if (decays) load(whole, this->w() + e, n, w);
+        if (decays) load_weights(whole, e, n, w);
       }
       for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
 #pragma unroll
@@ -144,12 +202,12 @@ struct Tile {
   LAYERLR_DEVICE void apply(const LayerScale& scale) const {
     const T a = T(scale.a), b = T(scale.b);
     vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4], u[4];
-      load(whole, this->w() + e, n, w);
+      T w[4], u[4], moved[4];
+      load_weights(whole, e, n, w);
       load(whole, this->u() + e, n, u);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = add_step(w[i] * a, u[i] * b);
-      store(whole, this->w() + e, n, w);
+      for (int i = 0; i < 4; ++i) moved[i] = add_step(w[i] * a, u[i] * b);
+      store_weights(whole, e, n, w, moved);
     });
   }
 
@@ -158,8 +216,8 @@ struct Tile {
     const T grad = T(scale.grad), a = T(scale.a), b = T(scale.b);
     LayerStats sums;
     vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4], g[4], four[states + 1][4];
-      load(whole, this->w() + e, n, w);
+      T w[4], g[4], moved[4], four[states + 1][4];
+      load_weights(whole, e, n, w);
       load_gradient(whole, e, n, g);
       for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
 #pragma unroll
@@ -173,10 +231,10 @@ struct Tile {
         add(sums.ww, w[i], w[i]);
         add(sums.uu, u, u);
         add(sums.wu, w[i], u);
-        w[i] = add_step(w[i] * a, u * b);
+        moved[i] = add_step(w[i] * a, u * b);
       }
       for (int k = 0; k < states; ++k) store(whole, s(k) + e, n, four[k]);
-      store(whole, this->w() + e, n, w);
+      store_weights(whole, e, n, w, moved);
     });
     return sums;
   }

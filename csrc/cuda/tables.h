@@ -47,6 +47,9 @@ struct DeviceRow {
   void* step;
   int32_t dtype, step_is_double;
   int32_t first_layer, layers;  // its layers, in tensor_layers
+  Held held;
+  char* extra;   // what 16-bit weights have beside them
+  int64_t seed;  // of stochastic rounding
 };
 
 /// Which of a layer's tensors have a gradient.

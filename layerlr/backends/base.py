@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerlr.directions import Direction
 from layerlr.layers import LayerTable
+from layerlr.precision import Precision
 from layerlr.rules import LayerRule
 
 #: columns of a plan's ``stats`` tensor, float64 [layers, columns]
@@ -36,6 +37,7 @@ class PlanSpec(NamedTuple):
     states: list[dict[str, Any] | None]  # optimizer.state of each parameter, the live dicts
     stats: Tensor
     differentiable: bool
+    precision: Precision  # of the parameters of 16 bits
 
 
 class Plan(Protocol):

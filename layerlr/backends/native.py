@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from layerlr import _C
+from layerlr.precision import KEYS
 
 from .base import PlanSpec, accumulator, check_gradient, state_dtype
 
@@ -63,6 +64,8 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         () if rule is None else rule.hyper(),
         None if rule is None else rule.kept,
         spec.stats,
+        spec.precision or "",
+        KEYS.get(spec.precision or "", ""),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr import checks
+from layerlr import checks, precision
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
@@ -56,6 +56,9 @@ class ReferencePlan:
                 return False
             values = [state.get(key) for key in spec.direction.states]
             if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
+                return False
+            held = self._held(i)
+            if held and precision.KEYS[held] not in state:
                 return False
             check_gradient(spec.table.names[i], p, p.grad)
             self.active.append(i)
@@ -220,12 +223,17 @@ class ReferencePlan:
         """Weights, gradient and gradient with L2 decay, in the dtype of the arithmetic."""
         p = self.spec.table.params[i]
         dtype = accumulator(p.dtype)
-        w = _own(_real(p).to(dtype))
+        held = self._held(i)
+        w = precision.load(p, self._state_dict(i), held) if held else _own(_real(p).to(dtype))
         g = _own(_real(p.grad).to(dtype))  # type: ignore[arg-type]
         if isinstance(h.sign, Tensor) or h.sign != 1.0:
             g = g * (h.sign.to(g) if isinstance(h.sign, Tensor) else h.sign)
         decayed = g + w * h.weight_decay if h.weight_decay and not h.decoupled else g
         return w, g, decayed
+
+    def _held(self, i: int) -> precision.Precision:
+        """How the weights of tensor i are held, where it is not as they are."""
+        return precision.of([self.spec.table.params[i]], self.spec.precision)
 
     def _state_dict(self, i: int) -> dict[str, Any]:
         state = self.spec.states[i]
@@ -246,6 +254,10 @@ class ReferencePlan:
         p = self.spec.table.params[i]
         moved, step = w * self.spec.table.spread(i, a, w), u * self.spec.table.spread(i, b, w)
         moved = torch.where(step == 0, moved, moved + step)
+        if held := self._held(i):
+            places = precision.places(p, len(self.spec.table.parts[i]) > 1)
+            precision.store(p, self._state_dict(i), held, w, moved, self.steps[i], places, keep)
+            return
         target = _real(p)
         target.copy_(torch.where(keep, target, moved.to(target.dtype)))
 

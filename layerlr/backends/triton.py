@@ -73,7 +73,9 @@ class TritonPlan:
         """The launches of each method: kernel and grid, arguments, constants."""
         direction, rule = self.spec.direction.name, self.spec.rule
         name = "plain" if rule is None else rule.kernel
-        launches = self._kernels.launches(direction, name, measured, self._tiles, self._blocks)
+        launches = self._kernels.launches(
+            direction, name, measured, self._tiles, self._blocks, self.spec.precision
+        )
         return {method: [self._bound(x) for x in of] for method, of in launches._asdict().items()}
 
     def _bound(self, x: Any) -> tuple[Any, list[Any], dict[str, Any]]:

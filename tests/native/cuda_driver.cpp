@@ -112,7 +112,10 @@ struct Tables {
                  static_cast<int32_t>(from.dtype),
                  from.step_is_double,
                  schedule.first_layer[i],
-                 schedule.first_layer[i + 1] - schedule.first_layer[i]};
+                 schedule.first_layer[i + 1] - schedule.first_layer[i],
+                 from.held,
+                 static_cast<char*>(from.extra),
+                 from.seed};
       for (int k = 0; k < max_states; ++k) rows[i].state[k] = static_cast<char*>(from.state[k]);
     }
     for (const Layer& layer : p.layers) radii.push_back(layer.kept);

@@ -83,7 +83,7 @@ struct Shape {
 /// Eight tensors in eight layers: 0 and 1 share one, 4 is split in two, 6 is outside.
 struct Model {
   Plan plan;
-  std::vector<Buffer> buffers;  // of each tensor: w, g, states, count
+  std::vector<Buffer> buffers;  // of each tensor: w, g, states, count, what is beside w
   std::vector<double> stats, radii;
 
   Model(int direction, int rule, const std::vector<Shape>& shapes) {
@@ -150,6 +150,14 @@ struct Model {
     count.set(0, i % 3);
     row.step = count.data;
     row.dtype = shape.dtype;
+    if (bytes_of(shape.dtype) == 2) {  // every way to hold weights; float16 is not for the last
+      row.held = static_cast<Held>(i % (shape.dtype == DType::bf16 ? 4 : 3));
+      row.seed = static_cast<int64_t>(i);
+      const DType extra = row.held == Held::master ? DType::f32 : shape.dtype;
+      if (row.held == Held::master || row.held == Held::kahan) {
+        row.extra = buffer(shape.size, extra).data;
+      }
+    }
     row.active = true;
     plan.tensors.push_back(row);
   }
