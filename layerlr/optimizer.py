@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import _C, backends, checks, estimators, ops, rules, sharding, state
+from . import _C, backends, checks, clipping, estimators, ops, rules, sharding, state
 from .backends import COLUMNS, Hyper, Plan, PlanSpec
 from .directions import Direction
 from .layers import Adapt, LayerKey, LayerTable, build_tables, validate
@@ -59,8 +59,7 @@ class LayerwiseOptimizer(Optimizer):
     taken outside of the graph. Steps on a GPU can be captured in CUDA graphs: see `refresh`.
     """
 
-    #: norm of the gradients that the last step clipped, before that: float64, on the device
-    grad_norm: Tensor | None = None
+    _grad_norm: Tensor | None = None
 
     def __init__(
         self,
@@ -236,32 +235,6 @@ class LayerwiseOptimizer(Optimizer):
             0.0 if found_inf is None else found_inf,
         )
 
-    def _clipped(
-        self, steps: list[tuple[Plan, Hyper]], limits: list[float | None]
-    ) -> list[tuple[Plan, Hyper]]:
-        """Put ``min(1, limit / (norm of all gradients + 1e-6))`` on the gradients of a step."""
-        bounds = {k: limit for k, limit in enumerate(limits) if limit is not None}
-        self.grad_norm = None
-        if not bounds:
-            return steps
-        signs = {}
-        for k in bounds:  # on the device, as the step's will be: a graph reads one or the other
-            plan, hyper = steps[k]
-            device = plan.spec.table.device
-            signs[k] = torch.as_tensor(hyper.sign, dtype=torch.float64, device=device)
-            steps[k] = plan, hyper._replace(sign=signs[k])
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for k, squares in zip(bounds, sharding.norms([steps[k] for k in bounds]), strict=True):
-            if steps[k][1].skip:  # a layer that is left alone
-                squares = torch.where(torch.isfinite(squares), squares, 0.0)
-            total += squares.sum().to(device)
-        self.grad_norm = total.sqrt()
-        for k, bound in bounds.items():
-            plan, hyper = steps[k]
-            factor = (bound / (self.grad_norm + 1e-6)).clamp(max=1.0)
-            steps[k] = plan, hyper._replace(sign=signs[k] * factor.to(signs[k].device))
-        return steps
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` leaves scale and verdict to the step (attributes
@@ -302,12 +275,16 @@ class LayerwiseOptimizer(Optimizer):
     def _step(self) -> None:
         """The eager step."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            steps, limits = [], []
+            steps: list[tuple[Plan, Hyper]] = []
+            bounds: dict[int, float] = {}
             for group, plans in self._prepared():
                 hyper = self._hyper(group, plans.key[0])
+                bound = checks.max_grad_norm(group)
+                if bound is not None:
+                    bounds |= dict.fromkeys(range(len(steps), len(steps) + len(plans.plans)), bound)
                 steps += [(plan, hyper) for plan in plans.plans]
-                limits += [checks.max_grad_norm(group)] * len(plans.plans)
-            sharding.step(self._clipped(steps, limits))
+            clipped, self._grad_norm = clipping.clip(steps, bounds)
+            sharding.step(clipped)
 
     def _traced(self) -> None:
         """The step as ``torch.compile`` sees it: the registered op, or a graph break."""
@@ -481,6 +458,14 @@ class LayerwiseOptimizer(Optimizer):
             closure()
 
     # -- statistics ----------------------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the gradients that the last step clipped (``max_grad_norm``), before that.
+
+        A float64 scalar on the device; None where nothing was to clip.
+        """
+        return self._grad_norm
 
     def layer_stats(self) -> dict[str, Any]:
         """Statistics of each layer's last step, without waiting for the device.
