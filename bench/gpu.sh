@@ -123,26 +123,18 @@ fi
 # --- right: tests, checkers, repeatability ---
 
 if has pytest; then
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   on_gpu="cuda or triton"
   verdict "graphs" 40 tests/test_cuda_runtime.py -k graph
   verdict "streams" 30 tests/test_cuda_runtime.py tests/test_step_in_backward.py \
     tests/test_telemetry.py -k "stream or wait or allocates or devices"
   verdict "AMP" 30 tests/test_amp.py -k "$on_gpu or scaler"
-  if [ -e tests/test_precision.py ]; then
-    verdict "precision" 40 tests/test_precision.py -k "$on_gpu"
-  else
-    verdicts+=("precision not run (no such tests)")
-  fi
-  if compgen -G "tests/test_sharding*.py" >/dev/null && [ "$gpus" -gt 1 ]; then
-    verdict "sharding" 60 tests/test_sharding*.py -k "$on_gpu or nccl"
-  else
-    verdicts+=("sharding not run (wants its tests and two GPUs; here are $gpus)")
-  fi
+  verdict "precision" 40 tests/test_precision.py -k "$on_gpu"
+  verdict "sharding" 60 tests/test_sharding.py -k test_parts
   verdict "optimizer infrastructure" 60 tests/test_torch_infra.py -k "cuda_float64"
   verdict "other tests" 90 --continue-on-collection-errors -k "$on_gpu" tests \
     --ignore tests/test_cuda_runtime.py --ignore tests/test_amp.py \
-    --ignore tests/test_torch_infra.py --ignore tests/test_precision.py
+    --ignore tests/test_torch_infra.py --ignore tests/test_precision.py \
+    --ignore tests/test_sharding.py
 else
   verdicts+=("tests not run (no pytest)")
 fi

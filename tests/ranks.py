@@ -1,4 +1,4 @@
-"""Processes that talk to each other over gloo, for tests of sharding."""
+"""Processes that talk to each other, for tests of sharding."""
 
 import copy
 import os
@@ -9,11 +9,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _main(rank, body, world, folder, args):
+def _main(rank, body, world, folder, device, args):
     os.environ["RANK"], os.environ["LOCAL_RANK"] = str(rank), str(rank)
     torch.set_num_threads(1)
+    backend, gpus = "gloo", torch.cuda.device_count() if device == "cuda" else 0
+    if gpus:  # gloo where several processes share one: NCCL does not
+        torch.cuda.set_device(rank % gpus)
+        backend = "nccl" if gpus >= world else "gloo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=world
     )
     try:
         body(*args)
@@ -21,10 +25,12 @@ def _main(rank, body, world, folder, args):
         dist.destroy_process_group()
 
 
-def run(world, body, *args):
+def run(world, body, *args, device="cpu"):
     """Run ``body(*args)`` in ``world`` processes; an exception in one of them is raised here."""
+    start = "spawn" if torch.cuda.is_available() else "fork"  # a fork could not use the GPU
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_main, (body, world, folder, args), world, start_method="fork")
+        args = (body, world, folder, device, args)
+        mp.start_processes(_main, args, world, start_method=start)
 
 
 def everywhere_the_same(x):
