@@ -81,6 +81,9 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
       parameter, later ones find None; those of tensors (``register_hook``) may change it.
     - Reentrant activation checkpointing runs a backward of its own for each segment, so a
       parameter used in two of them would step twice: take ``use_reentrant=False``.
+    - Under FSDP2 (``fully_shard``) layers step as their sharded gradients come in, each with a
+      message of its own; ``model.set_requires_gradient_sync(False)`` within `accumulate` spares the
+      messages of gradients.
     - A model compiled as one graph gives all its gradients at once: same numbers, no saving.
     """
     if not isinstance(model, nn.Module):
