@@ -37,8 +37,7 @@ class Result:
 
     def save(self, folder: Path) -> Path:
         path = folder / f"{self.name}.json"
-        text = json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, asdict(self))
         return path
 
     @classmethod
@@ -55,6 +54,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it, or nothing."""
+    text = json.dumps(finite(value), indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

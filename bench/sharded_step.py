@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run(args, ["python", "-m", "bench.sharded_step", *words])
     print(table(result))
     if out is not None:
-        text = json.dumps(record.finite(result), indent=1, allow_nan=False)
-        record.write_atomically(out, lambda file: file.write(text.encode()))
+        record.write_json(out, result)
     return 0
 
 

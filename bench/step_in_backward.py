@@ -256,8 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert all(math.isfinite(found["seconds"]["median"]) for found in result["time"].values())
     print(table(result))
     if out is not None:
-        text = json.dumps(record.finite(result), indent=1, allow_nan=False)
-        record.write_atomically(out, lambda file: file.write(text.encode()))
+        record.write_json(out, result)
     return 0
 
 

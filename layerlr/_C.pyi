@@ -39,99 +39,24 @@ class LivePlan:
     def rows(self) -> Tensor: ...
     def kept(self) -> Tensor: ...
 
+# numbers: lr, weight_decay, decoupled, sign, skip, direction_hyper
+
 class CpuPlan(LivePlan):
     def __init__(self, live: LivePlan) -> None: ...
-    def step(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-    ) -> None: ...
-    def measure(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-    ) -> Tensor: ...
-    def apply(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        sums: Tensor,
-    ) -> None: ...
-    def norms(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-    ) -> Tensor: ...
+    def step(self, *numbers: Any) -> None: ...
+    def measure(self, *numbers: Any) -> Tensor: ...
+    def apply(self, *numbers_and_sums: Any) -> None: ...
+    def norms(self, *numbers: Any) -> Tensor: ...
+
+# and lr, sign, found_inf where those are on the device
 
 class DevicePlan(LivePlan):
     def __init__(
         self, live: LivePlan, engine: Any, blocks: int, hold: int, plain: bool
     ) -> None: ...
-    def step(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        there: Sequence[Tensor | None],
-    ) -> None: ...
-    def measure(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        there: Sequence[Tensor | None],
-    ) -> Tensor: ...
-    def apply(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        there: Sequence[Tensor | None],
-        sums: Tensor,
-    ) -> None: ...
-    def norms(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        there: Sequence[Tensor | None],
-    ) -> Tensor: ...
-    def refresh(
-        self,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        sign: float,
-        skip: bool,
-        direction_hyper: Sequence[float],
-        there: Sequence[Tensor | None],
-    ) -> None: ...
+    def step(self, *numbers: Any) -> None: ...
+    def measure(self, *numbers: Any) -> Tensor: ...
+    def apply(self, *numbers_and_sums: Any) -> None: ...
+    def norms(self, *numbers: Any) -> Tensor: ...
+    def refresh(self, *numbers: Any) -> None: ...
     def memory(self) -> int: ...
