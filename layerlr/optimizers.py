@@ -328,8 +328,10 @@ class RMSprop(LayerwiseOptimizer):
         )
 
     def _direction(self, group: dict[str, Any]) -> Direction:
-        name = "rmsprop" + "_centered" * bool(group["centered"])
-        return DIRECTIONS[name + "_momentum" * (group["momentum"] > 0)]
+        name = "rmsprop_centered" if group["centered"] else "rmsprop"
+        if group["momentum"] > 0:
+            name += "_momentum"
+        return DIRECTIONS[name]
 
 
 @_documented
