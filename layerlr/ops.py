@@ -46,10 +46,13 @@ def _(handle: int) -> Tensor:
     return torch.empty(len(_live[handle]._plans), WIDTH, dtype=torch.float64)
 
 
-@torch.compiler.assume_constant_result
 def has_tensor_lr(handle: int, index: int) -> bool:
     """Whether a group's lr is a tensor; asked without looking at a lr that is a number."""
     return isinstance(_live[handle].param_groups[index]["lr"], Tensor)
+
+
+# torch.compiler.assume_constant_result, without its import of the whole compiler
+has_tensor_lr._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def see_changes(ctx: Any) -> None:
