@@ -153,10 +153,12 @@ stage "repeatability" 60 "$python" -m bench.repeat
 # --- fast: step times, roofline ---
 
 reserve=0
-timed=$(least 200 $(($(left) - 90))) # what is begun by then has 40 seconds to end
+timed=$(least 200 $(($(left) - 130))) # what is begun by then has 40 seconds to end
 stage "step times" $((timed + 40)) "$python" -m bench.step_time --device cuda \
   ${MODELS:+--models "$MODELS"} --dtype "${DTYPES:-float32,bfloat16}" \
   --repeats "${ROUNDS:-9}" --seconds "$timed" --out "$result.json"
+stage "precisions" 40 "$python" -m bench.step_time --device cuda --families held --models vit_b \
+  --dtype bfloat16 --repeats 5 --seconds 20 --out "$result-precisions.json"
 stage "roofline" 20 "$python" -m bench.roofline "$result.json" \
   --out "$result-roofline.json" --plot "$result-roofline.png"
 stage "page" 20 "$python" -m bench.summary "$result.json" "$result.md"

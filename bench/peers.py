@@ -63,7 +63,7 @@ TWO_PASS = {
     ("adam", "layca"): Traffic(3, 1, 6),  # pass two reads w m v again: 40
     ("adam", "lamb"): Traffic(3, 1, 6),
 }
-STATES = {"sgd": 1, "adam": 2}  # tensors of state per parameter tensor
+STATES = {"sgd": 1, "adam": 2, "held": 3}  # tensors of state per parameter tensor, at most
 OURS = {
     "sgd": (("SGD", None), ("SGD", "singh"), ("SGD", "lars"), ("SGD", "layca")),
     "adam": (("AdamW", None), ("Adam", "singh"), ("Adam", "layca"), ("AdamW", "lamb")),
@@ -106,7 +106,11 @@ REFERENCE_MODELS = {
 }
 # The loop of torch's that speeds are held against. A CPU's in-place loop is its fastest.
 STREAM = {"cpu": "memory in place", "cuda": "memory copy"}
-BASELINES = {"sgd": "torch SGD fused", "adam": "torch AdamW fused"}
+BASELINES = {
+    "sgd": "torch SGD fused",
+    "adam": "torch AdamW fused",
+    "held": "torch AdamW fused",  # AdamW whose 16-bit weights are held in other ways
+}
 
 
 def torch_sgd(**kind: bool) -> Build:
@@ -156,7 +160,7 @@ def pytorch_optimizer(name: str, foreach: bool) -> Build:
     return build
 
 
-def ours(name: str, rule: str | None, backend: str) -> Build:
+def ours(name: str, rule: str | None, backend: str, **more: Any) -> Build:
     """layerlr's optimizer ``name``; imported when built, so that its absence is a row left out."""
 
     def build(params: list[Tensor]) -> Stepper:
@@ -164,7 +168,7 @@ def ours(name: str, rule: str | None, backend: str) -> Build:
         own = {"lr": LR_SGD, "momentum": MOMENTUM} if name == "SGD" else {"lr": LR_ADAM}
         if name == "AdamW":
             own["weight_decay"] = DECAY
-        return cls(params, **own, rule=rule, backend=backend)
+        return cls(params, **own, **more, rule=rule, backend=backend)
 
     return build
 
@@ -238,6 +242,21 @@ def _ours(family: str, backend: str, label: str = "") -> list[Contender]:
     ]
 
 
+def _held(backend: str, label: str = "") -> list[Contender]:
+    """layerlr under each precision; what moves is more than weights, gradients and state."""
+    return [
+        Contender(
+            f"layerlr AdamW {rule} {precision or 'nearest'}{label}",
+            "layerlr",
+            ours("AdamW", rule, backend, precision=precision),
+            rule=rule,
+            backend=backend,
+        )
+        for rule in (None, "layca")
+        for precision in (None, "master", "kahan", "stochastic")
+    ]
+
+
 def _reference(family: str, device: str) -> list[Contender]:
     """The pure PyTorch backend, whose traffic is that of many passes and not by design."""
     each, last = REFERENCE_MODELS.get(device, ((), ()))
@@ -249,11 +268,14 @@ def _reference(family: str, device: str) -> list[Contender]:
 def contenders(
     family: str, backends: Sequence[str] = ("cpu",), device: str = "cpu"
 ) -> list[Contender]:
-    """All contenders of a family ("sgd" or "adam") on a type of device, its baseline first.
+    """All contenders of a family ("sgd", "adam", "held") on a type of device, its baseline first.
 
     The first of layerlr's backends goes without its name, so that goals need not know it.
     """
     first, *others = backends
+    if family == "held":
+        mine = _held(first) + [c for backend in others for c in _held(backend, f" {backend}")]
+        return [*_adam(False)[:2], *mine]
     mine = _ours(family, first)
     for backend in others:
         mine += _ours(family, backend, f" {backend}")

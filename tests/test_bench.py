@@ -57,6 +57,19 @@ def test_every_goal_names_a_contender():
     assert {f"{name} reference" for name in goals.GPU_OURS} <= names
 
 
+def test_every_precision_is_a_contender():
+    """And runs."""
+    names = [c.name for c in peers.contenders("held") if c.package == "layerlr"]
+    assert len(names) == 8 and "layerlr AdamW layca master" in names
+    params = [torch.ones(4, 4, dtype=torch.bfloat16)]
+    params[0].grad = torch.ones_like(params[0])
+    for c in peers.contenders("held"):
+        if c.package == "layerlr":
+            opt = c.build(params)
+            opt.step()
+            assert (opt.param_groups[0]["precision"] or "nearest") == c.name.split()[-1]
+
+
 def test_rounds_are_interleaved_and_restored():
     seen: list[str] = []
     restored: list[str] = []
