@@ -479,11 +479,14 @@ class LayerwiseOptimizer(Optimizer):
             the weights before and after) and int64 ``skipped`` (steps left out because of a
             non-finite gradient).
 
+            Of sharded parameters under a rule in gradient order ``ww uu wu`` are those of the step
+            before, as they are summed over processes with the next one's message, and ``angle``
+            follows from them; nothing is sent here.
+
             A parameter outside every layer has a row too, with scale 1, since it can be skipped;
             groups without a rule that let non-finite values through are not measured.
         """
         names: list[str] = []
-        stepped: list[Plan] = []
         rows: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
             plans = self.plans(index)
@@ -491,9 +494,7 @@ class LayerwiseOptimizer(Optimizer):
                 continue
             for table in plans.tables:
                 names += table.layers
-            stepped += plans.plans
             rows += plans.stats
-        rows = sharding.whole(stepped, rows)
         # not to the host, if there is a device: a copy there would have to be waited for
         device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
         all_rows = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .backends import COLUMNS, Backend, Hyper, Plan, PlanSpec
 from .layers import LayerTable, Span
 from .precision import splitmix64
 
-#: columns that a gradient rule knows after its second pass, of this process's part
+#: columns that a gradient rule knows after its second pass only
 _OF_STEP = [COLUMNS.index(c) for c in ("ww", "uu", "wu")]
 
 
@@ -52,20 +52,6 @@ def norms(steps: Sequence[tuple[Plan, Hyper]]) -> list[Tensor]:
     return sums
 
 
-def whole(plans: Sequence[Plan], stats: Sequence[Tensor]) -> list[Tensor]:
-    """Statistics of whole layers; those of gradient rules are summed over processes here."""
-    answer = list(stats)
-    parts = []
-    for k, plan in enumerate(plans):
-        if isinstance(plan, ShardedPlan) and not plan.update:
-            answer[k] = stats[k].clone()
-            parts.append((plan, answer[k], answer[k][:, _OF_STEP]))
-    _reduce([(plan, part) for plan, _, part in parts])
-    for _, to, part in parts:
-        to[:, _OF_STEP] = part
-    return answer
-
-
 def _reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
     """Sum [layers, k] of plans over processes, in place: one message a process group.
 
@@ -74,9 +60,9 @@ def _reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
     """
     groups: dict[str, Any] = {}
     for plan, _ in sums:
-        groups |= plan.groups
+        groups |= plan.spread.groups
     for name, group in groups.items():
-        places = [(x, plan.within[name]) for plan, x in sums if name in plan.groups]
+        places = [(x, p.spread.within[name]) for p, x in sums if name in p.spread.groups]
         parts = [x[at] for x, at in places]
         buffer = torch.cat([part.flatten() for part in parts])
         buffer = buffer.to(_device(group, buffer))
@@ -92,6 +78,84 @@ def _device(group: Any, x: Tensor) -> torch.device:
     return x.device if x.device.type in {d.type for d in devices} else devices[0]
 
 
+class Spread:
+    """How the layers of a table lie over processes, and the table of what lies here.
+
+    That has a row for each way in which tensors of a layer are spread; where those are several,
+    what all processes of a group hold is counted by each of them in part.
+
+    Attributes
+    ----------
+    groups, within
+        Process groups over which layers are summed, by name, and the layers that are.
+    table
+        Of the parts that lie here, a row for each layer and way.
+    mixed
+        Whether there are more rows than layers.
+    layer_of, first_row
+        Of each row its layer, of each layer its first row.
+    parts
+        What there is of each row over all processes, if every process counts 1.
+    """
+
+    def __init__(self, whole: LayerTable) -> None:
+        of_tensors = [shards.groups(p) for p in whole.params]
+        of_layers: list[dict[str, Any]] = [{} for _ in whole.layers]
+        rows: dict[tuple[int, tuple[str, ...]], int] = {}
+        for span in whole.spans:
+            of_layers[span.layer] |= of_tensors[span.tensor]
+            rows.setdefault((span.layer, tuple(of_tensors[span.tensor])), len(rows))
+        layers = [layer for layer, _ in rows]
+        self.groups: dict[str, Any] = functools.reduce(dict.__or__, of_layers, {})
+        self.within: dict[str, slice | Tensor] = {}
+        for name in self.groups:
+            inside = torch.tensor([name in groups for groups in of_layers])
+            at = inside.nonzero().flatten().to(whole.device)
+            self.within[name] = slice(None) if bool(inside.all()) else at
+
+        local = [shards.local_part(p) for p in whole.params]
+        spans = []
+        for i, of_tensor in enumerate(whole.parts):
+            ranges = shards.local_rows(whole.params[i], of_tensor)
+            for (begin, end), span in zip(ranges, of_tensor, strict=True):
+                spans.append(Span(i, begin, end, rows[span.layer, tuple(of_tensors[i])]))
+        self.table = LayerTable(
+            local,
+            whole.names,
+            spans,
+            [whole.layers[k] for k in layers],
+            [whole.ruled[k] for k in layers],
+            [whole.lr_scale[k] for k in layers],
+        )
+
+        self.mixed = len(rows) > len(of_layers)
+        self.layer_of = torch.tensor(layers, device=whole.device)
+        self.first_row = torch.tensor(
+            [layers.index(k) for k in range(len(of_layers))], device=whole.device
+        )
+        shares, counted = [], [0.0] * len(of_layers)
+        for layer, names in rows:
+            others = (g for name, g in of_layers[layer].items() if name not in names)
+            shares.append(1.0 / _processes(others))
+            counted[layer] += shares[-1]
+        parts = [counted[layer] * _processes(of_layers[layer].values()) for layer in layers]
+        self._shares, self.parts = (
+            torch.tensor(x, dtype=torch.float64, device=whole.device)[:, None]
+            for x in (shares, parts)
+        )
+
+    def of_layers(self, sums: Tensor) -> Tensor:
+        """From rows to layers."""
+        if not self.mixed:
+            return sums
+        total = sums.new_zeros(len(self.first_row), sums.shape[1])
+        return total.index_add_(0, self.layer_of, sums * self._shares)
+
+
+def _processes(groups: Iterable[Any]) -> int:
+    return functools.reduce(lambda n, group: n * int(group.size()), groups, 1)
+
+
 def _local_state(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """State of the part of p that lies here; parts round with random bits of their own."""
     local = {key: shards.local_part(value) for key, value in state.items()}
@@ -104,64 +168,30 @@ def _local_state(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
 class ShardedPlan:
     """A plan over the local parts, with a sum over processes between its two halves.
 
-    Every process takes part in every step, with empty shards too. The table has a row for each
-    way in which tensors of a layer are spread over processes; where those are several, what all
-    processes of a group hold is counted by each of them in part.
+    Every process takes part in every step, with empty shards too. What a gradient rule knows after
+    its second pass only is summed with the next step's message.
     """
 
     traceable = False
 
     def __init__(self, backend: Backend, spec: PlanSpec) -> None:
         self.spec = spec
-        self.update = spec.rule is not None and spec.rule.order == "update"
-        params, spans = spec.table.params, spec.table.spans
-        self._local = [shards.local_part(p) for p in params]
+        self.spread = Spread(spec.table)
+        self._update = spec.rule is not None and spec.rule.order == "update"
         self._known = [None if s is None else _C.Snapshot(s) for s in spec.states]
-        of_tensors = [shards.groups(p) for p in params]
-        of_layers: list[dict[str, Any]] = [{} for _ in spec.table.layers]
-        rows: dict[tuple[int, tuple[str, ...]], int] = {}
-        for span in spans:
-            of_layers[span.layer] |= of_tensors[span.tensor]
-            rows.setdefault((span.layer, tuple(of_tensors[span.tensor])), len(rows))
-        self.groups: dict[str, Any] = functools.reduce(dict.__or__, of_layers, {})
-
-        self._mixed = len(rows) > len(of_layers)
-        device = spec.table.device
-        self._layer_of = torch.tensor([layer for layer, _ in rows], device=device)
-        copies = [
-            [g.size() for name, g in of_layers[layer].items() if name not in names]
-            for layer, names in rows
-        ]
-        shares = [functools.reduce(lambda x, n: x / n, sizes, 1.0) for sizes in copies]
-        self._shares = torch.tensor(shares, dtype=torch.float64, device=device)[:, None]
-        #: by process group, the layers that are spread over it
-        self.within: dict[str, slice | Tensor] = {}
-        for name in self.groups:
-            inside = torch.tensor([name in groups for groups in of_layers])
-            everything = bool(inside.all())
-            self.within[name] = slice(None) if everything else inside.nonzero().flatten().to(device)
-
-        local_spans = []
-        for i, parts in enumerate(spec.table.parts):
-            ranges = shards.local_rows(params[i], parts)
-            for (begin, end), span in zip(ranges, parts, strict=True):
-                row = rows[span.layer, tuple(of_tensors[i])]
-                local_spans.append(Span(i, begin, end, row))
-        layers = [layer for layer, _ in rows]
-        table = LayerTable(
-            self._local,
-            spec.table.names,
-            local_spans,
-            [spec.table.layers[k] for k in layers],
-            [spec.table.ruled[k] for k in layers],
-            [spec.table.lr_scale[k] for k in layers],
-        )
         states = [
             None if s is None else _local_state(p, s)
-            for p, s in zip(params, spec.states, strict=True)
+            for p, s in zip(spec.table.params, spec.states, strict=True)
         ]
-        stats = spec.stats[self._layer_of] if self._mixed else spec.stats
-        self._plan = backend.plan(spec._replace(table=table, states=states, stats=stats))
+        # statistics of the rows; a gradient rule's sums among them are of what lies here
+        self._own = self.spread.mixed or not self._update
+        self._stats = spec.stats[self.spread.layer_of] if self._own else spec.stats
+        self._adopt()
+        self._waiting = self._late()  # to be summed
+        self._took: slice | Tensor = slice(None)  # layers that have a gradient
+        self._plan = backend.plan(
+            spec._replace(table=self.spread.table, states=states, stats=self._stats)
+        )
 
     def measures(self, h: Hyper) -> bool:
         """Whether there are sums to take."""
@@ -169,8 +199,9 @@ class ShardedPlan:
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh."""
+        table = self.spec.table
         for p, local, state, known in zip(
-            self.spec.table.params, self._local, self.spec.states, self._known, strict=True
+            table.params, self.spread.table.params, self.spec.states, self._known, strict=True
         ):
             if p is local:
                 continue
@@ -179,20 +210,34 @@ class ShardedPlan:
             if moved or not (state is None or known is None or known.matches(state)):
                 return False
             local.grad = shards.local_gradient(p)
+        active = [p.grad is not None for p in table.params]
+        self._took = slice(None)
+        if not all(active):
+            found = {s.layer for s in table.spans if active[s.tensor]}
+            self._took = torch.tensor(sorted(found), dtype=torch.long, device=table.device)
         return self._plan.prepare()
 
     def norms(self, h: Hyper) -> Tensor:
         """Of this process's part."""
-        return self._of_layers(self._plan.norms(h)[:, None])[:, 0]
+        return self.spread.of_layers(self._plan.norms(h)[:, None])[:, 0]
 
     def measure(self, h: Hyper) -> Tensor:
-        """Of this process's part."""
-        return self._of_layers(self._plan.measure(h))
+        """Of this process's part; with them, what waits to be summed."""
+        self._adopt()
+        sums = self.spread.of_layers(self._plan.measure(h))
+        return sums if self._update else torch.cat([sums, self._waiting], 1)
 
     def apply(self, h: Hyper, sums: Tensor) -> None:
         """The rest of the step, with the sums of whole layers."""
-        self._plan.apply(h, sums[self._layer_of] if self._mixed else sums)
+        whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
+        self._plan.apply(h, whole[self.spread.layer_of] if self.spread.mixed else whole)
         self._finish()
+        if self._own:
+            rows = self._stats[self.spread.first_row]
+            if not self._update:
+                self._waiting[self._took] = self._late()[self._took]
+                rows[:, _OF_STEP] = of_last
+            self.spec.stats[self._took] = rows[self._took]
 
     def step(self, h: Hyper) -> None:
         """One step, with a message of its own."""
@@ -206,23 +251,21 @@ class ShardedPlan:
         """Of this process's part."""
         self._plan.refresh(h)
 
-    def _of_layers(self, sums: Tensor) -> Tensor:
-        """From rows of the table to layers."""
-        if not self._mixed:
-            return sums
-        total = sums.new_zeros(len(self.spec.table.layers), sums.shape[1])
-        return total.index_add_(0, self._layer_of, sums * self._shares)
+    def _adopt(self) -> None:
+        """Have the layers' statistics in the rows, sums cut into as many parts as there are."""
+        if self._own:
+            self._stats.copy_(self.spec.stats[self.spread.layer_of])
+            if not self._update:
+                self._stats[:, _OF_STEP] /= self.spread.parts
+
+    def _late(self) -> Tensor:
+        return self.spread.of_layers(self._stats[:, _OF_STEP])
 
     def _finish(self) -> None:
-        """Let go of the gradients; tell autograd and the layers' statistics what changed."""
+        """Let go of the gradients, and tell autograd what changed."""
         changed = []
-        for p, local in zip(self.spec.table.params, self._local, strict=True):
+        for p, local in zip(self.spec.table.params, self.spread.table.params, strict=True):
             if p is not local and local.grad is not None:
                 changed.append(p)
                 local.grad = None
         torch.autograd.graph.increment_version(changed)
-        if self._mixed:
-            stats = self._plan.spec.stats
-            self.spec.stats[self._layer_of] = stats
-            if not self.update:
-                self.spec.stats[:, _OF_STEP] = self._of_layers(stats[:, _OF_STEP])

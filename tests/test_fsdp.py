@@ -315,6 +315,10 @@ def _in_backward(name):
             torch.nn.functional.mse_loss(whole(x), y).backward()
         whole_opt.step()
     equal(model, whole)
+    stats, expected = opt.layer_stats(), whole_opt.layer_stats()
+    for key in ("gg", "scale", "lr"):
+        torch.testing.assert_close(stats[key], expected[key], rtol=1e-9, atol=1e-12)
+    assert (stats["uu"] > 0).all() or name == "none"
 
 
 @pytest.mark.parametrize("name", ["layca", "singh", "none"])
@@ -334,10 +338,10 @@ def _messages():
         with CommDebugMode() as seen:
             opt.step()
         assert seen.get_total_counts() == 1
-        with CommDebugMode() as seen:
+        with CommDebugMode() as seen:  # one process alone may ask
             stats = opt.layer_stats()
-        assert seen.get_total_counts() == (1 if rule == "singh" else 0)
-        everywhere_the_same(stats["uu"])
+        assert seen.get_total_counts() == 0
+        assert (everywhere_the_same(stats["uu"]) > 0).all()
 
 
 def test_one_message_a_step():

@@ -80,11 +80,19 @@ def close(a, b, rtol=1e-12, atol=1e-14):
     )
 
 
-def same_stats(whole_stats, stats):
-    assert stats.pop("names") == whole_stats.pop("names")
-    for key, x in stats.items():  # the angle of parallel vectors is the root of rounding errors
-        atol = 1e-7 if key == "angle" else 1e-12
-        torch.testing.assert_close(everywhere_the_same(x), whole_stats[key], rtol=1e-9, atol=atol)
+def same_stats(opt, before, sharded):
+    """``before``: the whole optimizer's statistics a step ago, where sums come a step late."""
+    stats, whole_stats = sharded.layer_stats(), opt.layer_stats()
+    assert stats.pop("names") == whole_stats["names"]
+    rule = opt.param_groups[0]["rule"]
+    late = rule is None or rule.order == "gradient"
+    for key, x in stats.items():
+        expected = before[key] if late and key in ("ww", "uu", "wu") else whole_stats[key]
+        if key == "angle":  # of parallel vectors it is the root of rounding errors
+            if not late:
+                torch.testing.assert_close(everywhere_the_same(x), expected, rtol=1e-9, atol=1e-7)
+            continue
+        torch.testing.assert_close(everywhere_the_same(x), expected, rtol=1e-9, atol=1e-12)
 
 
 MAKE = {
@@ -105,6 +113,7 @@ def _as_whole(name, backend, steps):
                 )
                 for step in range(steps):
                     fill(ours, theirs, mesh, placements, step)
+                    before = opt.layer_stats()
                     opt.step()
                     sharded.step()
                 for (_, p), (_, q) in zip(ours, theirs, strict=True):
@@ -114,7 +123,7 @@ def _as_whole(name, backend, steps):
                         assert isinstance(x, DTensor) == (isinstance(q, DTensor) and per_element)
                         if per_element:
                             close(x, opt.state[p][key], 1e-9, 1e-12)
-                same_stats(opt.layer_stats(), sharded.layer_stats())
+                same_stats(opt, before, sharded)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -239,7 +248,7 @@ def _split(name, backend):
         (p,), (q,) = opt.state, sharded.state
         close(q, p)
         close(sharded.state[q]["radius"], opt.state[p]["radius"])
-        same_stats(opt.layer_stats(), sharded.layer_stats())
+        same_stats(opt, None, sharded)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -315,6 +324,41 @@ def _late_and_frozen(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_late_frozen_and_added_parameters(backend):
     run(2, _late_and_frozen, backend)
+
+
+def _stats(backend, name):
+    """A new plan has the sums that the old one had; a layer without gradient keeps its row."""
+    shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", shape)
+    (ours, opt), (theirs, sharded) = pair(
+        mesh,
+        placements,
+        lambda p: layerlr.SGD(p, lr=0.1, momentum=0.9, rule="singh", layers="module"),
+    )
+    for step in range(5):
+        fill(ours, theirs, mesh, placements, step)
+        before = opt.layer_stats()
+        if step == 1:
+            sharded.state[theirs[0][1]] = dict(sharded.state[theirs[0][1]])  # a new plan
+        if step == 3:
+            ours[-1][1].grad = theirs[-1][1].grad = None
+        opt.step()
+        sharded.step()
+        if step == 1:  # what waited went with the old plan
+            assert not sharded.layer_stats()["uu"].any()
+        elif step < 3:
+            same_stats(opt, before, sharded)
+        else:  # the last layer has sums of its step before the last
+            late = sharded.layer_stats()["uu"]
+            wanted = torch.cat([before["uu"][:-1], last[-1:]])
+            torch.testing.assert_close(everywhere_the_same(late), wanted, rtol=1e-9, atol=0)
+        last = before["uu"]
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "rows then columns"])
+def test_statistics_of_gradient_rules(name):
+    shape, _ = PLACEMENTS[name]
+    run(torch.Size(shape).numel(), _stats, "cpu", name)
 
 
 def _dtypes(dtype, backend):
