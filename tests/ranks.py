@@ -3,10 +3,15 @@
 import copy
 import os
 import tempfile
+import time
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+#: seconds that no test takes, however busy the machine
+PATIENCE = 300
 
 
 def _main(rank, body, world, folder, device, args):
@@ -30,7 +35,13 @@ def run(world, body, *args, device="cpu"):
     start = "spawn" if torch.cuda.is_available() else "fork"  # a fork could not use the GPU
     with tempfile.TemporaryDirectory() as folder:
         args = (body, world, folder, device, args)
-        mp.start_processes(_main, args, world, start_method=start)
+        ranks = mp.start_processes(_main, args, world, join=False, start_method=start)
+        deadline = time.monotonic() + PATIENCE
+        while not ranks.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in ranks.processes:
+                    process.kill()
+                raise AssertionError(f"{body.__name__} hangs")
 
 
 def everywhere_the_same(x):

@@ -2,6 +2,7 @@
 #include "simt.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -226,7 +227,13 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::funct
   if (grid < 1 || block < 1 || block > 1024) fail("a launch out of bounds");
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  static auto& workers = *new std::vector<std::unique_ptr<Worker>>;
+  static std::vector<std::unique_ptr<Worker>>* threads = nullptr;
+  static pid_t of = 0;
+  if (of != getpid()) {  // a forked process has none of its parent's
+    threads = new std::vector<std::unique_ptr<Worker>>;
+    of = getpid();
+  }
+  auto& workers = *threads;
   while (workers.size() < grid) workers.push_back(std::make_unique<Worker>());
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0u);
