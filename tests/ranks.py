@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 #: seconds that no test takes, however busy the machine
 PATIENCE = 300
 

@@ -335,6 +335,7 @@ def _stats(backend, name):
         placements,
         lambda p: layerlr.SGD(p, lr=0.1, momentum=0.9, rule="singh", layers="module"),
     )
+    last = opt.layer_stats()["uu"]
     for step in range(5):
         fill(ours, theirs, mesh, placements, step)
         before = opt.layer_stats()
