@@ -98,7 +98,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def capture(group: dict[str, Any], index: int) -> None:
-    """Refuse to capture a step whose replays would leave parameters out, naming one."""
+    """Refuse to capture a step that replays could not take whole, saying why."""
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         if not capturing(p.device):
             raise RuntimeError(
@@ -111,6 +111,12 @@ def capture(group: dict[str, Any], index: int) -> None:
                 "never update it: capture a step after backward(), or within the graph, or freeze "
                 "the parameter with requires_grad_(False)"
             )
+    rule = rules.resolve(group["rule"])
+    if isinstance(rule, rules.Estimated):
+        raise RuntimeError(
+            f"the step of param group {index} cannot be captured in a CUDA graph: its rule looks "
+            "at the model"
+        )
 
 
 def precision(group: dict[str, Any], index: int) -> None:

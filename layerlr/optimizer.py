@@ -202,11 +202,6 @@ class LayerwiseOptimizer(Optimizer):
             checks.capturable(group)
             if graph:
                 checks.capture(group, index)
-                if _is_estimated(group["rule"]):
-                    raise RuntimeError(
-                        f"the step of param group {index} cannot be captured in a CUDA graph: "
-                        "its rule looks at the model"
-                    )
             plans = self._fitting(index)
             if not all(plan.prepare() for plan in plans.plans):
                 plans = self._plans[index] = self._build(index)
