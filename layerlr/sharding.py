@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import _C, shards
@@ -63,19 +62,9 @@ def _reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
         groups |= plan.spread.groups
     for name, group in groups.items():
         places = [(x, p.spread.within[name]) for p, x in sums if name in p.spread.groups]
-        parts = [x[at] for x, at in places]
-        buffer = torch.cat([part.flatten() for part in parts])
-        buffer = buffer.to(_device(group, buffer))
-        dist.all_reduce(buffer, group=group)
-        totals = buffer.split([part.numel() for part in parts])
+        totals = shards.sum_over(group, [x[at] for x, at in places])
         for (x, at), total in zip(places, totals, strict=True):
-            x[at] = total.view(-1, x.shape[1]).to(x.device)
-
-
-def _device(group: Any, x: Tensor) -> torch.device:
-    """Where a group takes a tensor from: where it is, or, if it is offloaded, the group's own."""
-    devices: list[torch.device] = group._device_types
-    return x.device if x.device.type in {d.type for d in devices} else devices[0]
+            x[at] = total
 
 
 class Spread:

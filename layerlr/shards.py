@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .layers import Span, rows
@@ -36,6 +37,21 @@ def groups(p: Any) -> dict[str, Any]:
             group = mesh.get_group(dim)
             found[group.group_name] = group
     return found
+
+
+def sum_over(group: Any, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sums of tensors over the processes of a group, in one message."""
+    # taken from where they are, or, if they are offloaded, from the group's own device
+    devices: list[torch.device] = group._device_types
+    device = parts[0].device
+    if device.type not in {d.type for d in devices}:
+        device = devices[0]
+    buffer = torch.cat([part.flatten().to(device) for part in parts])
+    dist.all_reduce(buffer, group=group)
+    totals = buffer.split([part.numel() for part in parts])
+    return [
+        total.view(part.shape).to(part.device) for total, part in zip(totals, parts, strict=True)
+    ]
 
 
 def index(p: Any) -> int:
