@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 #: seconds that no test takes, however busy the machine
-PATIENCE = 300
+PATIENCE = 240
 
 
 def _main(rank, body, world, folder, device, args):

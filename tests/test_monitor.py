@@ -7,10 +7,10 @@ import math
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from ranks import run
 from torch import nn
 
 import layerlr
@@ -640,12 +640,11 @@ def test_a_real_optimizer_and_the_model_tell_the_same_story():
 # -- several devices -----------------------------------------------------------------------------
 
 
-def _shard_worker(rank, world, folder):
+def _sharded(folder):
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = dist.init_device_mesh("cpu", (world,))
+    mesh = dist.init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     starts = {"rows": torch.randn(5, 3), "one": torch.randn(1, 4), "copy": torch.randn(2, 2)}
     starts |= {"zero": torch.zeros(3, 2), "plain": torch.randn(2, 3)}
@@ -670,20 +669,13 @@ def _shard_worker(rank, world, folder):
             monitor.record()
     first = monitors[0].state_dict()["start"][0]
     torch.save(
-        {"seen": [m.curves()[2:] for m in monitors], "rows": len(first)}, f"{folder}/{rank}.pt"
+        {"seen": [m.curves()[2:] for m in monitors], "rows": len(first)},
+        f"{folder}/{dist.get_rank()}.pt",
     )
-    dist.destroy_process_group()
 
 
 def test_sharded_layers_are_measured_whole(tmp_path):
-    workers = torch.multiprocessing.spawn(_shard_worker, (2, str(tmp_path)), nprocs=2, join=False)
-    try:
-        deadline = time.monotonic() + 240
-        while not workers.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in workers.processes:
-            process.kill()
+    run(2, _sharded, str(tmp_path))
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert [s["rows"] for s in saved] == [3, 2]  # each rank keeps the start of its own rows
     for (distances, angles), (whole_distances, whole_angles) in (s["seen"] for s in saved):
