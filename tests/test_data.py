@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("numpy")
+pytest.importorskip("numpy", reason="data sets are read with NumPy")
 
 import numpy as np
 
