@@ -113,8 +113,8 @@ PYBIND11_MODULE(_C, m) {
       .def("norms", of_numbers(&CpuPlan::norms));
   py::class_<DevicePlan, LivePlan>(m, "DevicePlan")
       .def(py::init(
-          [](const LivePlan& live, const py::capsule& engine, int blocks, int hold, bool plain) {
-            return new DevicePlan(live, engine_in(engine), {blocks, hold, plain});
+          [](const LivePlan& live, const py::capsule& engine, int blocks, int distance) {
+            return new DevicePlan(live, engine_in(engine), {blocks, distance});
           }))
       .def("step", of_numbers(&DevicePlan::step))
       .def("measure", of_numbers(&DevicePlan::measure))

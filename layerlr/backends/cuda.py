@@ -19,9 +19,8 @@ from .base import Hyper, PlanSpec
 class Tuning(NamedTuple):
     """What a plan may choose freely, results being the same to the bit; 0: by the device."""
 
-    blocks: int = 0  # of the grid
-    hold: int = 0  # tiles of a layer that a block keeps on chip, at most
-    plain: bool = False  # measure, decide, apply and finish in a launch each
+    blocks: int = 0  # of the grid, at most
+    distance: int = 0  # items between a layer's last first-pass item and its first second-pass one
 
 
 #: of a step, and those among lr, sign and found_inf that are on the device
@@ -103,19 +102,19 @@ class CudaPlan:
             self._native.step(*numbers)
 
     def norms(self, h: Hyper) -> Tensor:
-        """Two launches: the tiles, the layers."""
+        """One launch."""
         numbers, _ = _numbers(h)
         return self._native.norms(*numbers)
 
     def measure(self, h: Hyper) -> Tensor:
-        """Two launches: the tiles, the layers."""
+        """One launch."""
         numbers, found_inf = _numbers(h)
         if found_inf:
             return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
         return self._native.measure(*numbers)
 
     def apply(self, h: Hyper, sums: Tensor) -> None:
-        """Three launches: the layers, the tiles, what is left."""
+        """Two launches: the layers, the elements."""
         numbers, found_inf = _numbers(h)
         if not found_inf:
             self._native.apply(*numbers, sums)
