@@ -164,7 +164,10 @@ def test_gpu_goals_not_measured():
     assert parts(gpu_rows(leave_out=goals.GPU_OURS)) == ["not measured"] * 5
     half = [replace(row, dtype="bfloat16") for row in gpu_rows()]
     assert parts(half) == ["not measured"] * 5, "the goals are stated for float32"
-    assert parts(gpu_rows(leave_out=["llama3_8b"])) == ["met so far"] * 3 + ["met", "met so far"]
+    assert parts(gpu_rows(leave_out=["llama3_8b_16of32"])) == ["met so far"] * 3 + [
+        "met",
+        "met so far",
+    ]
     # A peer that is not there takes its comparison along, no more.
     found = goals.gpu_verdicts(gpu_rows(leave_out=["timm Lars foreach"]))
     assert goals.summary("c", found).startswith("goal (c) met so far")
@@ -175,7 +178,7 @@ def test_gpu_limits_follow_the_bytes():
     limits = goals.GPU_RATIO_LIMITS
     assert limits["vit_b"]["layerlr SGD layca"] == 1.0
     assert limits["gpt2_xl"]["layerlr SGD layca"] == pytest.approx(1.05 * 1.4)
-    assert limits["llama3_8b"]["layerlr AdamW lamb"] == pytest.approx(1.5)
+    assert limits["llama3_8b_16of32"]["layerlr AdamW lamb"] == pytest.approx(1.5)
 
 
 def test_verdicts_from_a_file(tmp_path, capsys):
@@ -189,7 +192,7 @@ def test_verdicts_from_a_file(tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured") >= 5
     summary.main([str(out), str(tmp_path / "run.md")])
     page = (tmp_path / "run.md").read_text()
-    assert "### llama3_8b, float32" in page and "The copy moves 4,000 GB/s." in page
+    assert "### llama3_8b_16of32, float32" in page and "The copy moves 4,000 GB/s." in page
 
 
 def test_models_too_large_run_one_after_the_other(monkeypatch, capsys):
@@ -285,63 +288,89 @@ def test_gpu_script_is_bash():
     assert bash("-n", "bench/gpu.sh").returncode == 0
 
 
-def test_gpu_script_s_dry_run():
-    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="")
+def test_gpu_script_s_dry_run(tmp_path):
+    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("no CUDA device: stopped here\n")
-    modules = ("step_time", "roofline", "summary", "repeat", "sanitize_step", "goals")
-    for module in modules:
+    for module in ("agree", "step_time", "repeat", "sanitize_step", "profile_step", "tune"):
         assert f"bench.{module} imports and reads its arguments" in done.stdout
-    for stage in ("build", "graphs", "streams", "AMP", "optimizer infrastructure", "other tests"):
-        assert f"== {stage} (" in done.stdout
-    for stage in ("memory check", "race check", "repeatability", "step times"):
-        assert f"== {stage} (" in done.stdout
-    assert "pip install" in done.stdout and "--tool racecheck" in done.stdout
+    stages = [line[1:].partition(",")[0] for line in done.stdout.splitlines() if line[0] == "["]
+    assert stages[:2] in (["agree-triton", "agree-cuda"], ["agree-cuda", "agree-triton"])
+    assert stages[2:4] == ["steps-float32-resnet50", "steps-float32-vit_b"]
+    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[4:9])
+    assert stages[9] == "counters" and stages[-2:] == ["tune", "stalls"]
+    assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 FAKE = """\
 #!/usr/bin/env bash
-# Python on a machine with a GPU, where tests of AMP fail and those of graphs are skipped
+# Python on a machine with a GPU
+echo "$*" >>"$ASKED"
 case "$*" in
-*get_device_name*) echo a-gpu ;;
-*get_device_properties*) echo properties ;;
+*"-m bench.agree --backend triton"*) echo "52 of 52 agree" ;;
+*"-m bench.agree"*) echo "$AGREE of 78 agree"; [ "$AGREE" -eq 78 ] || exit 2 ;;
 *"-m pytest"*)
-  skipped=0 failures=0
-  case "$*" in
-  *test_amp*-k*) failures=2 ;;
-  *"-k graph"*) skipped=7 ;;
-  *cuda_float64*) exit 3 ;;
-  esac
-  while [ "$1" != --junitxml ]; do shift; done
-  echo "<testsuites><testsuite errors='0' failures='$failures' skipped='$skipped' tests='7'/>\
-</testsuites>" >"$2"
-  [ $failures -eq 0 ] ;;
-*"-m "*|*setup.py*) echo "ran $*" ;;
+  echo '["tests/test_a.py::test_a", "passed", 0.1]' >>"$TEST_LOG"
+  echo '["tests/test_a.py::test_b", "failed", 0.1, "why"]' >>"$TEST_LOG"
+  exit 1 ;;
+*"-m bench.step_time"*" $HANGS "*) (trap "" TERM; sleep 300) ;;
+*"-m bench.step_time"*) for last; do :; done; echo {} >"$last" ;;
+*"-m bench.merge"*) for last; do :; done; echo {} >"$last"; echo the table ;;
+*"-m "*|*setup.py*|-c*) echo ran ;;
 *) exec "$REAL" "$@" ;;
 esac
 """
 
 
-def test_gpu_script_s_verdicts(tmp_path):
-    """With a Python that says it has a GPU, and does nothing."""
+@pytest.fixture
+def gpu_script(tmp_path):
+    """Run the script with a Python that says it has a GPU, and does nothing."""
     fake, root = tmp_path / "python", tmp_path / "root"
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    (root / "bench").mkdir(parents=True)
-    (root / "tests").mkdir()
+    for folder in ("bench", "tests", "layerlr"):
+        (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "bench/gpu.sh", root / "bench")
-    done = bash(str(root / "bench/gpu.sh"), PYTHON=str(fake), REAL=sys.executable)
-    lines = [x for x in done.stdout.splitlines() if x.startswith("verdict: ")]
-    assert lines == [
-        "verdict: graphs not run (0 passed, 0 failed, 7 skipped)",
-        "verdict: streams passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: AMP FAILED (5 passed, 2 failed, 0 skipped)",
-        "verdict: precision passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: sharding passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: optimizer infrastructure FAILED (0 passed, 0 failed, 0 skipped)",
-        "verdict: other tests passed (7 passed, 0 failed, 0 skipped)",
-    ], done.stdout + done.stderr
-    assert done.returncode == 1 and "FAILED: AMP\n" in done.stdout
+
+    def run(**environment):
+        where = {"AGREE": "78", "HANGS": "none", "OUT": str(root / "out"), "TOTAL": "60"}
+        where |= {"PYTHON": str(fake), "REAL": sys.executable, "ASKED": str(tmp_path / "asked")}
+        done = bash(str(root / "bench/gpu.sh"), "check", **where | environment)
+        lines = (root / "out/verdicts.txt").read_text().splitlines()
+        found = dict(line.partition(" s: ")[2].split(": ", 1) for line in lines)
+        return done, found, (tmp_path / "asked").read_text()
+
+    return run
+
+
+def test_gpu_script_s_verdicts(gpu_script, tmp_path):
+    done, found, asked = gpu_script()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found["agree-cuda"].endswith("78 of 78 agree")
+    assert found["tests-rest"].startswith("exit 1 ")
+    assert found["tests so far"] == "2 passed, 2 failed, 0 skipped"
+    assert "steps-bfloat16-llama3_8b_16of32" in found and "--backend cuda,triton" in asked
+    last = done.stdout[done.stdout.index("of the tests that failed") :]
+    assert '::test_b", "failed", 0.1, "why"]' in last and "the table" in last
+    assert "agree-cuda" in last[last.index("verdicts:") :]
+    assert len(list((tmp_path / "root/out").iterdir())) <= 8
+
+
+def test_gpu_script_without_an_engine(gpu_script):
+    done, found, asked = gpu_script(AGREE="0")
+    assert done.returncode == 0 and found["agree-cuda"].startswith("exit 2 ")
+    assert "--backend triton --out" in asked and "-k triton and" in asked
+    assert "cuda does not agree at all" in found
+    done, found, _ = gpu_script(AGREE="0", STOP="1")
+    assert done.returncode == 1 and not any(name.startswith("steps") for name in found)
+    assert "verdicts:" in done.stdout
+
+
+def test_gpu_script_ends_what_hangs(gpu_script):
+    done, found, _ = gpu_script(HANGS="resnet50", TOTAL="8")
+    assert "(over" in found["steps-float32-resnet50"]
+    assert found["steps-float32-vit_b"] == "no time left"
+    assert "the table" not in done.stdout and "verdicts:" in done.stdout
 
 
 def test_gpu_script_refuses_what_it_does_not_know():
