@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import layerlr.backends.cuda
 from bench import (
+    agree,
     goals,
     measure,
     memory,
+    merge,
     peers,
     repeat,
     report,
@@ -24,6 +27,7 @@ from bench import (
     step_time,
     summary,
     timing,
+    tune,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,6 +256,66 @@ def test_repeatability_is_checked(capsys, monkeypatch):
     assert "DIFFERS small float32 SGD no rule momentum=0.9: run 1" in capsys.readouterr().out
 
 
+def test_engine_and_reference_agree(capsys, monkeypatch):
+    where = ["--backend", "cpu", "--device", "cpu", "--shapes", "small", "--dtypes", "float32"]
+    assert agree.main(where) == 0
+    assert "13 of 13 agree with the reference\n" in capsys.readouterr().out
+    assert agree.main([*where, "--seconds", "0"]) == 2
+    assert "0 of 0 agree with the reference, 13 not tried" in capsys.readouterr().out
+    step = small.step
+
+    def off(case, params, backend, n):
+        """The engine's plain steps are too long, and RMSprop's are not taken."""
+        if case[0] == "RMSprop" and backend == "cpu":
+            raise ValueError("no such step")
+        optimizer = step(case, params, backend, n)
+        if case[1] is None and backend == "cpu":
+            optimizer.param_groups[0]["lr"] *= 1 + 1e-6
+        return optimizer
+
+    monkeypatch.setattr(agree, "step", off)
+    assert agree.main(where) == 1
+    printed = capsys.readouterr().out
+    assert printed.count(": WRONG: ") == 2 and "10 of 13 agree" in printed
+    assert "centered=True: FAILED: ValueError: no such step" in printed
+
+
+def test_units_in_the_last_place():
+    one = torch.ones(3)
+    assert agree.worst(one, one, one + torch.tensor([0, 2**-23, 2**-22])) == 2
+    assert agree.worst(4 * one, one, one + 2**-21) == 1, "of the weight before, where it is larger"
+    assert agree.worst(one, one, torch.tensor([1, float("nan"), 1])) == float("inf")
+
+
+def test_runs_merge(tmp_path, capsys):
+    rows, paths = gpu_rows(), []
+    for model in shapes.DEFAULTS["cuda"]:
+        paths.append(tmp_path / f"{model}.json")
+        mine = [row for row in rows if row.model == model]
+        report.write(paths[-1], report.Result({"gpu": "a GPU", "command": model}, mine))
+    merge.main([*map(str, paths), "--out", str(tmp_path / "all.json")])
+    result = report.read(tmp_path / "all.json")
+    assert len(result.rows) == len(rows)
+    assert result.machine["command"].startswith("resnet50; vit_b; ")
+    printed = capsys.readouterr().out
+    assert printed.count("goal (") == printed.count(" met ") == 5
+    (line,) = [x for x in printed.splitlines() if x.startswith("layerlr SGD layca  ")]
+    assert line.split()[3:6] == ["0.135", "1.00", "95%"]
+    again = merge.merge([result, replace(result, rows=[replace(rows[0], rounds=77)])])
+    assert len(again.rows) == len(rows) and again.rows[0].rounds == 77
+
+
+def test_choices_of_the_cuda_engine_take_turns(tmp_path, capsys):
+    for choice in tune.choices(132).values():
+        with tune.held(choice):  # the engine knows every choice
+            pass
+    out = tmp_path / "tune.json"
+    where = ["--backend", "cpu", "--device", "cpu", "--models", "tiny128", "--rounds", "2"]
+    assert tune.main([*where, "--out", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(tune.RULES)
+    assert out.read_text().count('"choice": "default again"') == len(tune.RULES)
+
+
 def test_variants_of_the_cuda_engine():
     variants = repeat.variants("cuda")
     assert len({name for name, _, _ in variants}) == len(variants) > 4
@@ -263,6 +327,8 @@ def test_variants_of_the_cuda_engine():
 def test_sanitized_steps_run(capsys):
     assert sanitize_step.main(["--backend", "cpu", "--device", "cpu", "--steps", "1"]) == 0
     assert "26 steps" in capsys.readouterr().out
+    with sanitize_step.grid(4):
+        assert layerlr.backends.cuda._tuning.blocks == 4
 
 
 def test_small_tensors_lie_back_to_back():
