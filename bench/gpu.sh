@@ -161,7 +161,8 @@ check() {
   beside=$!
   tests tests-first 110 "${first[@]}" -k "$on_gpu"
   tests tests-rest 110 tests -k "$on_gpu or test_parts" --ignore tests/test_cuda_build.py \
-    --ignore tests/test_triton.py $(printf ' --ignore %s' "${first[@]}")
+    --ignore tests/test_triton.py --ignore tests/test_packaging.py --ignore tests/test_bench_gpu.py \
+    $(printf ' --ignore %s' "${first[@]}")
   pack
   wait $beside
   stage counters 45 ncu --profile-from-start off --nvtx --clock-control none --csv --page raw \
