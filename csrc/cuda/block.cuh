@@ -47,22 +47,16 @@ LAYERLR_DEVICE void meet() { __syncthreads(); }
 // -- workers ----------------------------------------------------------------------------------------
 
 /// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something beside).
-struct Float32Only {
-  static constexpr bool wide = false;
+template <class P, bool coded>
+struct Only {
+  static constexpr bool any = false;
   template <class Body>
   LAYERLR_DEVICE static void with_type(DType, Body body) {
-    body(float(), std::false_type());
-  }
-};
-struct Bfloat16Only {
-  static constexpr bool wide = false;
-  template <class Body>
-  LAYERLR_DEVICE static void with_type(DType, Body body) {
-    body(BFloat16(), std::false_type());
+    body(P(), std::bool_constant<coded>());
   }
 };
 struct AnyDtype {
-  static constexpr bool wide = true;
+  static constexpr bool any = true;
   template <class Body>
   LAYERLR_DEVICE static void with_type(DType dtype, Body body) {
     switch (dtype) {
@@ -94,7 +88,7 @@ LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
       const Arrays at = now.at;
       const Gradient how = now.how;
       const D<T> d = *reinterpret_cast<const D<T>*>(shared.scalars[now.scalars].room);
-      const Elements<D, P, decltype(coded)::value> elements(at, d, how);
+      const Elements<D, P, decltype(coded)::value, !F::any> elements(at, d, how);
       const T grad = T(now.grad), a = T(now.a), b = T(now.b);
       if constexpr (order == unmeasured) {
         elements.template advance_apply<false>(grad, a, b);
@@ -212,7 +206,7 @@ struct Scheduler {
     const int param = param_bytes(dtype), state = state_bytes(dtype);
     const double t = coming_step(span.step, span.step_is_double != 0);
     w.dtype = dtype;
-    w.scalars = scalars_for(t, F::wide && dtype == DType::f64);
+    w.scalars = scalars_for(t, F::any && dtype == DType::f64);
     w.at.count = static_cast<int>(left < item_elements ? left : item_elements);
     w.at.w = span.param + begin * param;
     w.at.g = span.grad + begin * param;

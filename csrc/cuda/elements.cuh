@@ -39,8 +39,8 @@ LAYERLR_DEVICE bool begins_vectors(const Arrays& at, DType dtype, int states) {
 }
 
 /// Elements of direction D and parameter type P. `coded`: 16-bit weights may have something beside
-/// them.
-template <template <class> class D, class P, bool coded>
+/// them. `straight`: full tiles of aligned arrays have a loop of their own, without questions.
+template <template <class> class D, class P, bool coded, bool straight>
 struct Elements {
   using T = typename Wide<P>::type;
   static constexpr int states = D<T>::states;
@@ -65,21 +65,22 @@ struct Elements {
         skips(how.skip) {}
 
   /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e on,
-  /// each of n elements. Full tiles of aligned arrays are most of a model, and have straight code.
+  /// each of n elements.
   template <class Body>
   LAYERLR_DEVICE void vectors(Body body) const {
     const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;
     int e = first;
-    if (at.aligned) {
+    if (straight && at.aligned) {
       constexpr int tile = in_hand * stride;
 #pragma unroll 1
       for (; e + tile - first <= count; e += tile) {
-        body(std::true_type(), std::integral_constant<int, in_hand>(), e, 4);
+        body(Always(), std::integral_constant<int, in_hand>(), e, 4);
       }
     }
 #pragma unroll 1
     for (; e < count; e += stride) {
-      body(std::false_type(), std::integral_constant<int, 1>(), e, count - e < 4 ? count - e : 4);
+      const int n = count - e < 4 ? count - e : 4;
+      body(at.aligned && n == 4, std::integral_constant<int, 1>(), e, n);
     }
   }
 

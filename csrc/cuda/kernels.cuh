@@ -40,7 +40,7 @@ LAYERLR_DEVICE void end_block(const StepArgs& args, Shared<D>& shared) {
 
 /// Blocks that a multiprocessor has room for, as the compiler is told.
 template <template <class> class D, class F>
-constexpr int resident_blocks = F::wide || D<float>::states > 1 ? 2 : 3;
+constexpr int resident_blocks = F::any ? 1 : D<float>::states > 1 ? 2 : 3;
 
 /// A step in one launch, or one of its passes. Blocks take items in the order of the list. None
 /// waits for ever: an item waits only for items before it in the list, and of all items that are
@@ -79,7 +79,11 @@ template <template <class> class D>
 DirectionKernels kernels_of() {
 #define LAYERLR_ORDERS(F) \
   { step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, step_kernel<D, F, update_rule> }
-  return {{LAYERLR_ORDERS(Float32Only), LAYERLR_ORDERS(Bfloat16Only), LAYERLR_ORDERS(AnyDtype)},
+  typedef Only<float, false> Float32;
+  typedef Only<BFloat16, false> Bfloat16;
+  typedef Only<BFloat16, true> Coded;
+  return {{LAYERLR_ORDERS(Float32), LAYERLR_ORDERS(Bfloat16), LAYERLR_ORDERS(Coded),
+           LAYERLR_ORDERS(AnyDtype)},
           decide_kernel<D>};
 #undef LAYERLR_ORDERS
 }

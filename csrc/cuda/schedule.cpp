@@ -13,12 +13,15 @@ namespace {
 constexpr int items_of_a_verdict = 8;
 
 Family family_of(const Plan& plan) {
-  const auto all = [&](DType dtype) {
+  const auto all = [&](DType dtype, bool coded) {
     return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const TensorRow& row) {
-      return row.dtype == dtype && row.held == Held::nearest;
+      return row.dtype == dtype && (coded || row.held == Held::nearest);
     });
   };
-  return all(DType::f32) ? float32_only : all(DType::bf16) ? bfloat16_only : any_dtype;
+  return all(DType::f32, false)    ? float32_only
+         : all(DType::bf16, false) ? bfloat16_only
+         : all(DType::bf16, true)  ? coded_bfloat16_only
+                                   : any_dtype;
 }
 
 class Maker {

@@ -31,8 +31,8 @@ LAYERLR_HD constexpr int aux_bytes(DType dtype, Held held) {
   return held == Held::master ? state_bytes(dtype) : param_bytes(dtype);
 }
 
-/// Which kernel of a direction runs a plan: by the dtypes in it.
-enum Family : int32_t { float32_only, bfloat16_only, any_dtype, families };
+/// Which kernel of a direction runs a plan: by the dtypes in it, and what weights have beside them.
+enum Family : int32_t { float32_only, bfloat16_only, coded_bfloat16_only, any_dtype, families };
 
 /// What the rule scales, if there is anything to measure.
 enum Order : int32_t { unmeasured, gradient_rule, update_rule, orders };

@@ -41,10 +41,16 @@ struct Vector {
 /// Whether an array is read or written again in this launch.
 enum Use { again, last };
 
-/// Elements [0, n) of the four at p; the others are zero. `Whole`: all four, in aligned vectors.
+/// A condition that the compiler knows.
+struct Always {
+  LAYERLR_HD constexpr operator bool() const { return true; }
+};
+
+/// Elements [0, n) of the four at p; the others are zero. `whole` (a bool, or Always): all four, in
+/// aligned vectors.
 template <Use use, class Whole, class P, class T>
-LAYERLR_DEVICE void load(Whole, const P* p, int n, T* x) {
-  if constexpr (Whole::value) {
+LAYERLR_DEVICE void load(Whole whole, const P* p, int n, T* x) {
+  if (whole) {
     using V = typename Vector<P>::Of;
 #pragma unroll
     for (int i = 0; i < 4; i += Vector<P>::n) {
@@ -59,8 +65,8 @@ LAYERLR_DEVICE void load(Whole, const P* p, int n, T* x) {
   }
 }
 template <Use use, class Whole, class P, class T>
-LAYERLR_DEVICE void store(Whole, P* p, int n, const T* x) {
-  if constexpr (Whole::value) {
+LAYERLR_DEVICE void store(Whole whole, P* p, int n, const T* x) {
+  if (whole) {
     using V = typename Vector<P>::Of;
 #pragma unroll
     for (int i = 0; i < 4; i += Vector<P>::n) {
