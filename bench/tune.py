@@ -24,11 +24,10 @@ from bench import memory, peers, record
 from bench.measure import Case, make_params
 from bench.timing import Lane, Spread, ratios, run_rounds, timer_for
 
-#: of `layerlr.backends.cuda.tuning`; the numbers under "blocks" are parts of what the device holds
+#: of `layerlr.backends.cuda.tuning`; the numbers under "blocks" are for each multiprocessor
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "hold": (1, 2, 3, 4, 5, 6, 8, 10),
-    "blocks": (1 / 2, 3 / 4),
-    "plain": (True,),
+    "distance": (132, 264, 528, 792, 1584, 2112, 4224),
+    "blocks": (1, 2, 3),
 }
 DEFAULT: dict[str, dict[str, Any]] = {"default": {}, "default again": {}}
 RULES = [(name, rule) for of in peers.OURS.values() for name, rule in of]

@@ -1,6 +1,7 @@
 // The functions behind engine.h.
 #include <cstring>
 
+#include "cuda/engine.h"
 #include "cuda/launch.cuh"
 
 namespace layerlr {
