@@ -38,7 +38,7 @@ extern double patience_seconds;
 struct Traffic {
   uint64_t loaded, stored;  // bytes; loaded includes fresh ones
   uint64_t reads, writes;   // calls of all that read and write
-  uint64_t vectors;         // those that move a vector
+  uint64_t vectors;         // bytes that vectors move, read and written
   uint64_t fresh;           // bytes by read_fresh
 
   Traffic& operator+=(const Traffic& x) {
@@ -197,7 +197,7 @@ T read_fresh(const T* p) {
 template <class V>
 V read_first(const V* p) {
   static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
-  ++simt::self().traffic.vectors;
+  simt::self().traffic.vectors += sizeof(V);
   return read(p);
 }
 template <class V>
@@ -206,7 +206,7 @@ V read_last(const V* p) {
 }
 template <class V>
 void write_first(V* p, const V& x) {
-  ++simt::self().traffic.vectors;
+  simt::self().traffic.vectors += sizeof(V);
   write(p, x);
 }
 template <class V>
