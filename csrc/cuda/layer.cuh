@@ -16,11 +16,10 @@ LAYERLR_DEVICE double l2_of(const StepArgs& args) {
   return args.raw || args.config->decoupled != 0 ? 0 : args.config->weight_decay;
 }
 
-/// What decide() wants to know of a layer. D: any type of the direction.
+/// What decide() wants to know of layer l. D: any type of the direction.
 template <class D>
-LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, int l) {
+LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer& layer, int l) {
   const DeviceConfig& config = *args.config;
-  const DeviceLayer& layer = args.layer[l];
   const DevicePresence present = args.presence[l];
   double t = 1;
   if (present.first >= 0) {
@@ -33,30 +32,30 @@ LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, int l) {
           args.kept[l],      present.whole != 0};
 }
 
-/// From the sums of layer l to its verdict and its row of statistics.
-template <class D>
-LAYERLR_DEVICE void conclude(const StepArgs& args, int l, const LayerStats& sums) {
-  const LayerConfig c = layer_config<D>(args, l);
-  const Verdict v = decide(args.rule, c, sums);
-  args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.keep};
+LAYERLR_DEVICE DeviceVerdict device_verdict(const Verdict& v) {
+  return {v.scale.grad, v.scale.a, v.scale.b, v.keep};
+}
+
+/// The row of statistics of layer l. Of a gradient rule's step the rest is known after the second
+/// pass only.
+LAYERLR_DEVICE void record(const StepArgs& args, const LayerConfig& c, int l, const Verdict& v) {
   if (args.presence[l].first < 0) return;
   double* row = args.stats + int64_t(l) * columns;
   if (v.keep) {
     row[Column::skipped] += 1;
     return;
   }
-  row[Column::ww] = v.seen.ww;
   row[Column::gg] = v.seen.gg;
-  row[Column::uu] = v.seen.uu;
-  row[Column::wu] = v.seen.wu;
   row[Column::scale] = v.scale.scale;
   row[Column::lr] = c.lr * v.scale.scale;
   row[Column::a] = v.shown_a;
   row[Column::b] = v.scale.b;
+  if (!args.rule.update) return;
+  row[Column::ww] = v.seen.ww;
+  row[Column::uu] = v.seen.uu;
+  row[Column::wu] = v.seen.wu;
 }
-
-/// A gradient rule's step is known after the second pass only.
-LAYERLR_DEVICE void conclude_step(const StepArgs& args, int l, const LayerStats& sums) {
+LAYERLR_DEVICE void record_step(const StepArgs& args, int l, const LayerStats& sums) {
   if (args.presence[l].first < 0) return;
   double* row = args.stats + int64_t(l) * columns;
   row[Column::ww] = sums.ww;
