@@ -154,7 +154,9 @@ def test_a_master_is_a_run_in_float32(engine, case, half):
         del state["master"]
         assert same_state(state, state_of(other, q))
     mine, theirs = opt.layer_stats(), other.layer_stats()
-    assert all(torch.equal(mine[k], theirs[k]) for k in mine if k != "names")
+    # compiled, Triton lays sums out by dtype: they have other last bits
+    same = torch.allclose if engine == ("triton", "cuda") else torch.equal
+    assert all(same(mine[k], theirs[k]) for k in mine if k != "names")
 
 
 @each_case
