@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import dtensor, rules
 from . import precision as precisions
-from . import rules, shards
 from .layers import names_of
 
 
@@ -33,7 +33,7 @@ def params(group: dict[str, Any], index: int) -> None:
                 f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
                 "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
             )
-        if shards.is_sharded(p):
+        if dtensor.is_sharded(p):
             _sharded(name, p, group)
         elif is_traceable_wrapper_subclass(p):
             raise ValueError(
@@ -46,7 +46,7 @@ def params(group: dict[str, Any], index: int) -> None:
                 "layers cannot be had: shard with torch.distributed.fsdp.fully_shard, or use "
                 "rule=None"
             )
-        if torch._debug_has_internal_overlap(shards.local_part(p)) == 1:
+        if torch._debug_has_internal_overlap(dtensor.local_part(p)) == 1:
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "
                 "be stepped one by one: make it contiguous (an expanded tensor's .clone())"
@@ -55,7 +55,7 @@ def params(group: dict[str, Any], index: int) -> None:
 
 def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
     """Refuse DTensors that cannot be stepped, naming them."""
-    reason = shards.refusal(p)
+    reason = dtensor.refusal(p)
     if reason:
         raise ValueError(f"parameter {name!r} {reason}")
     rule = group["rule"]
@@ -89,36 +89,6 @@ def max_grad_norm(group: dict[str, Any]) -> float | None:
     return float(limit)
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched there is recorded for a CUDA graph, not run."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def capture(group: dict[str, Any], index: int) -> None:
-    """Refuse to capture a step that replays could not take whole, saying why."""
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if not capturing(p.device):
-            raise RuntimeError(
-                f"parameter {name!r} is on {p.device}, where nothing is captured: a CUDA graph of "
-                "the step would not update it; give it to an optimizer of its own"
-            )
-        if p.requires_grad and p.grad is None:
-            raise RuntimeError(
-                f"parameter {name!r} has no gradient, and the CUDA graph that is captured would "
-                "never update it: capture a step after backward(), or within the graph, or freeze "
-                "the parameter with requires_grad_(False)"
-            )
-    rule = rules.resolve(group["rule"])
-    if isinstance(rule, rules.Estimated):
-        raise RuntimeError(
-            f"the step of param group {index} cannot be captured in a CUDA graph: its rule looks "
-            "at the model"
-        )
-
-
 def precision(group: dict[str, Any], index: int) -> None:
     """Refuse a ``precision`` that is unknown, or not for a parameter of the group."""
     wanted, seed = group["precision"], group.get("seed")
@@ -136,14 +106,3 @@ def precision(group: dict[str, Any], index: int) -> None:
                 f"precision='stochastic' rounds to bfloat16, parameter {name!r} is {p.dtype}: use "
                 "precision='master' or precision='kahan'"
             )
-
-
-def capturable(group: dict[str, Any]) -> None:
-    """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
-    if group.get("capturable") and not torch.compiler.is_compiling():
-        for p in group["params"]:
-            if p.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on supported devices: "
-                    "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
-                )

@@ -1,4 +1,4 @@
-"""``torch.ops.layerlr.step_``, the step that ``torch.compile`` sees.
+"""The step that ``torch.compile`` sees: the op ``torch.ops.layerlr.step_``, or a graph break.
 
 Eager steps go through a cached native plan, which a compiler cannot look into; the registered op
 does the same from plain tensors. What is a Python number to the compiler is a constant of its
@@ -9,7 +9,9 @@ weight decay and the like when the graph runs.
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the op)
 from .backends.base import PlanSpec
+from .plans import GroupPlans, group_key
 
 if TYPE_CHECKING:
     from .optimizer import LayerwiseOptimizer
@@ -34,31 +37,86 @@ def handle_of(optimizer: LayerwiseOptimizer) -> int:
     return handle
 
 
+def step(optimizer: LayerwiseOptimizer, eager: Callable[[], None]) -> None:
+    """Trace the step of an optimizer; ``eager``, where there is no op for it, breaks the graph."""
+    from torch._dynamo.comptime import comptime
+
+    comptime(_see_changes)
+    cache = optimizer.plans
+    for index, plans in enumerate(cache.groups):
+        if not _fits(optimizer, plans):
+            torch._dynamo.disable(cache.fitting)(index)  # a graph break
+    groups = cache.groups
+    if not all(
+        plans.group["max_grad_norm"] is None and all(plan.traceable for plan in plans.plans)
+        for plans in groups
+    ):
+        torch._dynamo.disable(eager)()  # a graph break
+        return
+    # here, since it may raise: a graph would leave torch.no_grad() behind
+    numbers = torch.ops.layerlr.numbers(optimizer.handle)
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    with torch.no_grad():
+        for index, plans in enumerate(groups):
+            tensor = _has_tensor_lr(optimizer.handle, index)
+            lr = plans.group["lr"].detach() if tensor else None
+            for plan in plans.plans:
+                _step_table(plan.spec, numbers[index], lr, scale, found_inf)
+
+
+def _fits(optimizer: LayerwiseOptimizer, plans: GroupPlans) -> bool:
+    """`GroupPlans.fits`, as a compiler can trace it."""
+    group = plans.group
+    if any("momentum_buffer" in plan.spec.direction.states for plan in plans.plans):
+        # a momentum that is not 0 is a number like others, and not looked at
+        group = {**group, "momentum": 1.0}
+    params = group["params"]
+    same = len(params) == len(plans.params) and all(map(operator.is_, params, plans.params))
+    return same and group_key(optimizer, group) == plans.key
+
+
+def _numbers_of(optimizer: LayerwiseOptimizer) -> list[tuple[float, ...]]:
+    """What a compiled step of each group reads when it runs."""
+    cache = optimizer.plans
+    for index in cache.unfit():
+        raise RuntimeError(
+            f"param group {index} wants another step than was compiled, since its parameters or "
+            "their state changed, or its momentum became 0: take a step outside torch.compile first"
+        )
+    rows = []
+    for plans in cache:
+        h = cache.hyper(plans)
+        sign = -1.0 if plans.group["maximize"] else 1.0  # the scale is a tensor of the graph
+        rows.append((float(h.lr), h.weight_decay, h.decoupled, sign, h.skip, *h.direction))
+    return rows
+
+
 @torch.library.impl("layerlr::numbers", "CompositeExplicitAutograd")
+@torch._disable_dynamo
 def _numbers(handle: int) -> Tensor:
-    rows = _live[handle]._numbers()
+    rows = _numbers_of(_live[handle])
     padded = [[*row, *(WIDTH - len(row)) * (0.0,)] for row in rows]
     return torch.tensor(padded, dtype=torch.float64)
 
 
 @torch.library.register_fake("layerlr::numbers")
 def _(handle: int) -> Tensor:
-    return torch.empty(len(_live[handle]._plans), WIDTH, dtype=torch.float64)
+    return torch.empty(len(_live[handle].plans.groups), WIDTH, dtype=torch.float64)
 
 
-def has_tensor_lr(handle: int, index: int) -> bool:
+def _has_tensor_lr(handle: int, index: int) -> bool:
     """Whether a group's lr is a tensor; asked without looking at a lr that is a number."""
     return isinstance(_live[handle].param_groups[index]["lr"], Tensor)
 
 
 # torch.compiler.assume_constant_result, without its import of the whole compiler
-has_tensor_lr._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_tensor_lr._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def see_changes(ctx: Any) -> None:
+def _see_changes(ctx: Any) -> None:
     """While compiling: break the graph if it has changed a param group, which `numbers` reads."""
     effects = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.side_effects
-    optimizer = ctx.get_local("self")._i_will_not_complain_if_bc_breaks_VariableTracker().value
+    optimizer = ctx.get_local("optimizer")._i_will_not_complain_if_bc_breaks_VariableTracker().value
     for group in optimizer.param_groups:
         seen = effects.id_to_variable.get(id(group))
         if seen is not None and effects.is_modified(seen):
@@ -70,7 +128,7 @@ def _(params: list[Tensor], *_: Any) -> None:
     """Nothing is returned, nothing changes shape."""
 
 
-def step_(
+def _step_table(
     spec: PlanSpec,
     numbers: Tensor,
     lr: Tensor | None,

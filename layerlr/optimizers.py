@@ -135,7 +135,7 @@ class SGD(LayerwiseOptimizer):
             params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm, precision
         )
 
-    def _direction(self, group: dict[str, Any]) -> Direction:
+    def direction(self, group: dict[str, Any]) -> Direction:
         if group["momentum"] == 0:
             return DIRECTIONS["sgd"]
         return DIRECTIONS["nesterov" if group["nesterov"] else "momentum"]
@@ -196,7 +196,7 @@ class AMomSGD(LayerwiseOptimizer):
             params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm, precision
         )
 
-    def _direction(self, group: dict[str, Any]) -> Direction:
+    def direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["averaged_momentum"]
 
 
@@ -258,7 +258,7 @@ class Adagrad(LayerwiseOptimizer):
             params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm, precision
         )
 
-    def _direction(self, group: dict[str, Any]) -> Direction:
+    def direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["adagrad"]
 
     def share_memory(self) -> None:
@@ -327,7 +327,7 @@ class RMSprop(LayerwiseOptimizer):
             params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm, precision
         )
 
-    def _direction(self, group: dict[str, Any]) -> Direction:
+    def direction(self, group: dict[str, Any]) -> Direction:
         name = "rmsprop_centered" if group["centered"] else "rmsprop"
         if group["momentum"] > 0:
             name += "_momentum"
@@ -397,10 +397,10 @@ class Adam(LayerwiseOptimizer):
             params, defaults, rule, layers, adapt, backend, on_nonfinite, max_grad_norm, precision
         )
 
-    def _direction(self, group: dict[str, Any]) -> Direction:
+    def direction(self, group: dict[str, Any]) -> Direction:
         return DIRECTIONS["amsgrad" if group["amsgrad"] else "adam"]
 
-    def _decoupled(self, group: dict[str, Any]) -> bool:
+    def decoupled(self, group: dict[str, Any]) -> bool:
         return bool(group["decoupled_weight_decay"])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import precision, rules, shards
+from . import dtensor, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -53,7 +53,7 @@ def complete(
         _check_shape(key, value, tuple(p.shape), name)
         if value.device != p.device:
             value = value.to(p.device)
-        state[key] = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+        state[key] = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
     step = state.get("step")
     if not isinstance(step, Tensor):
         # torch's SGD keeps no count; a buffer that is there has seen a step
@@ -75,7 +75,7 @@ def complete(
             _check_shape(key, value, (), name)
         else:
             _check_shape(key, value, tuple(p.shape), name)
-            value = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = value
 
 

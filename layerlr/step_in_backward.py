@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from . import checks, rules
-from .optimizer import LayerwiseOptimizer, _GroupPlans
-from .units import Unit, units
+from . import devices, rules
+from .graphs import check_capturable
+from .optimizer import LayerwiseOptimizer
+from .plans import GroupPlans
+from .steppable import Unit, units
 
 _taken: weakref.WeakSet[LayerwiseOptimizer] = weakref.WeakSet()  # they have a handle
 
@@ -113,7 +115,7 @@ class StepInBackward:
         # be collected
         self._optimizer = optimizer
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._built: list[_GroupPlans] = []
+        self._built: list[GroupPlans] = []
         self._params: list[Tensor] = []  # the optimizer's that are the model's
         self._units: dict[int, Unit] = {}  # by id of parameter
         self._hooks: dict[int, tuple[Tensor, RemovableHandle]] = {}
@@ -173,14 +175,13 @@ class StepInBackward:
 
     def _step(self, unit: Unit) -> None:
         if not unit.prepare():
-            index = unit.group
-            self._optimizer._plans[index] = self._optimizer._build(index)
+            self._optimizer.plans.rebuild(unit.group)
             self._sync()
             unit = self._units[id(unit.spec.table.params[0])]
             if not unit.prepare():
                 raise RuntimeError("optimizer.state changed while a step was prepared")
-        group = self._optimizer.param_groups[unit.group]
-        unit.step(self._optimizer._hyper(group, unit.spec.direction))
+        cache = self._optimizer.plans
+        unit.step(cache.hyper(cache.groups[unit.group]))
         for p in unit.spec.table.params:
             p.grad = None
 
@@ -199,8 +200,7 @@ class StepInBackward:
         """Bring the units up to date with the optimizer's groups and state."""
         optimizer = self._optimizer
         _refuse(optimizer)
-        optimizer._notice()
-        built = [optimizer._fitting(i) for i in range(len(optimizer.param_groups))]
+        built = optimizer.plans.every()
         if [id(x) for x in built] != [id(x) for x in self._built]:
             of_model = {id(p) for p in self._model.parameters()}
             every = (p for group in optimizer.param_groups for p in group["params"])
@@ -244,8 +244,8 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
             )
         if group["differentiable"]:
             raise ValueError("step_in_backward does not work with differentiable=True")
-        checks.capturable(group)
-        if any(checks.capturing(p.device) for p in group["params"][:1]):
+        check_capturable(group)
+        if any(devices.capturing(p.device) for p in group["params"][:1]):
             raise RuntimeError(
                 "step_in_backward cannot be captured in a CUDA graph: remove() the handle first"
             )

@@ -14,11 +14,11 @@ import layerlr
 
 def halve(opts, between=lambda sums: sums, **hyper):
     """``opt.step()`` of optimizers side by side; ``between`` maps the sums of each, stacked."""
-    prepared = [opt._prepared() for opt in opts]
+    prepared = [opt.plans.prepared() for opt in opts]
     with torch.no_grad():
         for rows in zip(*prepared, strict=True):
-            h = [o._hyper(g, p.key[0])._replace(**hyper) for o, (g, p) in zip(opts, rows)]
-            for plans in zip(*(p.plans for _, p in rows), strict=True):
+            h = [o.plans.hyper(p)._replace(**hyper) for o, p in zip(opts, rows)]
+            for plans in zip(*(p.plans for p in rows), strict=True):
                 sums = torch.stack([plan.measure(x) for plan, x in zip(plans, h)])
                 for plan, x, mine in zip(plans, h, between(sums)):
                     plan.apply(x, mine)
@@ -27,14 +27,14 @@ def halve(opts, between=lambda sums: sums, **hyper):
 def norms(opt, **hyper):
     found = []
     with torch.no_grad():
-        for group, plans in opt._prepared():
-            h = opt._hyper(group, plans.key[0])._replace(**hyper)
+        for plans in opt.plans.prepared():
+            h = opt.plans.hyper(plans)._replace(**hyper)
             found += [plan.norms(h) for plan in plans.plans]
     return torch.cat(found)
 
 
 def stats(opt):
-    return [s for plans in opt._plans for s in plans.stats]
+    return [table.stats for plans in opt.plans for table in plans.tables]
 
 
 ALL = [(c, torch.float32) for c in CASES] + [(c, d) for c in SHORT for d in cases.DTYPES[1:]]

@@ -245,14 +245,14 @@ def test_copies_have_numbers_of_their_own():
     opt = layerlr.SGD(model.parameters(), lr=0.1)
     other = copy.deepcopy(opt)
     opt.param_groups[0]["lr"] = 0.7
-    assert torch.ops.layerlr.numbers(opt._handle)[0, 0] == 0.7
-    assert torch.ops.layerlr.numbers(other._handle)[0, 0] == 0.1
-    handle = opt._handle
+    assert torch.ops.layerlr.numbers(opt.handle)[0, 0] == 0.7
+    assert torch.ops.layerlr.numbers(other.handle)[0, 0] == 0.1
+    handle = opt.handle
     opt.load_state_dict(other.state_dict())
-    assert opt._handle == handle
+    assert opt.handle == handle
     assert torch.ops.layerlr.numbers(handle)[0, 0] == 0.1
     with pytest.raises(KeyError):  # nothing is kept alive
-        handle = other._handle
+        handle = other.handle
         del other
         torch.ops.layerlr.numbers(handle)
 
@@ -333,7 +333,7 @@ def test_opcheck():
     opt = layerlr.SGD(make_model().parameters())
     # of another answer at every call there is nothing to compare
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.layerlr.numbers, (opt._handle,), test_utils=checks)
+    torch.library.opcheck(torch.ops.layerlr.numbers, (opt.handle,), test_utils=checks)
 
 
 @pytest.mark.parametrize(

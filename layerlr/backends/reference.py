@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr import checks, precision
+from layerlr import devices, precision
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
@@ -42,7 +42,7 @@ class ReferencePlan:
 
     def prepare(self) -> bool:
         spec = self.spec
-        if checks.capturing(spec.table.device):
+        if devices.capturing(spec.table.device):
             raise RuntimeError(
                 "backend 'reference' takes its numbers from Python and cannot be captured in a "
                 "CUDA graph: use backend='cuda' or 'triton'"

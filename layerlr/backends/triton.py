@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr import checks
+from layerlr import devices
 from layerlr.layers import Span, rows
 
 from . import native
@@ -153,7 +153,7 @@ class TritonPlan:
         """Bring a table up to date, in stream order; graphs share the numbers, not the pointers."""
         known, table = self._known.get(name), getattr(self._tables, name)
         same = known is not None and torch.equal(known, value)
-        if checks.capturing(self.spec.table.device):
+        if devices.capturing(self.spec.table.device):
             if not same:
                 raise RuntimeError(
                     "backend 'triton' can be captured in a CUDA graph only after a step with the "

@@ -44,6 +44,11 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
     )
 
 
+def is_estimated(rule: str | LayerRule | Mapping[str, Any] | None) -> bool:
+    """Whether a rule looks at the model for its rates."""
+    return isinstance(resolve(rule), Estimated)
+
+
 def _lookup(name: str) -> type[LayerRule]:
     every = RULES | ESTIMATED
     try:
@@ -68,5 +73,6 @@ __all__ = [
     "Plain",
     "Rated",
     "Singh",
+    "is_estimated",
     "resolve",
 ]
