@@ -164,7 +164,8 @@ struct Block {
     const DeviceRow& row = args.rows[job.tensor];
     make_direction(job.t);
     const RuleInfo info = rule_of(job.ruled);
-    const Gradient how{config.sign, l2(), info.raw_gradient, info.measures_ww, config.skip != 0};
+    const Gradient how{config.grad_factor, l2(), info.raw_gradient, info.measures_ww,
+                       config.skip != 0};
     with_type(row.dtype, [&](auto p) {
       using P = decltype(p);
       using T = typename Wide<P>::type;
@@ -191,10 +192,7 @@ struct Block {
   LAYERLR_DEVICE RuleInfo rule_of(bool ruled) const {
     return rule_info(ruled ? args.rule.rule : RuleId::Plain);
   }
-  LAYERLR_DEVICE double l2() const {
-    return args.raw || config.decoupled != 0 ? 0 : config.weight_decay;
-  }
-  LAYERLR_DEVICE double apart() const { return config.decoupled != 0 ? config.weight_decay : 0; }
+  LAYERLR_DEVICE double l2() const { return args.raw ? 0 : config.l2; }
 
   /// Form the direction's scalars for step t; all threads ask for the same.
   LAYERLR_DEVICE void make_direction(double t) {
@@ -314,39 +312,27 @@ struct Block {
     const DevicePresence present = args.presence[l];
     const double t = present.first < 0 ? 1 : coming_step(args.rows[present.first]);
     const double lr = config.lr * layer.lr_scale * D<double>::rate(config.direction, t);
-    return {
-        layer.ruled != 0,  lr, l2(), apart(), D<float>::first_order, config.skip != 0, args.kept[l],
-        present.whole != 0};
+    return {layer.ruled != 0,
+            lr,
+            l2(),
+            config.decoupled_decay,
+            D<float>::first_order,
+            config.skip != 0,
+            args.kept[l],
+            present.whole != 0};
   }
 
   /// One thread: from the sums of layer l to its verdict and its row of statistics.
   LAYERLR_DEVICE void conclude(int l, const LayerStats& sums) {
     const LayerConfig c = layer_config(l);
     const Verdict v = decide(args.rule, c, sums);
-    args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.keep};
-    if (args.presence[l].first < 0) return;
-    double* row = args.stats + int64_t(l) * columns;
-    if (v.keep) {
-      row[Column::skipped] += 1;
-      return;
-    }
-    row[Column::ww] = v.seen.ww;
-    row[Column::gg] = v.seen.gg;
-    row[Column::uu] = v.seen.uu;
-    row[Column::wu] = v.seen.wu;
-    row[Column::scale] = v.scale.scale;
-    row[Column::lr] = c.lr * v.scale.scale;
-    row[Column::a] = v.shown_a;
-    row[Column::b] = v.scale.b;
+    args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
+    if (args.presence[l].first >= 0) write_row(args.stats + int64_t(l) * columns, v, c.lr);
   }
 
   /// One thread: a gradient rule's step is known after the second pass only.
   LAYERLR_DEVICE void conclude_step(int l, const LayerStats& sums) {
-    if (args.presence[l].first < 0) return;
-    double* row = args.stats + int64_t(l) * columns;
-    row[Column::ww] = sums.ww;
-    row[Column::uu] = sums.uu;
-    row[Column::wu] = sums.wu;
+    if (args.presence[l].first >= 0) write_step(args.stats + int64_t(l) * columns, sums);
   }
 
   /// Have the verdict of layer l at hand; where blocks run side by side, wait for it.

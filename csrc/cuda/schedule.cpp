@@ -10,15 +10,6 @@ namespace {
 /// Shared memory that is not for tiles: Shared<D>, and what the driver keeps.
 constexpr int reserved_bytes = 2048;
 
-int states_of(int direction) {
-  const int states[] = {
-#define LAYERLR_STATES(D) D<float>::states,
-      LAYERLR_DIRECTIONS(LAYERLR_STATES)
-#undef LAYERLR_STATES
-  };
-  return states[direction];
-}
-
 /// Bytes of the largest tile of an array; 16 more let it lie off the border as it does in memory.
 int place_bytes(const Plan& plan, int threads, bool state) {
   int most = 0;

@@ -19,11 +19,6 @@ constexpr int tile_threads = LAYERLR_TILE_THREADS;
 LAYERLR_HD constexpr int tile_elements(DType dtype, int threads = tile_threads) {
   return (dtype == DType::f64 ? 4 : 8) * threads;
 }
-LAYERLR_HD constexpr int param_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-LAYERLR_HD constexpr int state_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
-
 /// Tiles of a segment at most, for each thread of the block that adds their sums.
 constexpr int segment_tiles = 8;
 
@@ -34,12 +29,8 @@ constexpr int spare_tiles = 2;
 
 // -- read afresh by every step ------------------------------------------------------------------
 
-struct DeviceConfig {
-  double lr, sign, found_inf;  // may come from tensors on the device
-  double weight_decay, decoupled, skip;
-  double direction[max_direction_hyper];
-  double rule[max_rule_hyper];
-};
+/// Some of the numbers may come from tensors on the device.
+using DeviceConfig = StepConfig;
 
 struct DeviceRow {
   char* param;
