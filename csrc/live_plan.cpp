@@ -33,16 +33,15 @@ bool same_objects(const py::list& x, const py::list& y) {
 LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
                    const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
                    const std::vector<double>& lr_scale, const std::string& direction,
-                   const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-                   const std::optional<std::string>& keeps, at::Tensor stats,
-                   const std::string& precision, const std::string& extra_key)
+                   const std::optional<std::string>& rule, const std::optional<std::string>& keeps,
+                   at::Tensor stats, const std::string& precision, const std::string& extra_key)
     : params_(std::move(params)),
       states_(std::move(states)),
       stats_(std::move(stats)),
       device_(stats_.device()),
       n_states_(static_cast<int>(keys.size())),
       held_(held_by_name(precision)) {
-  configure(plan_, direction, rule.value_or(""), rule_hyper, ruled, lr_scale, stats_);
+  configure(plan_, direction, rule.value_or(""), ruled, lr_scale, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
   for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, keeps, extra_key);
@@ -58,7 +57,7 @@ int LivePlan::prepare() {
   for (const Leader& r : leaders_) {
     PyObject* value = tensors_[r.tensor].kept;
     if (value && THPVariable_Unpack(value).numel() <= r.place) return stale;
-    plan_.layers[r.layer].kept =
+    plan_.layers[r.layer].memory =
         value ? THPVariable_Unpack(value).data_ptr<double>() + r.place : nullptr;
   }
   return ready;
@@ -172,7 +171,7 @@ at::Tensor LivePlan::rows() const {
 at::Tensor LivePlan::kept() const {
   const at::Tensor answer = at::zeros({int64_t(plan_.layers.size())}, at::kLong);
   int64_t* to = answer.data_ptr<int64_t>();
-  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.kept);
+  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.memory);
   return answer;
 }
 

@@ -34,9 +34,8 @@ class LivePlan {
   LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
            const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
            const std::vector<double>& lr_scale, const std::string& direction,
-           const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-           const std::optional<std::string>& keeps, at::Tensor stats, const std::string& precision,
-           const std::string& extra_key);
+           const std::optional<std::string>& rule, const std::optional<std::string>& keeps,
+           at::Tensor stats, const std::string& precision, const std::string& extra_key);
 
   /// Read gradients and data pointers into plan().
   int prepare();

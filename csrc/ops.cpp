@@ -2,25 +2,20 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "torch_plan.h"
 
 namespace layerlr {
 namespace {
 
-/// A step's numbers, as LayerwiseOptimizer._numbers lists them.
+/// A step's numbers, from the op `numbers`.
 StepConfig config_of(const at::Tensor& numbers) {
-  constexpr int others = 5;
-  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 1 &&
-              numbers.numel() == others + max_direction_hyper);
-  const at::Tensor row = numbers.contiguous();
-  const double* x = row.data_ptr<double>();
   StepConfig config;
-  config.lr = x[0];
-  config.weight_decay = x[1];
-  config.decoupled = x[2] != 0;
-  config.sign = x[3];
-  config.skip = x[4] != 0;
-  std::copy(x + others, x + others + max_direction_hyper, config.direction_hyper);
+  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 1 &&
+              numbers.nbytes() == sizeof config);
+  const at::Tensor row = numbers.contiguous();
+  std::memcpy(&config, row.data_ptr<double>(), sizeof config);
   return config;
 }
 
@@ -32,11 +27,10 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
              const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& found_inf, c10::string_view direction,
              c10::string_view rule, at::IntArrayRef spans, at::IntArrayRef ruled,
-             at::IntArrayRef leaders, at::ArrayRef<double> lr_scale,
-             at::ArrayRef<double> rule_hyper) {
+             at::IntArrayRef leaders, at::ArrayRef<double> lr_scale) {
   if (found_inf && found_inf->item<double>() != 0) return;
   Plan plan;
-  configure(plan, std::string(direction), std::string(rule), rule_hyper,
+  configure(plan, std::string(direction), std::string(rule),
             std::vector<bool>(ruled.begin(), ruled.end()), lr_scale, stats);
   TORCH_CHECK(spans.size() % 4 == 0 && leaders.size() % 3 == 0);
   TORCH_CHECK(grads.size() == params.size() && steps.size() == params.size());
@@ -71,12 +65,12 @@ void step_op(at::TensorList params, at::TensorList grads, at::TensorList state,
     const at::Tensor& r = kept[leaders[i + 1]];
     TORCH_CHECK(r.scalar_type() == at::kDouble && 0 <= leaders[i + 2] &&
                 leaders[i + 2] < r.numel());
-    plan.layers.at(leaders[i]).kept = r.data_ptr<double>() + leaders[i + 2];
+    plan.layers.at(leaders[i]).memory = r.data_ptr<double>() + leaders[i + 2];
   }
   plan.finish();
   StepConfig config = config_of(numbers);
   if (lr) config.lr = lr->item<double>();
-  if (grad_scale) config.sign /= grad_scale->item<double>();
+  if (grad_scale) config.grad_factor /= grad_scale->item<double>();
   step(plan, config, torch_threads());
   staging.finish();
 }
@@ -88,7 +82,7 @@ TORCH_LIBRARY(layerlr, m) {
       "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor(c!)[] steps, "
       "Tensor(d!)[] kept, Tensor(e!) stats, Tensor numbers, Tensor? lr, Tensor? grad_scale, "
       "Tensor? found_inf, str direction, str rule, int[] spans, int[] ruled, int[] leaders, "
-      "float[] lr_scale, float[] rule_hyper) -> ()");
+      "float[] lr_scale) -> ()");
   // the tag: another answer at every call, which no compiler may keep
   m.def("numbers(int handle) -> Tensor", {at::Tag::nondeterministic_seeded});
 }

@@ -6,7 +6,7 @@ import triton.language as tl
 from .arithmetic import finite
 from .rules import plain
 from .tables import (
-    APART,
+    DECOUPLED_DECAY,
     DIRECTION_HYPER,
     KEEP,
     L2,
@@ -124,13 +124,14 @@ def decide(
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
     rate = tl.load(t.scalars + tensor * WIDTH + RATE)
     lr = tl.load(t.config + LR) * tl.load(t.lr_scale + layer) * rate
-    h, l2, apart = t.config + RULE_HYPER, tl.load(t.config + L2), tl.load(t.config + APART)
+    h, l2 = t.config + RULE_HYPER, tl.load(t.config + L2)
+    decay = tl.load(t.config + DECOUPLED_DECAY)
     if UPDATE:
         keep = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
-        # the rule sees u + apart*w, whose sums follow from those of u
-        uu = uu + 2.0 * apart * wu + apart * apart * ww
+        # the rule sees u + decay*w, whose sums follow from those of u
+        uu = uu + 2.0 * decay * wu + decay * decay * ww
         uu = tl.where(uu < 0, 0.0, uu)
-        wu = wu + apart * ww
+        wu = wu + decay * ww
         at = tl.load(t.kept + layer)
         stored = at != 0
         if LATCHES:  # the norm of a part of the layer is no radius
@@ -150,14 +151,14 @@ def decide(
     scale = tl.where(ruled, scale, plain_scale)
     if UPDATE:
         shown_a = a
-        a = a + b * apart
+        a = a + b * decay
         if LATCHES:
             latch = stored & ~keep & (kept == 0) & (ww > 0) & (b != 0)
             tl.store(at, tl.sqrt(ww), mask=latch)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0
-        a = 1.0 - lr * apart
+        a = 1.0 - lr * decay
         shown_a = a
     to = t.scales + layer * WIDTH
     tl.store(to, grad)

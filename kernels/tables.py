@@ -62,8 +62,8 @@ SKIPPED = tl.constexpr(8)
 # places in config
 LR = tl.constexpr(0)
 L2 = tl.constexpr(1)  # weight decay that is added to the gradient
-APART = tl.constexpr(2)  # weight decay that is not
-SIGN = tl.constexpr(3)  # factor on the gradient
+DECOUPLED_DECAY = tl.constexpr(2)  # weight decay that is not
+GRAD_FACTOR = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
 FOUND_INF = tl.constexpr(5)  # else nothing changes at all
 DIRECTION_HYPER = tl.constexpr(6)  # 5 numbers

@@ -11,7 +11,19 @@ import triton.language as tl
 
 from .arithmetic import add_step, at_random, finite, narrow, nearest, rounding_key, widen
 from .rows import count_steps
-from .tables import EXTRA, GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, is_active, nothing, skipped
+from .tables import (
+    EXTRA,
+    GRAD,
+    GRAD_FACTOR,
+    KEEP,
+    L2,
+    RULED,
+    STATE,
+    WIDTH,
+    is_active,
+    nothing,
+    skipped,
+)
 
 
 @triton.jit
@@ -173,7 +185,7 @@ def measure(
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
     sums = t.sums + tile * WIDTH
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     if not BARE:
         l2 = tl.load(t.config + L2)
         if MEASURES_WW or l2 != 0:
@@ -208,7 +220,7 @@ def advance(
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
     w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
-    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     old = _load_states(s_at, lane, inside, full, T)
     g = _decayed(raw, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH
@@ -253,7 +265,7 @@ def apply(
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
     w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     s = _load_states(s_at, lane, inside, full, T)
     g = _decayed(g, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH

@@ -11,14 +11,16 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the op)
-from .backends.base import PlanSpec
+from . import _C
+from .backends import PlanSpec
+from .backends.config import FOUND_INF, GRAD_FACTOR
 from .plans import GroupPlans, group_key
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
 _live: weakref.WeakValueDictionary[int, LayerwiseOptimizer] = weakref.WeakValueDictionary()
 _handles = itertools.count()
-#: columns of `numbers`
-WIDTH = 10
 
 
 def handle_of(optimizer: LayerwiseOptimizer) -> int:
@@ -75,7 +75,7 @@ def _fits(optimizer: LayerwiseOptimizer, plans: GroupPlans) -> bool:
     return same and group_key(optimizer, group) == plans.key
 
 
-def _numbers_of(optimizer: LayerwiseOptimizer) -> list[tuple[float, ...]]:
+def _numbers_of(optimizer: LayerwiseOptimizer) -> list[array[float]]:
     """What a compiled step of each group reads when it runs."""
     cache = optimizer.plans
     for index in cache.unfit():
@@ -85,23 +85,23 @@ def _numbers_of(optimizer: LayerwiseOptimizer) -> list[tuple[float, ...]]:
         )
     rows = []
     for plans in cache:
-        h = cache.hyper(plans)
-        sign = -1.0 if plans.group["maximize"] else 1.0  # the scale is a tensor of the graph
-        rows.append((float(h.lr), h.weight_decay, h.decoupled, sign, h.skip, *h.direction))
+        config = cache.config(plans)
+        # grad_scale and found_inf are tensors of the graph
+        config.put(GRAD_FACTOR, -1.0 if plans.group["maximize"] else 1.0)
+        config.put(FOUND_INF, 0.0)
+        rows.append(config.on_host())
     return rows
 
 
 @torch.library.impl("layerlr::numbers", "CompositeExplicitAutograd")
 @torch._disable_dynamo
 def _numbers(handle: int) -> Tensor:
-    rows = _numbers_of(_live[handle])
-    padded = [[*row, *(WIDTH - len(row)) * (0.0,)] for row in rows]
-    return torch.tensor(padded, dtype=torch.float64)
+    return torch.tensor(_numbers_of(_live[handle]), dtype=torch.float64)
 
 
 @torch.library.register_fake("layerlr::numbers")
 def _(handle: int) -> Tensor:
-    return torch.empty(len(_live[handle].plans.groups), WIDTH, dtype=torch.float64)
+    return torch.empty(len(_live[handle].plans.groups), _C.CONFIG["size"], dtype=torch.float64)
 
 
 def _has_tensor_lr(handle: int, index: int) -> bool:
@@ -175,5 +175,4 @@ def _step_table(
         [int(r) for r in table.ruled],
         leaders,
         table.lr_scale,
-        [] if rule is None else list(rule.hyper()),
     )

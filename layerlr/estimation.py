@@ -14,7 +14,7 @@ from .graphs import CapturedSteps
 from .plans import PlanCache
 
 if TYPE_CHECKING:
-    from .estimators import ModelWatch
+    from .estimators import ModelReplay
 
 
 class Estimation:
@@ -25,22 +25,22 @@ class Estimation:
 
     def __init__(self, cache: PlanCache, steps: CapturedSteps) -> None:
         self._cache, self._steps = cache, steps
-        self.watch: ModelWatch | None = None
+        self.replay: ModelReplay | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Remember the last batch that goes through a model."""
-        from .estimators import ModelWatch
+        from .estimators import ModelReplay
 
         if not isinstance(model, nn.Module):
             raise TypeError(f"attach wants a torch.nn.Module, got {type(model).__name__}")
         self.detach()
-        self.watch = ModelWatch(model)
+        self.replay = ModelReplay(model)
 
     def detach(self) -> None:
         """Let go of the model."""
-        if self.watch is not None:
-            self.watch.close()
-        self.watch = None
+        if self.replay is not None:
+            self.replay.close()
+        self.replay = None
 
     def is_second_order(self) -> bool:
         """Whether the coming step's gradients must carry their graph."""
@@ -75,10 +75,10 @@ class Estimation:
         with torch.no_grad():
             for plans in self._steps.prepared():
                 for view in plans.views:
-                    view.begin(plans.group.get("estimated", 0), self._cache.hyper(plans))
+                    view.begin(plans.group.get("estimated", 0), self._cache.config(plans))
                     views.append(view)
             again = None if closure is None else functools.partial(self._again, closure, start)
-            estimators.estimate(views, self.watch, again)
+            estimators.estimate(views, self.replay, again)
             for group in optimizer.param_groups:
                 estimators.release(group["params"])
         for group in optimizer.param_groups:
@@ -87,7 +87,7 @@ class Estimation:
 
     def _again(self, closure: Callable[[], object], start: list[Tensor]) -> None:
         """Evaluate the closure once more, as it was evaluated for this step."""
-        if self.watch is None:
+        if self.replay is None:
             raise RuntimeError("call optimizer.attach(model) before the first step")
-        with self.watch.unchanged(start), torch.enable_grad():
+        with self.replay.unchanged(start), torch.enable_grad():
             closure()

@@ -44,7 +44,7 @@ class CapturedSteps:
             )
         for plans in cache:
             for plan in plans.plans:
-                plan.refresh(cache.hyper(plans))
+                plan.refresh(cache.config(plans))
 
     def release(self) -> None:
         """Let go of all plans."""

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from . import _C, backends, checks, devices, rules, state
-from .backends import COLUMNS, Backend, Hyper, Plan, PlanSpec
+from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
+from .backends.config import (
+    DECOUPLED_DECAY,
+    DIRECTION,
+    FOUND_INF,
+    GRAD_FACTOR,
+    L2,
+    LR,
+    RULE,
+    SKIP,
+)
 from .directions import Direction
 from .dtensor import is_sharded
 from .layers import LayerTable, build_tables, validate
@@ -116,26 +126,27 @@ class PlanCache:
                     raise RuntimeError("optimizer.state changed while a step was prepared")
         return ready
 
-    def hyper(self, plans: GroupPlans) -> Hyper:
+    def config(self, plans: GroupPlans) -> StepConfig:
         """What a step of a group reads afresh."""
         optimizer, group = self.optimizer, plans.group
-        skip = group["on_nonfinite"] or ("propagate" if group["rule"] is None else "skip")
-        lr = group["lr"]
-        sign: float | Tensor = -1.0 if group["maximize"] else 1.0
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            sign = sign / scale.double()
+        rule, on_nonfinite = group["rule"], group["on_nonfinite"]
+        lr, factor = group["lr"], -1.0 if group["maximize"] else 1.0
+        if isinstance(lr, Tensor) and not optimizer.defaults["differentiable"]:
+            lr = lr.detach()
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        config = StepConfig()
+        config.put(LR, lr)
+        decay = DECOUPLED_DECAY if optimizer.decoupled(group) else L2
+        config.values[decay] = float(group["weight_decay"])
+        config.put(GRAD_FACTOR, factor if grad_scale is None else factor / grad_scale.double())
+        config.values[SKIP] = on_nonfinite == "skip" or (rule is not None and on_nonfinite is None)
         found_inf = getattr(optimizer, "found_inf", None)
-        differentiable = optimizer.defaults["differentiable"]
-        return Hyper(
-            lr if not isinstance(lr, Tensor) or differentiable else lr.detach(),
-            float(group["weight_decay"]),
-            optimizer.decoupled(group),
-            sign,
-            skip == "skip",
-            plans.direction.hyper(group),
-            0.0 if found_inf is None else found_inf,
-        )
+        if found_inf is not None:
+            config.put(FOUND_INF, found_inf)
+        config.put_all(DIRECTION, plans.direction.hyper(group))
+        if rule is not None:
+            config.put_all(RULE, rule.hyper())
+        return config
 
     def unfit(self) -> Iterator[int]:
         """Numbers of the groups that have no plans, or plans of another step."""

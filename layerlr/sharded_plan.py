@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C, dtensor
-from .backends import COLUMNS, Backend, Hyper, PlanSpec
+from .backends import COLUMNS, Backend, PlanSpec, StepConfig
 from .layers import LayerTable, Span
 from .precision import splitmix64
 
@@ -149,9 +149,9 @@ class ShardedPlan:
             spec._replace(table=self.layout.table, states=states, stats=self._stats)
         )
 
-    def measures(self, h: Hyper) -> bool:
+    def measures(self, config: StepConfig) -> bool:
         """Whether there are sums to take."""
-        return self.spec.rule is not None or h.skip
+        return self.spec.rule is not None or config.skips
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh."""
@@ -173,20 +173,20 @@ class ShardedPlan:
             self._took = torch.tensor(sorted(found), dtype=torch.long, device=table.device)
         return self._plan.prepare()
 
-    def norms(self, h: Hyper) -> Tensor:
+    def norms(self, config: StepConfig) -> Tensor:
         """Of this process's part."""
-        return self.layout.of_layers(self._plan.norms(h)[:, None])[:, 0]
+        return self.layout.of_layers(self._plan.norms(config)[:, None])[:, 0]
 
-    def measure(self, h: Hyper) -> Tensor:
+    def measure(self, config: StepConfig) -> Tensor:
         """Of this process's part; with them, what waits to be summed."""
         self._adopt()
-        sums = self.layout.of_layers(self._plan.measure(h))
+        sums = self.layout.of_layers(self._plan.measure(config))
         return sums if self._update else torch.cat([sums, self._waiting], 1)
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
         """The rest of the step, with the sums of whole layers."""
         whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
-        self._plan.apply(h, whole[self.layout.layer_of] if self.layout.mixed else whole)
+        self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
         self._finish()
         if self._own:
             rows = self._stats[self.layout.first_row]
@@ -195,19 +195,19 @@ class ShardedPlan:
                 rows[:, _OF_STEP] = of_last
             self.spec.stats[self._took] = rows[self._took]
 
-    def step(self, h: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One step, with a message of its own."""
-        if self.measures(h):
-            sums = self.measure(h)
+        if self.measures(config):
+            sums = self.measure(config)
             reduce([(self, sums)])
-            self.apply(h, sums)
+            self.apply(config, sums)
         else:
-            self._plan.step(h)
+            self._plan.step(config)
             self._finish()
 
-    def refresh(self, h: Hyper) -> None:
+    def refresh(self, config: StepConfig) -> None:
         """Of this process's part."""
-        self._plan.refresh(h)
+        self._plan.refresh(config)
 
     def _adopt(self) -> None:
         """Have the layers' statistics in the rows, sums cut into as many parts as there are."""

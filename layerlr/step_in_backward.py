@@ -181,7 +181,7 @@ class StepInBackward:
             if not unit.prepare():
                 raise RuntimeError("optimizer.state changed while a step was prepared")
         cache = self._optimizer.plans
-        unit.step(cache.hyper(cache.groups[unit.group]))
+        unit.step(cache.config(cache.groups[unit.group]))
         for p in unit.spec.table.params:
             p.grad = None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, Hyper, Plan, PlanSpec
+from .backends import BACKENDS, Plan, PlanSpec, StepConfig
 from .layers import LayerTable, Span
 from .plans import GroupPlans, make_plan
 
@@ -47,11 +47,11 @@ class Unit:
             self.plan = make_plan(BACKENDS[self.backend], self.spec)
         return self.plan.prepare()
 
-    def step(self, hyper: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One step with the gradients that `prepare` read, on the current stream."""
         assert self.plan is not None
         self._join()
-        self.plan.step(hyper)
+        self.plan.step(config)
 
     def _join(self) -> None:
         """Where gradients came in on several streams: wait for them, tell the allocator."""

@@ -18,11 +18,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .backends import Hyper, Plan
+from .backends import Plan, StepConfig
+from .backends.config import GRAD_FACTOR
 from .sharded_plan import ShardedPlan, reduce
 
 #: a plan that has read its gradients, and the numbers to step it with
-Step: TypeAlias = tuple[Plan, Hyper]
+Step: TypeAlias = tuple[Plan, StepConfig]
 
 
 def step(steps: Sequence[Step], bounds: Mapping[int, float]) -> Tensor | None:
@@ -35,15 +36,15 @@ def step(steps: Sequence[Step], bounds: Mapping[int, float]) -> Tensor | None:
     if bounds:
         steps, norm = clip(steps, bounds)
     halved = []
-    for plan, hyper in steps:
-        if isinstance(plan, ShardedPlan) and plan.measures(hyper):
-            halved.append((plan, hyper, plan.measure(hyper)))
+    for plan, config in steps:
+        if isinstance(plan, ShardedPlan) and plan.measures(config):
+            halved.append((plan, config, plan.measure(config)))
         else:
-            plan.step(hyper)
+            plan.step(config)
     if halved:
         reduce([(plan, sums) for plan, _, sums in halved])
-    for plan, hyper, sums in halved:
-        plan.apply(hyper, sums)
+    for plan, config, sums in halved:
+        plan.apply(config, sums)
     return norm
 
 
@@ -54,25 +55,24 @@ def clip(steps: Sequence[Step], bounds: Mapping[int, float]) -> tuple[list[Step]
     will be skipped count nothing.
     """
     clipped = list(steps)
-    signs: dict[int, Tensor] = {}
+    factors: dict[int, Tensor] = {}
     for k in bounds:  # on the device, as the step's will be: a graph reads one or the other
-        plan, hyper = steps[k]
-        sign = hyper.sign
-        if not isinstance(sign, Tensor):
-            sign = torch.full((), sign, dtype=torch.float64, device=plan.spec.table.device)
-        signs[k] = sign
-        clipped[k] = plan, hyper._replace(sign=sign)
-    squares = [plan.norms(hyper) for plan, hyper in (clipped[k] for k in bounds)]
+        plan, config = steps[k]
+        factors[k] = torch.as_tensor(
+            config.get(GRAD_FACTOR), dtype=torch.float64, device=plan.spec.table.device
+        )
+        clipped[k] = plan, config.replaced(GRAD_FACTOR, factors[k])
+    squares = [plan.norms(config) for plan, config in (clipped[k] for k in bounds)]
     shared = zip((clipped[k][0] for k in bounds), squares, strict=True)
     reduce([(plan, x[:, None]) for plan, x in shared if isinstance(plan, ShardedPlan)])
     total = torch.zeros((), dtype=torch.float64, device=squares[0].device)
     for k, of_layers in zip(bounds, squares, strict=True):
-        if steps[k][1].skip:
+        if steps[k][1].skips:
             of_layers = torch.where(torch.isfinite(of_layers), of_layers, 0.0)
         total += of_layers.sum().to(total.device)
     norm = total.sqrt()
     for k, bound in bounds.items():
-        plan, hyper = clipped[k]
-        factor = (bound / (norm + 1e-6)).clamp(max=1.0).to(signs[k].device)
-        clipped[k] = plan, hyper._replace(sign=signs[k] * factor)
+        plan, config = clipped[k]
+        factor = (bound / (norm + 1e-6)).clamp(max=1.0).to(factors[k].device)
+        clipped[k] = plan, config.replaced(GRAD_FACTOR, factors[k] * factor)
     return clipped, norm

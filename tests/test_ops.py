@@ -310,7 +310,9 @@ def arguments(**changes):
         steps=[torch.zeros(()) for _ in params],
         kept=[torch.zeros(1, dtype=torch.float64)],
         stats=torch.zeros(2, len(COLUMNS), dtype=torch.float64),
-        numbers=torch.tensor([0.1, 0, 0, 1, 1, 0.9, 0, 0, 0, 0], dtype=torch.float64),
+        numbers=torch.tensor(
+            [0.1, 0, 0, 1, 1, 0, 0.9, 0, 0, 0, 0, 1e-6, 0, 0], dtype=torch.float64
+        ),
         lr=None,
         grad_scale=None,
         found_inf=None,
@@ -320,7 +322,6 @@ def arguments(**changes):
         ruled=[1, 0],
         leaders=[0, 0, 0],
         lr_scale=[1.0, 1.0],
-        rule_hyper=[1e-6],
     )
     values.update(changes)
     return tuple(values.values())
@@ -349,7 +350,7 @@ def test_opcheck():
         (dict(leaders=[0, 1, 0]), None),
         (dict(leaders=[0, 0, 1]), None),
         (dict(numbers=torch.zeros(5, dtype=torch.float64)), None),
-        (dict(numbers=torch.zeros(10)), None),
+        (dict(numbers=torch.zeros(14)), None),
         (dict(stats=torch.zeros(1, len(COLUMNS), dtype=torch.float64)), None),
     ],
 )

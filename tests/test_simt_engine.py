@@ -16,7 +16,8 @@ from contract_helpers import same as same_photograph
 from torch.nn import Parameter
 
 from bench import roofline
-from layerlr.backends import BACKENDS, cuda
+from layerlr import _C
+from layerlr.backends import BACKENDS
 from layerlr.backends.cuda import Tuning, tuning
 
 missing = simt_engine.unavailable()
@@ -249,8 +250,8 @@ def test_found_inf_that_the_host_does_not_know(case):
     opt = BY_ID[case].make(params, backend="simt")
     cases.train(opt, params, 1)
     (plans,) = opt.plans.prepared()
-    numbers, _ = cuda._numbers(opt.plans.hyper(plans))
-    numbers[-1][2] = torch.ones((), dtype=torch.float64)
+    on_device = {_C.CONFIG["found_inf"]: torch.ones((), dtype=torch.float64)}
+    numbers = opt.plans.config(plans).values, on_device
     native = plans.plans[0]._native
     before = photograph(opt), bits(plans.tables[0].stats)
     native.step(*numbers)

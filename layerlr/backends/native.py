@@ -61,7 +61,6 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         table.lr_scale,
         spec.direction.name,
         None if rule is None else rule.kernel,
-        () if rule is None else rule.hyper(),
         None if rule is None else rule.kept,
         spec.stats,
         spec.precision or "",
