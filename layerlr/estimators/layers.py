@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr.backends import Hyper, PlanSpec
-from layerlr.backends.reference import ReferencePlan, accumulator
+from layerlr.backends import PlanSpec, StepConfig
+from layerlr.backends.base import accumulator
+from layerlr.backends.reference import ReferencePlan
 from layerlr.layers import rows
 from layerlr.rules import Estimated
 
@@ -41,9 +42,9 @@ class Layers:
                     "leave it out with adapt=, or use another rule"
                 )
 
-    def begin(self, step: int, hyper: Hyper) -> None:
+    def begin(self, step: int, config: StepConfig) -> None:
         """Look at the gradients of the coming step, the step-th since the rule was set."""
-        self.step, self.hyper = step, hyper
+        self.step, self.config = step, config
         self._plan.prepare()
         ruled, parts = self.table.ruled, self.table.parts
         #: tensors that take part: governed, with a gradient
@@ -65,7 +66,7 @@ class Layers:
     @functools.cached_property
     def moves(self) -> list[tuple[Tensor, Tensor]]:
         """(gradient with L2 decay, u) of what takes part, as the coming step will form them."""
-        found = self._plan.directions(self.hyper, self.active)
+        found = self._plan.directions(self.config, self.active)
         return [(g.detach(), u.detach()) for g, u in found]
 
     def scaled(self, values: Tensor, xs: list[Tensor]) -> list[Tensor]:
@@ -96,7 +97,7 @@ class Layers:
         return state
 
 
-class Joined:
+class LayerSet:
     """All layers that follow one rule, over several groups and devices.
 
     Values of layers are concatenated, on the device of the first ones; lists of tensors run over
@@ -168,10 +169,10 @@ class Joined:
             first += len(view.table.layers)
         return found
 
-    def of_groups(self, value: Callable[[Hyper], float]) -> Tensor:
+    def of_groups(self, value: Callable[[StepConfig], float]) -> Tensor:
         """A hyper-parameter of each layer's group."""
         sizes = [len(view.table.layers) for view in self.views]
-        values = [value(view.hyper) for view in self.views]
+        values = [value(view.config) for view in self.views]
         listed = [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
         return torch.tensor(listed, dtype=torch.float64, device=self.device)
 
