@@ -10,7 +10,6 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import dtensor, rules
-from . import precision as precisions
 from .layers import names_of
 
 
@@ -21,6 +20,47 @@ def flags(defaults: dict[str, Any]) -> None:
             raise RuntimeError("`fused` does not support `differentiable`")
         if defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def lr(value: float | Tensor) -> None:
+    """Refuse a learning rate below 0, in torch's words, as the following do."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not value >= 0.0:
+        raise ValueError(f"Invalid learning rate: {value}")
+
+
+def at_least_zero(name: str, value: Any) -> None:
+    """Refuse a number below 0."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {name} value: {value}")
+
+
+def eps(value: float) -> None:
+    """Refuse an epsilon below 0."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {value}")
+
+
+def betas(
+    given: tuple[float | Tensor, float | Tensor], foreach: bool | None, capturable: bool
+) -> tuple[float, float]:
+    """The betas as numbers, where they are in [0, 1) and both of one kind."""
+    for i, beta in enumerate(given):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    kinds = {isinstance(beta, Tensor) for beta in given}
+    if len(kinds) != 1 or not all(isinstance(beta, (float, Tensor)) for beta in given):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(given):
+        if isinstance(beta, Tensor):
+            if foreach and not capturable:
+                raise ValueError(
+                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    return float(given[0]), float(given[1])
 
 
 def params(group: dict[str, Any], index: int) -> None:
@@ -66,43 +106,3 @@ def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
         )
     if group["differentiable"]:
         raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
-
-
-def max_grad_norm(group: dict[str, Any]) -> float | None:
-    """A group's bound on the norm of all gradients.
-
-    Raises
-    ------
-    ValueError
-        For a bound that is not above 0, and where it does not go with the rule.
-    """
-    limit = group.get("max_grad_norm")
-    if limit is None:
-        return None
-    if not limit > 0.0:
-        raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number above 0")
-    if isinstance(group["rule"], rules.Estimated):
-        raise ValueError(
-            f"max_grad_norm does not go with rule {group['rule'].name!r}, whose rates are those of "
-            "the unclipped step: call torch.nn.utils.clip_grad_norm_ before it"
-        )
-    return float(limit)
-
-
-def precision(group: dict[str, Any], index: int) -> None:
-    """Refuse a ``precision`` that is unknown, or not for a parameter of the group."""
-    wanted, seed = group["precision"], group.get("seed")
-    if wanted is not None and wanted not in precisions.KEYS:
-        raise ValueError(
-            f"Invalid precision: {wanted!r}, wanted None, 'master', 'stochastic' or 'kahan'"
-        )
-    if seed is not None and not isinstance(seed, int):
-        raise ValueError(f"Invalid seed: {seed!r}, wanted None or an integer")
-    if wanted is not None and group["differentiable"]:
-        raise ValueError("precision does not work with differentiable=True, which cannot round")
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if wanted == "stochastic" and p.dtype == torch.float16:
-            raise ValueError(
-                f"precision='stochastic' rounds to bfloat16, parameter {name!r} is {p.dtype}: use "
-                "precision='master' or precision='kahan'"
-            )

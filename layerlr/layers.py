@@ -122,34 +122,6 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     return adapt == "all" or p.dim() >= 2
 
 
-def validate(group: dict[str, Any]) -> None:
-    """Check a param group's ``layers``, ``adapt``, ``split`` and ``lr_scale``.
-
-    Raises
-    ------
-    ValueError
-        Naming the key, and the parameter where it is about one.
-    """
-    layers, adapt = group["layers"], group["adapt"]
-    if not (callable(layers) or layers in ("tensor", "module")):
-        raise ValueError(
-            f"Invalid layers: {layers!r}, wanted 'tensor', 'module' or a callable (name, param)"
-        )
-    if layers == "module" and group.get("param_names") is None:
-        raise ValueError(
-            "layers='module' needs parameter names: pass model.named_parameters() instead of "
-            "model.parameters()"
-        )
-    if not (adapt is None or callable(adapt) or adapt in ("all", "kernels")):
-        raise ValueError(
-            f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels' or a callable (name, param)"
-        )
-    if group["on_nonfinite"] not in (None, "skip", "propagate"):
-        raise ValueError(
-            f"Invalid on_nonfinite: {group['on_nonfinite']!r}, wanted None, 'skip' or 'propagate'"
-        )
-
-
 def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
 

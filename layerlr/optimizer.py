@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import backends, checks, compiled, rules, state, statistics, stepping
+from . import checks, compiled, options, rules, state, statistics, stepping
 from .directions import Direction
 from .estimation import Estimation
 from .graphs import CapturedSteps
-from .layers import Adapt, LayerKey
+from .options import LayerwiseOptions
 from .plans import PlanCache
-from .precision import Precision
-
-Rule = str | rules.LayerRule | None
 
 
 class LayerwiseOptimizer(Optimizer):
     """A direction and a layer rule; subclasses name the direction.
 
     Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
-    dicts. Group keys of our own: ``rule``, ``layers``, ``adapt``, ``on_nonfinite``,
-    ``max_grad_norm``, ``precision`` (as the keyword arguments), ``seed`` (of stochastic rounding),
-    ``split`` (blocks of dim 0 that are layers of their own: a number of equal blocks or their
-    sizes) and ``lr_scale`` (a factor on lr: a number, or one for each layer).
+    dicts. `layerlr.options` has the keyword arguments and param-group keys of our own.
 
     Under ``torch.compile`` a step on the CPU engine is one op a group, without a graph break, that
     reads lr, weight decay, momentum, betas and the like when it runs: schedules do not recompile.
@@ -42,23 +36,12 @@ class LayerwiseOptimizer(Optimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        rule: Rule,
-        layers: str | LayerKey,
-        adapt: str | Adapt | None,
-        backend: str,
-        on_nonfinite: Literal["skip", "propagate"] | None,
-        max_grad_norm: float | None,
-        precision: Precision,
+        layerwise: LayerwiseOptions,
     ) -> None:
-        backends.validate(backend)
-        self.backend = backend
+        given = options.complete(type(self), layerwise)
+        self.backend: str = given.pop("backend")
         self._equip()
-        defaults |= {"rule": rules.resolve(rule), "layers": layers, "adapt": adapt}
-        defaults |= {
-            "on_nonfinite": on_nonfinite,
-            "max_grad_norm": max_grad_norm,
-            "precision": precision,
-        }
+        defaults |= given
         checks.flags(defaults)
         super().__init__(params, defaults)
 
@@ -138,12 +121,12 @@ class LayerwiseOptimizer(Optimizer):
             steps: list[stepping.Step] = []
             bounds: dict[int, float] = {}
             for plans in self._graphs.prepared():
-                hyper = self.plans.hyper(plans)
-                bound = checks.max_grad_norm(plans.group)
+                config = self.plans.config(plans)
+                bound = options.max_grad_norm(plans.group)
                 for plan in plans.plans:
                     if bound is not None:
                         bounds[len(steps)] = bound
-                    steps.append((plan, hyper))
+                    steps.append((plan, config))
             self._grad_norm = stepping.step(steps, bounds)
 
     # -- CUDA graphs -----------------------------------------------------------------------------

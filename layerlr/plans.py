@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, backends, checks, devices, rules, state
+from . import _C, backends, checks, devices, options, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import (
     DECOUPLED_DECAY,
@@ -28,7 +28,7 @@ from .backends.config import (
 )
 from .directions import Direction
 from .dtensor import is_sharded
-from .layers import LayerTable, build_tables, validate
+from .layers import LayerTable, build_tables
 from .precision import of as precision_of
 from .sharded_plan import ShardedPlan
 
@@ -216,10 +216,8 @@ class PlanCache:
                 "CUDA graph"
             )
         group["rule"] = rules.resolve(group["rule"])
-        validate(group)
+        options.check(group, index)
         checks.params(group, index)
-        checks.max_grad_norm(group)
-        checks.precision(group, index)
         direction = optimizer.direction(group)
         first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
         old = self.groups[index].tables if index < len(self.groups) else []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import dtensor, precision, rules
+from . import dtensor, options, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -150,7 +150,7 @@ def unpack_groups(
                 del group[key]
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
-        for key in ("split", "lr_scale", "seed"):
+        for key in options.GROUP_ONLY:
             if key in old:
                 group.setdefault(key, old[key])
         group["rule"] = rules.resolve(group["rule"])

@@ -20,6 +20,9 @@ RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lam
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
 
+#: what stands for a rule: its name, the rule itself, or none
+Rule = str | LayerRule | None
+
 
 def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
     """Rule from a name, a rule, the plain dict of a state dict, or None.
@@ -72,6 +75,7 @@ __all__ = [
     "LayerStats",
     "Plain",
     "Rated",
+    "Rule",
     "Singh",
     "is_estimated",
     "resolve",
