@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from . import devices, rules
 from .layers import names_of
 from .plans import GroupPlans, PlanCache
@@ -21,9 +19,8 @@ class CapturedSteps:
     def prepared(self) -> list[GroupPlans]:
         """`PlanCache.prepared`, of a step that may be about to be captured."""
         graph = self._capturing()
-        for index, group in enumerate(self._cache.optimizer.param_groups):
-            check_capturable(group)
-            if graph:
+        if graph:
+            for index, group in enumerate(self._cache.optimizer.param_groups):
                 _check_capture(group, index)
         ready = self._cache.prepared()
         if graph:
@@ -57,7 +54,7 @@ class CapturedSteps:
 
 def check_capturable(group: dict[str, Any]) -> None:
     """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
-    if group.get("capturable") and not torch.compiler.is_compiling():
+    if group.get("capturable"):
         for p in group["params"]:
             if p.device.type == "cpu":
                 raise RuntimeError(

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import checks, compiled, options, rules, state, statistics, stepping
 from .directions import Direction
 from .estimation import Estimation
-from .graphs import CapturedSteps
+from .graphs import CapturedSteps, check_capturable
 from .options import LayerwiseOptions
 from .plans import PlanCache
 
@@ -24,10 +24,10 @@ class LayerwiseOptimizer(Optimizer):
     Everything that torch.optim promises holds: param groups, closures, hooks, schedulers, state
     dicts. `layerlr.options` has the keyword arguments and param-group keys of our own.
 
-    Under ``torch.compile`` a step on the CPU engine is one op a group, without a graph break, that
-    reads lr, weight decay, momentum, betas and the like when it runs: schedules do not recompile.
-    On other engines, of sharded parameters and with ``max_grad_norm`` or ``precision`` the step is
-    taken outside of the graph. Steps on a GPU can be captured in CUDA graphs: see `refresh`.
+    Under ``torch.compile`` a step is one op without a graph break that reads lr, weight decay,
+    momentum, betas and the like when it runs: schedules do not recompile. Sharded parameters and
+    ``differentiable=True`` take the step outside of the graph. Steps on a GPU can be captured in
+    CUDA graphs: see `refresh`.
     """
 
     _grad_norm: Tensor | None = None
@@ -107,16 +107,19 @@ class LayerwiseOptimizer(Optimizer):
                 start = self._estimation.start()
             with torch.enable_grad():
                 loss = closure()
+        if not compiling:  # dynamo sets the flag as it likes
+            for group in self.param_groups:
+                check_capturable(group)
         if estimated:
             self._estimation.estimate(closure, start)
         if compiling:
-            compiled.step(self, self._step)
+            compiled.step(self)
         else:
-            self._step()
+            self.eager_step()
         return loss
 
-    def _step(self) -> None:
-        """The eager step."""
+    def eager_step(self) -> None:
+        """The step itself, without closure and hooks."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             steps: list[stepping.Step] = []
             bounds: dict[int, float] = {}

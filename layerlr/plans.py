@@ -42,6 +42,7 @@ class TablePlan:
     """The plan of one table: the layers of a param group on one device."""
 
     table: LayerTable
+    states: list[dict[str, Any] | None]  # of each of its parameters; None: frozen
     backend: str
     stats: Tensor
     plan: Plan | None  # None: released
@@ -236,7 +237,7 @@ class PlanCache:
             )
             backend = backends.choose(optimizer.backend, spec)
             plan, view = make_plan(backend, spec), _view(spec)
-            tables.append(TablePlan(table, backend.name, stats, plan, view))
+            tables.append(TablePlan(table, states, backend.name, stats, plan, view))
         self._snapshot = _C.Snapshot(optimizer.state)
         key = group_key(optimizer, group)
         return GroupPlans(group, key, list(group["params"]), direction, tables)

@@ -128,8 +128,6 @@ class ShardedPlan:
     its second pass only is summed with the next step's message.
     """
 
-    traceable = False
-
     def __init__(self, backend: Backend, spec: PlanSpec) -> None:
         self.spec = spec
         self.layout = ShardLayout(spec.table)

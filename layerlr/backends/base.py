@@ -34,7 +34,6 @@ class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
     spec: PlanSpec
-    traceable: bool  # `ops.step_` does the same under ``torch.compile``; else the graph breaks
 
     def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""

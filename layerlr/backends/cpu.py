@@ -32,7 +32,6 @@ class CpuPlan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
-        self.traceable = spec.precision is None  # the op knows weights that are held as they are
         self._native = _C.CpuPlan(native.live_plan(spec))
 
     def prepare(self) -> bool:

@@ -79,8 +79,6 @@ class CudaBackend:
 class CudaPlan:
     """A plan with tables in device memory, built at its first step."""
 
-    traceable = False
-
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
         self.spec, self.name = spec, backend.name
         self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)

@@ -39,8 +39,6 @@ class ReferenceBackend:
 class ReferencePlan:
     """One step over a `LayerTable`, tensor by tensor."""
 
-    traceable = False
-
     def __init__(self, spec: PlanSpec) -> None:
         self.spec, self.operands = spec, Operands(spec)
         self.active: list[int] = []

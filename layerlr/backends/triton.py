@@ -45,8 +45,6 @@ class TritonBackend:
 class TritonPlan:
     """Tables in device memory, of which a step writes again what changed."""
 
-    traceable = False
-
     def __init__(self, spec: PlanSpec) -> None:
         kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
 
