@@ -49,18 +49,21 @@ class CapturedSteps:
         self.plans = []
 
     def _capturing(self) -> bool:
-        return any(devices.capturing(t.table.device) for plans in self._cache for t in plans.tables)
+        for plans in self._cache.groups:
+            for of_table in plans.tables:
+                if devices.capturing(of_table.table.device):
+                    return True
+        return False
 
 
-def check_capturable(group: dict[str, Any]) -> None:
+def check_capturable(groups: list[dict[str, Any]]) -> None:
     """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
-    if group.get("capturable"):
-        for p in group["params"]:
-            if p.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on supported devices: "
-                    "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
-                )
+    for group in groups:
+        if group.get("capturable") and any(p.device.type == "cpu" for p in group["params"]):
+            raise RuntimeError(
+                "If capturable=True, params and state_steps must be on supported devices: "
+                "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
+            )
 
 
 def _check_capture(group: dict[str, Any], index: int) -> None:

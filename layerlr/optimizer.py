@@ -108,8 +108,7 @@ class LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not compiling:  # dynamo sets the flag as it likes
-            for group in self.param_groups:
-                check_capturable(group)
+            check_capturable(self.param_groups)
         if estimated:
             self._estimation.estimate(closure, start)
         if compiling:

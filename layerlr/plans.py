@@ -59,10 +59,9 @@ class GroupPlans:
     direction: Direction
     tables: list[TablePlan]
 
-    @property
-    def plans(self) -> list[Plan]:
-        """The plan of each table; none after a release."""
-        return [t.plan for t in self.tables if t.plan is not None]
+    def __post_init__(self) -> None:
+        #: the plan of each table; none after a release
+        self.plans = [t.plan for t in self.tables if t.plan is not None]
 
     @property
     def views(self) -> list[Layers]:
@@ -76,6 +75,13 @@ class GroupPlans:
     def expire(self) -> None:
         """Have the plans built again before the next step."""
         self.key = ()
+
+    def release(self) -> None:
+        """Let go of the plans and of their memory; statistics stay."""
+        self.expire()
+        self.plans = []
+        for table in self.tables:
+            table.plan = None
 
 
 class PlanCache:
@@ -103,13 +109,15 @@ class PlanCache:
 
     def fitting(self, index: int) -> GroupPlans:
         """Plans of a param group as it stands."""
-        self._check_state()
-        return self._fitting(index)
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        return self._fitting(optimizer, index)
 
     def every(self) -> list[GroupPlans]:
         """Plans of all param groups as they stand."""
-        self._check_state()
-        return [self._fitting(index) for index in range(len(self.optimizer.param_groups))]
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        return [self._fitting(optimizer, index) for index in range(len(optimizer.param_groups))]
 
     def prepared(self) -> list[GroupPlans]:
         """Plans of all param groups, which have read and checked the gradients of a step.
@@ -130,30 +138,34 @@ class PlanCache:
     def config(self, plans: GroupPlans) -> StepConfig:
         """What a step of a group reads afresh."""
         optimizer, group = self.optimizer, plans.group
-        rule, on_nonfinite = group["rule"], group["on_nonfinite"]
-        lr, factor = group["lr"], -1.0 if group["maximize"] else 1.0
-        if isinstance(lr, Tensor) and not optimizer.defaults["differentiable"]:
-            lr = lr.detach()
-        grad_scale = getattr(optimizer, "grad_scale", None)
+        rule, on_nonfinite, lr = group["rule"], group["on_nonfinite"], group["lr"]
         config = StepConfig()
-        config.put(LR, lr)
-        decay = DECOUPLED_DECAY if optimizer.decoupled(group) else L2
-        config.values[decay] = float(group["weight_decay"])
-        config.put(GRAD_FACTOR, factor if grad_scale is None else factor / grad_scale.double())
-        config.values[SKIP] = on_nonfinite == "skip" or (rule is not None and on_nonfinite is None)
+        values = config.values
+        if isinstance(lr, Tensor):
+            config.put(LR, lr if optimizer.defaults["differentiable"] else lr.detach())
+        else:
+            values[LR] = lr
+        values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = group["weight_decay"]
+        values[SKIP] = on_nonfinite == "skip" or (on_nonfinite is None and rule is not None)
+        values[GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        if grad_scale is not None:
+            config.put(GRAD_FACTOR, values[GRAD_FACTOR] / grad_scale.double())
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             config.put(FOUND_INF, found_inf)
-        config.put_all(DIRECTION, plans.direction.hyper(group))
-        if rule is not None:
-            config.put_all(RULE, rule.hyper())
+        for place, value in enumerate(plans.direction.hyper(group), DIRECTION):
+            values[place] = value
+        for place, value in enumerate(rule.hyper() if rule is not None else (), RULE):
+            values[place] = value
         return config
 
     def unfit(self) -> Iterator[int]:
         """Numbers of the groups that have no plans, or plans of another step."""
-        self._check_state()
-        for index in range(len(self.optimizer.param_groups)):
-            if not self._fits(index):
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        for index in range(len(optimizer.param_groups)):
+            if not self._fits(optimizer, index):
                 yield index
 
     # -- building ------------------------------------------------------------------------------
@@ -175,22 +187,20 @@ class PlanCache:
     def release(self) -> None:
         """Let go of the plans and of their memory; statistics stay."""
         for plans in self.groups:
-            plans.expire()
-            for table in plans.tables:
-                table.plan = None
+            plans.release()
 
-    def _check_state(self) -> None:
+    def _check_state(self, optimizer: LayerwiseOptimizer) -> None:
         """Expire every plan if ``optimizer.state`` is no longer what they were built from."""
-        if self._snapshot is not None and not self._snapshot.matches(self.optimizer.state):
+        if self._snapshot is not None and not self._snapshot.matches(optimizer.state):
             for plans in self.groups:
                 plans.expire()
             self._snapshot = None
 
-    def _fitting(self, index: int) -> GroupPlans:
+    def _fitting(self, optimizer: LayerwiseOptimizer, index: int) -> GroupPlans:
         while index >= len(self.groups):  # groups that were appended by hand
             self.rebuild(len(self.groups))
         old = self.groups[index]
-        if self._fits(index):
+        if self._fits(optimizer, index):
             return old
         new = self.rebuild(index)
         if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
@@ -199,11 +209,11 @@ class PlanCache:
                 view.restart()
         return new
 
-    def _fits(self, index: int) -> bool:
+    def _fits(self, optimizer: LayerwiseOptimizer, index: int) -> bool:
         """Whether a group has plans of the step that it asks for."""
         if index >= len(self.groups):
             return False
-        optimizer, plans = self.optimizer, self.groups[index]
+        plans = self.groups[index]
         group = plans.group = optimizer.param_groups[index]  # perhaps another dict by now
         return plans.fits(group_key(optimizer, group), group["params"])
 
@@ -223,7 +233,7 @@ class PlanCache:
         first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
         old = self.groups[index].tables if index < len(self.groups) else []
         carried = {(t.table.device, tuple(t.table.layers)): t.stats for t in old}
-        self._check_state()
+        self._check_state(optimizer)
         tables = []
         for table in build_tables(group, index):
             states = state.complete_table(optimizer.state, table, group, direction, first)

@@ -230,6 +230,7 @@ class _Hook:
 
 
 def _refuse(optimizer: LayerwiseOptimizer) -> None:
+    check_capturable(optimizer.param_groups)
     for group in optimizer.param_groups:
         rule = rules.resolve(group["rule"])
         if isinstance(rule, rules.Estimated):
@@ -244,7 +245,6 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
             )
         if group["differentiable"]:
             raise ValueError("step_in_backward does not work with differentiable=True")
-        check_capturable(group)
         if any(devices.capturing(p.device) for p in group["params"][:1]):
             raise RuntimeError(
                 "step_in_backward cannot be captured in a CUDA graph: remove() the handle first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -39,7 +38,8 @@ class StepConfig:
     __slots__ = ("tensors", "values")
 
     def __init__(self) -> None:
-        self.values, self.tensors = _ZEROS[:], dict[int, Tensor]()
+        self.values = _ZEROS[:]
+        self.tensors: dict[int, Tensor] = {}
 
     def put(self, place: int, value: float | Tensor) -> None:
         """Set a number; one that the host can read at once is read."""
@@ -48,10 +48,6 @@ class StepConfig:
             self.tensors[place] = value
             value = UNREAD
         self.values[place] = float(value)
-
-    def put_all(self, place: int, values: Sequence[float]) -> None:
-        """Set several numbers, from a place on."""
-        self.values[place : place + len(values)] = array("d", values)
 
     def get(self, place: int) -> float | Tensor:
         """A number, wherever it is."""

@@ -49,7 +49,7 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
 
 def is_estimated(rule: str | LayerRule | Mapping[str, Any] | None) -> bool:
     """Whether a rule looks at the model for its rates."""
-    return isinstance(resolve(rule), Estimated)
+    return isinstance(rule if isinstance(rule, LayerRule) else resolve(rule), Estimated)
 
 
 def _lookup(name: str) -> type[LayerRule]:
