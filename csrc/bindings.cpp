@@ -123,7 +123,7 @@ PYBIND11_MODULE(_C, m) {
       .def("prepare", &LivePlan::prepare)
       .def("finish", &LivePlan::finish)
       .def("rows", &LivePlan::rows)
-      .def("kept", &LivePlan::kept)
+      .def("memory_pointers", &LivePlan::memory_pointers)
       .def_property_readonly_static("READY", [](py::object) { return int(LivePlan::ready); })
       .def_property_readonly_static("STALE", [](py::object) { return int(LivePlan::stale); });
   py::class_<CpuPlan, LivePlan>(m, "CpuPlan")

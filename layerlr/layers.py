@@ -51,7 +51,7 @@ class LayerTable:
 
     @property
     def device(self) -> torch.device:
-        """Device of every parameter here."""
+        """Device of every parameter of the table."""
         return self.params[0].device
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class LayerTable:
     def leaders(self, states: Sequence[object | None]) -> list[tuple[int, int, int]]:
         """(layer, tensor, place among its parts) of each layer's first part with a state.
 
-        There lies what a rule keeps of the layer.
+        The state of that parameter holds the layer's memory.
         """
         seen: dict[int, tuple[int, int]] = {}
         for i, spans in enumerate(self.parts):

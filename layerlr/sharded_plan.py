@@ -35,23 +35,24 @@ def reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
 
 
 class ShardLayout:
-    """How the layers of a table lie over processes, and the table of what lies here.
+    """How the layers of a table lie over processes, and the table of this process's shards.
 
-    That has a row for each way in which tensors of a layer are spread; where those are several,
-    what all processes of a group hold is counted by each of them in part.
+    The table has a row for each way in which tensors of a layer are spread. Where a layer has
+    several, each process of a group that holds the same values counts a share of them.
 
     Attributes
     ----------
     groups, within
-        Process groups over which layers are summed, by name, and the layers that are.
+        By name: the process groups, and the layers that are summed over each of them.
     table
-        Of the parts that lie here, a row for each layer and way.
+        The table of this process's shards: a row for each layer and each way of being spread.
     mixed
         Whether there are more rows than layers.
     layer_of, first_row
-        Of each row its layer, of each layer its first row.
+        The layer of each row, and the first row of each layer.
     parts
-        What there is of each row over all processes, if every process counts 1.
+        How many times the row's sums are counted over all processes, each process counting its
+        share.
     """
 
     def __init__(self, whole: LayerTable) -> None:
@@ -113,7 +114,7 @@ def _processes(groups: Iterable[Any]) -> int:
 
 
 def _local_state(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """State of the part of p that lies here; parts round with random bits of their own."""
+    """State of this process's shard of p; shards round with random bits of their own."""
     local = {key: dtensor.local_part(value) for key, value in state.items()}
     if "rounding_seed" in local and dtensor.index(p):
         number = torch.tensor(dtensor.index(p))
@@ -137,7 +138,7 @@ class ShardedPlan:
             None if s is None else _local_state(p, s)
             for p, s in zip(spec.table.params, spec.states, strict=True)
         ]
-        # statistics of the rows; a gradient rule's sums among them are of what lies here
+        # statistics of the rows; those of a gradient rule are of this process's shards
         self._own = self.layout.mixed or not self._update
         self._stats = spec.stats[self.layout.layer_of] if self._own else spec.stats
         self._adopt()
@@ -172,17 +173,17 @@ class ShardedPlan:
         return self._plan.prepare()
 
     def norms(self, config: StepConfig) -> Tensor:
-        """Of this process's part."""
+        """Sums over this process's shards; `reduce` adds those of the others."""
         return self.layout.of_layers(self._plan.norms(config)[:, None])[:, 0]
 
     def measure(self, config: StepConfig) -> Tensor:
-        """Of this process's part; with them, what waits to be summed."""
+        """Sums over this process's shards, and what the last step left to be summed."""
         self._adopt()
         sums = self.layout.of_layers(self._plan.measure(config))
         return sums if self._update else torch.cat([sums, self._waiting], 1)
 
     def apply(self, config: StepConfig, sums: Tensor) -> None:
-        """The rest of the step, with the sums of whole layers."""
+        """The second pass, with the sums of whole layers."""
         whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
         self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
         self._finish()
@@ -204,11 +205,11 @@ class ShardedPlan:
             self._finish()
 
     def refresh(self, config: StepConfig) -> None:
-        """Of this process's part."""
+        """Bring the numbers to where captured steps of this process's shards read them."""
         self._plan.refresh(config)
 
     def _adopt(self) -> None:
-        """Have the layers' statistics in the rows, sums cut into as many parts as there are."""
+        """Copy the layers' statistics into the rows; sums are divided by how often they count."""
         if self._own:
             self._stats.copy_(self.spec.stats[self.layout.layer_of])
             if not self._update:

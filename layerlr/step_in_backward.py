@@ -107,7 +107,7 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
 
 
 class StepInBackward:
-    """What `step_in_backward` returns; made there."""
+    """The handle that `step_in_backward` makes and returns."""
 
     def __init__(self, model: nn.Module, optimizer: LayerwiseOptimizer) -> None:
         self._model = model
@@ -148,7 +148,7 @@ class StepInBackward:
             self._accumulating -= 1
 
     def remove(self) -> None:
-        """Step in ``optimizer.step()`` again; gradients that are there stay."""
+        """Step in ``optimizer.step()`` again; gradients stay as they are."""
         for _, hook in self._hooks.values():
             hook.remove()
         for hook in self._of_step:
@@ -236,7 +236,7 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
         if isinstance(rule, rules.Estimated):
             raise ValueError(
                 f"step_in_backward does not work with rule {rule.name!r}, which looks at the model "
-                "once all gradients are there"
+                "once all gradients are complete"
             )
         if group.get("max_grad_norm") is not None:
             raise ValueError(

@@ -55,13 +55,13 @@ class Unit:
 
     def _join(self) -> None:
         """Where gradients came in on several streams: wait for them, tell the allocator."""
-        here = self.streams[-1:]
-        if any(s != here[0] for s in self.streams):
+        now = self.streams[-1:]
+        if any(s != now[0] for s in self.streams):
             for stream in self.streams:
-                here[0].wait_stream(stream)
+                now[0].wait_stream(stream)
             for p in self.spec.table.params:
                 if p.grad is not None:
-                    p.grad.record_stream(here[0])
+                    p.grad.record_stream(now[0])
         self.streams = []
 
 
@@ -101,7 +101,7 @@ def _components(table: LayerTable) -> list[tuple[list[int], list[int]]]:
 
 def _part(table: LayerTable, tensors: list[int], layers: list[int]) -> LayerTable:
     """The table of some tensors and of all their layers."""
-    place, row = ({old: new for new, old in enumerate(kept)} for kept in (tensors, layers))
+    place, row = ({old: new for new, old in enumerate(taken)} for taken in (tensors, layers))
     return LayerTable(
         [table.params[i] for i in tensors],
         [table.names[i] for i in tensors],

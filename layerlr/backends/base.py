@@ -50,16 +50,16 @@ class Plan(Protocol):
     def measure(self, config: StepConfig) -> Tensor:
         """``ww gg uu wu`` of each layer; float64 [layers, 4]: the first half of a step.
 
-        Sums over what is here of the layers, as the first pass takes them, which advances the
-        state where the rule scales updates. Only where there is something to measure.
+        The sums are over the table's own parameters, as the first pass takes them, which advances
+        the state where the rule scales updates. Only where there is something to measure.
         """
 
     def apply(self, config: StepConfig, sums: Tensor) -> None:
         """The second half of a step: all that follows from ``sums``, those of the whole layers.
 
         After `measure` with the same numbers, and with its very answer, the same bits as `step`.
-        Of a rule that scales gradients, ``uu`` and ``wu`` in the statistics, and ``ww``, are of
-        what is here.
+        Of a rule that scales gradients, ``ww uu wu`` in the statistics are sums over the table's
+        own parameters.
         """
 
     def refresh(self, config: StepConfig) -> None:

@@ -61,7 +61,7 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         table.lr_scale,
         spec.direction.name,
         None if rule is None else rule.kernel,
-        None if rule is None else rule.kept,
+        None if rule is None else rule.memory_key,
         spec.stats,
         spec.precision or "",
         KEYS.get(spec.precision or "", ""),

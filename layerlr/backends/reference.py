@@ -142,7 +142,7 @@ class ReferencePlan:
         """Ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
         d = self.spec.direction
         f = rule.factor(sums, lr, config.values[L2])
-        keep = self._skips(config, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
+        skip = self._skips(config, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
         ones = torch.ones_like(lr)
         a = 1.0 - lr * config.values[DECOUPLED_DECAY]
         grad, b = (f, -lr) if d.first_order else (ones, -(lr * f))
@@ -156,12 +156,12 @@ class ReferencePlan:
             u = d.direction(g, new, c)
             for total, x, y in ((seen.ww, w, w), (seen.uu, u, u), (seen.wu, w, u)):
                 self._sum(i, total, x, y)
-            kept = self.spec.table.spread(i, keep, w)
+            skipped = self.spec.table.spread(i, skip, w)
             self.operands.store_state(
-                i, [torch.where(kept, o, n) for o, n in zip(old, new, strict=True)]
+                i, [torch.where(skipped, o, n) for o, n in zip(old, new, strict=True)]
             )
-            self.operands.store(i, w, u, a, b, kept, self.steps[i])
-        self._finish(tensors, seen, f, lr * f, a, b, keep)
+            self.operands.store(i, w, u, a, b, skipped, self.steps[i])
+        self._finish(tensors, seen, f, lr * f, a, b, skip)
 
     def _measure_update(
         self, config: StepConfig, rule: LayerRule, tensors: list[int], sums: LayerStats
@@ -184,13 +184,13 @@ class ReferencePlan:
             uu=(sums.uu + 2.0 * decay * sums.wu + decay * decay * sums.ww).clamp(min=0.0),
             wu=sums.wu + decay * sums.ww,
         )
-        keep = self._skips(config, sums)
-        kept, whole = self._kept(rule, lr)
+        skip = self._skips(config, sums)
+        memory, whole = self._memory(rule, lr)
         if rule.latches:  # the norm of a part of the layer is no radius
-            kept = torch.where(whole, kept, 0.0)
-        scale = rule.scale(seen, lr, kept)
+            memory = torch.where(whole, memory, 0.0)
+        scale = rule.scale(seen, lr, memory)
         if rule.latches:
-            latch = whole & ~keep & (kept == 0) & (sums.ww > 0) & (scale.b != 0)
+            latch = whole & ~skip & (memory == 0) & (sums.ww > 0) & (scale.b != 0)
             self._latch(rule, latch, sums.ww.sqrt())
         a = scale.a + scale.b * decay
         for i in tensors:
@@ -198,9 +198,9 @@ class ReferencePlan:
             u = d.direction(
                 g, self.operands.state(i), d.scalars(config.values[DIRECTION:], self.steps[i])
             )
-            skip = self.spec.table.spread(i, keep, w)
-            self.operands.store(i, w, u, a, scale.b, skip, self.steps[i])
-        self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, keep)
+            skipped = self.spec.table.spread(i, skip, w)
+            self.operands.store(i, w, u, a, scale.b, skipped, self.steps[i])
+        self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, skip)
 
     def directions(self, config: StepConfig, tensors: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """(g with L2 decay, u) of tensors, as a step in update order will form them."""
@@ -220,7 +220,7 @@ class ReferencePlan:
         c = d.scalars(config.values[DIRECTION:], self.steps[i])
         old = self.operands.state(i)
         new = d.advance(g, old, c)
-        if config.skips:  # an element with a bad gradient keeps its state
+        if config.skips:  # the state of an element with a bad gradient stays
             good = torch.isfinite(g0)
             new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
         return w, g, new, d.direction(g, new, c)
@@ -255,21 +255,21 @@ class ReferencePlan:
         return ~torch.stack([torch.isfinite(s) for s in sums]).all(0)
 
     def _leaders(self, rule: LayerRule) -> list[tuple[int, int, int]]:
-        return self.spec.table.leaders(self.spec.states) if rule.kept else []
+        return self.spec.table.leaders(self.spec.states) if rule.memory_key else []
 
-    def _kept(self, rule: LayerRule, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What the rule keeps of each layer (0: nothing) and whether all of it takes part."""
-        kept, whole = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
+    def _memory(self, rule: LayerRule, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory of each layer (0: none), and whether all of the layer takes part."""
+        memory, whole = torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
         for layer, i, k in self._leaders(rule):
-            kept[layer] = self.operands.state_dict(i)[str(rule.kept)][k].clone()
+            memory[layer] = self.operands.state_dict(i)[str(rule.memory_key)][k].clone()
         for i in set(range(len(self.spec.table.params))) - set(self.active):
             for span in self.spec.table.parts[i]:
                 whole[span.layer] = False
-        return kept, whole
+        return memory, whole
 
     def _latch(self, rule: LayerRule, where: Tensor, value: Tensor) -> None:
         for layer, i, k in self._leaders(rule):
-            stored = self.operands.state_dict(i)[str(rule.kept)]
+            stored = self.operands.state_dict(i)[str(rule.memory_key)]
             stored[k] = torch.where(where[layer], value[layer], stored[k])
 
     def _finish(
@@ -280,17 +280,17 @@ class ReferencePlan:
         lr: Tensor,
         a: Tensor,
         b: Tensor,
-        keep: Tensor,
+        skip: Tensor,
     ) -> None:
         """Advance the step counts and write the layers' row of statistics."""
-        took_part = torch.zeros_like(keep)
+        took_part = torch.zeros_like(skip)
         for i in tensors:
-            kept = torch.stack([keep[s.layer] for s in self.spec.table.parts[i]]).all()
+            skipped = torch.stack([skip[s.layer] for s in self.spec.table.parts[i]]).all()
             step = self.operands.state_dict(i)["step"]
-            step += (~kept).to(step)
+            step += (~skipped).to(step)
             for span in self.spec.table.parts[i]:
                 took_part[span.layer] = True
         stats = self.spec.stats
         rows = torch.stack([*seen, scale, lr, a, b], 1).detach()
-        stats[:, :-1] = torch.where((took_part & ~keep).unsqueeze(1), rows, stats[:, :-1])
-        stats[:, -1] += keep & took_part
+        stats[:, :-1] = torch.where((took_part & ~skip).unsqueeze(1), rows, stats[:, :-1])
+        stats[:, -1] += skip & took_part

@@ -93,17 +93,17 @@ class TritonPlan:
         self._native.finish()
 
     def norms(self, config: StepConfig) -> Tensor:
-        """The tiles, then the layers."""
+        """Two launches: over the tiles, then over the layers."""
         self._launch("norms", config)
         return self._totals[:, 1].clone()
 
     def measure(self, config: StepConfig) -> Tensor:
-        """As `step`, up to the sums."""
+        """The launches of a step up to the sums of each layer."""
         self._launch("measure", config)
         return self._totals.clone()
 
     def apply(self, config: StepConfig, sums: Tensor) -> None:
-        """As `step`, from there."""
+        """The launches of a step that follow the sums."""
         self._totals.copy_(sums)
         self._launch("apply", config)
         self._native.finish()
@@ -116,7 +116,7 @@ class TritonPlan:
     def _launch(self, method: str, config: StepConfig) -> None:
         with torch.accelerator.device_index(self.spec.table.device.index):
             self._write("tensors", self._native.rows())
-            self._write("kept", self._native.kept())
+            self._write("memory", self._native.memory_pointers())
             self._configure(config)
             measured = self.spec.rule is not None or config.skips
             for kernel, arguments, constants in self._launches[measured][method]:
@@ -184,7 +184,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "parts": parts,
         "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
-        "kept": torch.zeros(n, dtype=torch.int64),
+        "memory": torch.zeros(n, dtype=torch.int64),
         "config": torch.zeros(_C.CONFIG["size"], dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
         "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),

@@ -18,7 +18,7 @@ from layerlr.rules import Estimated
 
 
 class Layers:
-    """The governed layers of a plan: what they keep, and the coming step.
+    """The governed layers of a plan: their memory, and the coming step.
 
     Values of layers are float64 tensors with an entry for each row of the plan's table, parameters
     outside the rule included. Nothing here waits for the device.
@@ -57,9 +57,9 @@ class Layers:
         return self.table.device
 
     def restart(self) -> None:
-        """Forget what was kept for another rule."""
+        """Set the memory, which another rule has written, to its first values."""
         for state in self.spec.states:
-            for key, value in self.rule.keeps.items():
+            for key, value in self.rule.memory.items():
                 if state is not None and key in state:
                     state[key].fill_(value)
 
@@ -75,15 +75,15 @@ class Layers:
         return [x * spread(i, values, x) for i, x in zip(self.active, xs, strict=True)]
 
     def read(self, key: str) -> Tensor:
-        """What the layers keep under a key of ``rule.keeps``."""
+        """The numbers of the layers under a key of ``rule.memory``."""
         values = torch.zeros(len(self.table.layers), dtype=torch.float64, device=self.device)
         if self._leading:
-            kept = torch.cat([self._state(i)[key] for i in self._leading])
-            values[self._rows] = kept[self._places]
+            stored = torch.cat([self._state(i)[key] for i in self._leading])
+            values[self._rows] = stored[self._places]
         return values
 
     def write(self, key: str, values: Tensor) -> None:
-        """Keep other values."""
+        """Write the numbers of the layers."""
         if not self._leading:
             return
         stored = [self._state(i)[key] for i in self._leading]
@@ -177,11 +177,11 @@ class LayerSet:
         return torch.tensor(listed, dtype=torch.float64, device=self.device)
 
     def read(self, key: str) -> Tensor:
-        """What the layers keep."""
+        """The numbers of the layers under a key of ``rule.memory``."""
         return self.join([view.read(key) for view in self.views])
 
     def write(self, key: str, values: Tensor) -> None:
-        """Keep other values."""
+        """Write the numbers of the layers."""
         for view, value in zip(self.views, self.split(values), strict=True):
             view.write(key, value)
 
@@ -190,9 +190,9 @@ class LayerSet:
         new = {"estimate": torch.where(good, value, 0.0), "estimate_weight": torch.ones_like(value)}
         means = []
         for key, x in new.items():
-            kept = self.read(key)
-            mean = self.rule.ema * kept + (1.0 - self.rule.ema) * x
-            means.append(torch.where(good, mean, kept))
+            stored = self.read(key)
+            mean = self.rule.ema * stored + (1.0 - self.rule.ema) * x
+            means.append(torch.where(good, mean, stored))
             self.write(key, means[-1])
         return means[0] / means[1]
 
