@@ -1,7 +1,7 @@
 # make demo [DATA=dir]   the demonstration          make test [ARGS="-k layca"]   the tests
 # make bench             step times                 make lint                     all linters
 # make format            rewrite to our format      make clean                    remove what was built
-# make install           .venv alone
+# make install           .venv alone               make test-torch TORCH=2.11.0   the tests, there
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
 # environment of your own serves as well: make test VENV=path. A torch that is there is kept.
@@ -19,7 +19,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
               $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test bench lint format install clean
+.PHONY: demo test test-torch bench lint format install clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
@@ -29,6 +29,12 @@ demo test: export MPLBACKEND = Agg
 
 test: $(VENV)/.layerlr
 	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+
+# In a copy with an environment of its own: the libraries in layerlr/ are built for one PyTorch.
+test-torch:
+	mkdir -p build/torch$(TORCH)
+	git ls-files -z | xargs -0 cp -pu --parents -t build/torch$(TORCH)
+	$(MAKE) -C build/torch$(TORCH) test TORCH=$(TORCH)
 
 demo: $(VENV)/.layerlr
 	$(PY) -m bench.demo $(if $(DATA),--data "$(DATA)") $(ARGS)

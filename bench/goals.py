@@ -59,7 +59,7 @@ GPU_PARTS = {
     "e": "a step allocates 1 MiB at most",
 }
 GPU_ONCE = ("resnet50", "vit_b")  # whose layers fit on the chip: memory is read once
-GPU_TWICE = ("vit_l", "gpt2_xl", "llama3_8b")
+GPU_TWICE = ("vit_l", "gpt2_xl", "llama3_8b_16of32")
 GPU_TINY = ("tiny128", "tiny300", "tiny1500")
 GPU_OF_COPY = 0.90
 _GPU_TWICE_SGD, _GPU_TWICE_ADAM = 1.05 * 28 / 20, 1.05 * 40 / 28

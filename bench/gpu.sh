@@ -1,195 +1,207 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under nine minutes: build, tests, memory and race
-# checks, repeatability, step times, roofline. It goes on past what fails and says so in the end.
+# What needs a GPU, for the minutes that there is one; every finding is written at once.
 #
-#   bench/gpu.sh              on a machine with a GPU, nvcc, Python and PyTorch; needs no network
-#   bench/gpu.sh --dry-run    anywhere: prints the commands and checks that they would start
+#   bench/gpu.sh check      is it right, how fast is it: most valuable first
+#   bench/gpu.sh tune       the tests that failed, then times under each choice of the CUDA engine
+#   bench/gpu.sh --dry-run  anywhere: prints the commands of both and checks that they would start
 #
-# PYTHON: the interpreter (python3). MODELS, DTYPES, ROUNDS: of bench.step_time.
-# Results go to bench/results/, and with the log to the folder OUT as well where it is set.
+# TOTAL: seconds for all stages (540; 200 see what matters most). PYTHON: the interpreter (python3).
+# OUT: where the findings go (build/gpu), eight files at most. STOP=1: stop where the cuda backend
+# disagrees with the reference. .gpu/, made by bench/gpu_pack.sh, spares the build.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-
 case "${1:-}" in
+check | tune) dry= ;;
 --dry-run) dry=1 ;;
-"") dry= ;;
-*) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
-python="${PYTHON:-python3}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg PIP_DISABLE_PIP_VERSION_CHECK=1
-export PYTHONUNBUFFERED=1
-if [ -n "${OUT:-}" ] && [ -z "$dry" ]; then
-  mkdir -p "$OUT" && exec > >(tee "$OUT/gpu.log") 2>&1
-fi
+python="${PYTHON:-python3}" out="${OUT:-build/gpu}" total="${TOTAL:-540}" work=build/gpu-work
+export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export PYTHONPATH="$PWD:$PWD/.gpu/site${PYTHONPATH:+:$PYTHONPATH}"
+[ ! -f .gpu/commit ] || export BENCH_COMMIT="$(cat .gpu/commit)"
+rm -rf "$work" && mkdir -p "$out" "$work"
+[ -n "$dry" ] || rm -f "$out"/{verdicts.txt,machine.txt,tests.jsonl,steps.json,ncu.csv,tune.json,stalls.csv,logs.tgz}
 
-readonly TOTAL=530 # seconds that all stages have between them
-reserve=210        # of which so many are kept for the later ones
-failed=() left_out=() commands=() verdicts=()
-say() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
-left() { echo $((TOTAL - SECONDS)); }
-least() { echo $(($1 < $2 ? $1 : $2)); }
-skip() { left_out+=("$1"); echo "left out: $1"; }
-has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+left() { echo $((total - SECONDS)); }
+note() { echo "$SECONDS s: $*" | tee -a "$out/verdicts.txt"; }
 
-# stage NAME LIMIT COMMAND...: run it for LIMIT seconds at most; a failure is noted, not fatal.
+# stage NAME LIMIT COMMAND...: in a process group of its own, for LIMIT seconds at most, its output
+# in a log; a line on how it ended, whatever the others do.
 stage() {
-  local name="$1" limit code
-  limit=$(least "$2" $(($(left) - reserve)))
+  local name="$1" limit="$2" begun=$SECONDS code pid
   shift 2
-  say "$name"
-  printf '$'
-  printf ' %q' "$@"
-  echo
   if [ -n "$dry" ]; then
-    commands+=("$(printf ' %q' "$@")")
+    echo "[$name, $limit s]$(printf ' %q' "$@")" | tee -a "$work/commands"
     return 0
   fi
-  [ "$limit" -gt 5 ] || { failed+=("$name (no time left)"); return 1; }
-  timeout -k 5 "$limit" "$@"
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  [ "$limit" -gt 4 ] || { note "$name: no time left"; return 125; }
+  timeout -k 3 "$limit" "$@" >>"$work/$name.log" 2>&1 &
+  pid=$!
+  wait $pid
   code=$?
-  [ $code -eq 124 ] && name="$name (over $limit s)"
-  [ $code -eq 0 ] || failed+=("$name")
+  kill -KILL -- "-$pid" 2>/dev/null # what it may have left running
+  local over=
+  [ $code -ne 124 ] && [ $code -ne 137 ] || over=" (over $limit s)"
+  note "$name: exit $code$over after $((SECONDS - begun)) s; $(tail -n 1 "$work/$name.log" | cut -c1-160)"
   return $code
 }
 
-# verdict NAME LIMIT ARGUMENT...: a stage of pytest, and a line about it in the end.
-verdict() {
-  local name="$1" limit="$2" report="build/gpu-tests/$1.xml" word counts
+# tests NAME LIMIT ARGUMENT...: a hang, a crash or a spoiled context costs one test each.
+tests() {
+  local name="$1" limit="$2"
   shift 2
-  stage "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --maxfail 20 --tb short \
-    --junitxml "$report" "$@"
-  word=$?
-  [ -z "$dry" ] || return 0
-  counts=$("$python" - "$report" <<'END'
-import sys
-from xml.etree import ElementTree
+  TEST_LOG="$out/tests.jsonl" stage "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider \
+    --tb short -n "${WORKERS:-12}" --dist worksteal --timeout 20 --timeout-method thread \
+    --max-worker-restart 60 "$@"
+  [ -n "$dry" ] || note "tests so far: $(counted passed) passed, $(counted failed) failed," \
+    "$(counted skipped) skipped"
+}
+counted() { cat "$out/tests.jsonl" 2>/dev/null | grep -c "\"$1\""; }
 
-try:
-    suite = next(ElementTree.parse(sys.argv[1]).iter("testsuite"))
-except OSError:
-    print(0, 0, 0)
-else:
-    n, skipped = int(suite.get("tests")), int(suite.get("skipped"))
-    bad = int(suite.get("failures")) + int(suite.get("errors"))
-    print(n - skipped - bad, bad, skipped)
-END
-  )
-  read -r passed bad skipped <<<"$counts"
-  counts="$passed passed, $bad failed, $skipped skipped"
-  if [ "$word" -ne 0 ]; then
-    word=FAILED
-  elif [ "$passed" -eq 0 ]; then
-    word="not run"
-  else
-    word=passed
-  fi
-  verdicts+=("$name $word ($counts)")
+# steps LIMIT DTYPE MODEL...: step times, a process for each model.
+steps() {
+  local limit="$1" dtype="$2" model
+  shift 2
+  for model in "$@"; do
+    stage "steps-$dtype-$model" "$limit" "$python" -m bench.step_time --device cuda \
+      --models "$model" --dtype "$dtype" --repeats "${ROUNDS:-9}" --seconds $((limit - 10)) \
+      --only "$main" --backend "$engines" --out "$work/steps-$dtype-$model.json"
+    merged & # meanwhile: it imports torch, which takes seconds
+  done
+}
+main='fused|foreach|memory copy|^layerlr \w+ \w+( triton)?$'
+
+merged() { # of all models so far
+  [ -n "$dry" ] || ! compgen -G "$work/steps-*.json" >/dev/null ||
+    "$python" -m bench.merge "$work"/steps-*.json --out "$out/steps.json" >"$work/table.txt" 2>&1
 }
 
-# --- what is here ---
+pack() { [ -n "$dry" ] || tar czf "$out/logs.tgz" -C "$work" . 2>/dev/null; }
 
-say "machine"
-nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv 2>/dev/null ||
-  echo "no nvidia-smi"
-nvcc --version 2>/dev/null | tail -n 2 || echo "no nvcc"
-"$python" -c '
-import sys, torch
-print(f"python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-if torch.cuda.is_available():
-    print(torch.cuda.get_device_properties(0))' || exit 1
-for package in pytest hypothesis expecttest numpy triton timm pytorch_optimizer matplotlib tqdm; do
-  has $package || skip "what needs $package, which is not installed"
-done
-gpu=$("$python" -c '
-import re, torch
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))')
-if [ -z "$gpu" ] && [ -z "$dry" ]; then
-  echo "no CUDA device: nothing to measure"
-  exit 1
-fi
-work=build/gpu # so that nothing of an older run is taken for one of this
-result="$work/${gpu:-gpu}"
-[ -n "$dry" ] || { rm -rf "$work" build/gpu-tests && mkdir -p "$work" build/gpu-tests; }
+# --- machine and build ---
 
-# --- build, in place ---
+loads() { timeout 60 "$python" -c 'import layerlr._C, layerlr._cuda as c; print(c.device_info(0))'; }
 
-if ! stage "build" 200 "$python" -m pip install -q --no-build-isolation --no-deps -e . &&
-  stage "build, without pip" 200 "$python" setup.py -q build_ext --inplace; then
-  failed=()
-  skip "pip install -e .: it failed, setup.py built in place instead"
-fi
+machine() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  "$python" -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda)'
+  echo "commit ${BENCH_COMMIT:-unknown}"
+}
 
-# --- right: tests, checkers, repeatability ---
+load() {
+  [ -z "$dry" ] || return 0
+  machine 2>&1 | tee -a "$out/machine.txt"
+  cp .gpu/layerlr/*.so layerlr/ 2>/dev/null
+  "$python" -c 'import layerlr.kernels' 2>/dev/null || ln -sfn ../kernels layerlr/kernels
+  if loads >"$work/load.log" 2>&1; then
+    note "load: $(tail -n 1 "$work/load.log")"
+    return 0
+  fi
+  note "load: $(tail -n 1 "$work/load.log" | cut -c1-160); building for this GPU"
+  LAYERLR_CUDA_ARCH=$("$python" -c 'import torch
+print("%d%d" % torch.cuda.get_device_capability())')
+  export LAYERLR_CUDA_ARCH
+  stage build 240 "$python" setup.py -q build_ext --inplace || finish 3
+}
 
-if has pytest; then
-  on_gpu="cuda or triton"
-  verdict "graphs" 40 tests/test_cuda_runtime.py -k graph
-  verdict "streams" 30 tests/test_cuda_runtime.py tests/test_step_in_backward.py \
-    tests/test_telemetry.py -k "stream or wait or allocates or devices"
-  verdict "AMP" 30 tests/test_amp.py -k "$on_gpu or scaler"
-  verdict "precision" 40 tests/test_precision.py -k "$on_gpu"
-  verdict "sharding" 60 tests/test_sharding.py -k test_parts
-  verdict "optimizer infrastructure" 60 tests/test_torch_infra.py -k "cuda_float64"
-  verdict "other tests" 90 --continue-on-collection-errors -k "$on_gpu" tests \
-    --ignore tests/test_cuda_runtime.py --ignore tests/test_amp.py \
-    --ignore tests/test_torch_infra.py --ignore tests/test_precision.py \
-    --ignore tests/test_sharding.py
-else
-  verdicts+=("tests not run (no pytest)")
-fi
-if [ -n "$dry" ] || command -v compute-sanitizer >/dev/null; then
-  sanitizer=(compute-sanitizer --error-exitcode 1 --print-limit 10)
+# --- the end: what is read first comes last ---
+
+finish() {
+  if [ -z "$dry" ]; then
+    wait
+    merged
+    pack
+    [ "$(counted failed)" -gt 0 ] && echo "of the tests that failed:"
+    grep -h '"failed"' "$out/tests.jsonl" 2>/dev/null | head -n 20 | cut -c1-240
+    grep -h -E 'WRONG|FAILED|DIFFERS' "$work"/{agree,repeat}*.log 2>/dev/null | cut -c1-180 | head -n 20
+    cat "$work/table.txt" 2>/dev/null
+    echo "verdicts:"
+    cat "$out/verdicts.txt"
+  fi
+  exit "$1"
+}
+trap pack EXIT
+
+# --- the calls ---
+
+engines=cuda,triton
+on_gpu="(cuda or triton) and not reference_cuda and not test_several_devices"
+first=(tests/test_cuda_runtime.py tests/test_parity.py tests/test_precision.py tests/test_amp.py
+  tests/test_torch_infra.py)
+san=(compute-sanitizer --error-exitcode 1 --print-limit 10)
+
+# What looks at the device's accesses is slow, and runs beside the tests.
+checkers() {
   # Without torch's cache every tensor is an allocation of its own, with bounds of its own.
-  stage "memory check" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer[@]}" --tool memcheck "$python" -m bench.sanitize_step
-  stage "race check" 40 "${sanitizer[@]}" --tool racecheck \
-    "$python" -m bench.sanitize_step --dtypes float32
-else
-  skip "memory and race checks: there is no compute-sanitizer"
-fi
-stage "repeatability" 60 "$python" -m bench.repeat
+  stage memcheck 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${san[@]}" --tool memcheck \
+    "$python" -m bench.sanitize_step --blocks 4
+  stage racecheck 100 "${san[@]}" --tool racecheck \
+    "$python" -m bench.sanitize_step --dtypes float32 --blocks 4
+  stage repeat 60 "$python" -m bench.repeat --runs 10
+}
 
-# --- fast: step times, roofline ---
+check() {
+  local beside agreed
+  load
+  stage agree-triton 60 "$python" -m bench.agree --backend triton --shapes small resnet50 \
+    --threads 4 --seconds 40 & # no times are taken meanwhile
+  beside=$!
+  stage agree-cuda 60 "$python" -m bench.agree --threads 8 --seconds 40
+  agreed=$?
+  wait $beside
+  if [ $agreed -gt 1 ]; then # hangs, dies, or is wrong everywhere: the others go on without it
+    note "cuda does not agree at all: step times and tests are of triton alone"
+    engines=triton on_gpu="triton and not test_several_devices"
+  fi
+  [ $agreed -eq 0 ] || [ -z "${STOP:-}" ] || finish 1
 
-reserve=0
-timed=$(least 200 $(($(left) - 130))) # what is begun by then has 40 seconds to end
-stage "step times" $((timed + 40)) "$python" -m bench.step_time --device cuda \
-  ${MODELS:+--models "$MODELS"} --dtype "${DTYPES:-float32,bfloat16}" \
-  --repeats "${ROUNDS:-9}" --seconds "$timed" --out "$result.json"
-stage "precisions" 40 "$python" -m bench.step_time --device cuda --families held --models vit_b \
-  --dtype bfloat16 --repeats 5 --seconds 20 --out "$result-precisions.json"
-stage "roofline" 20 "$python" -m bench.roofline "$result.json" \
-  --out "$result-roofline.json" --plot "$result-roofline.png"
-stage "page" 20 "$python" -m bench.summary "$result.json" "$result.md"
-if has matplotlib; then
-  stage "bars" 30 "$python" -m bench.plot_step_time "$result.json" "$result-step-time.png"
-fi
+  steps 45 float32 resnet50 vit_b # the first figures
+  checkers &
+  beside=$!
+  tests tests-first 110 "${first[@]}" -k "$on_gpu"
+  tests tests-rest 110 tests -k "$on_gpu or test_parts" --ignore tests/test_cuda_build.py \
+    --ignore tests/test_triton.py --ignore tests/test_packaging.py --ignore tests/test_bench_gpu.py \
+    $(printf ' --ignore %s' "${first[@]}")
+  pack
+  wait $beside
+  stage counters 45 ncu --profile-from-start off --nvtx --clock-control none --csv --page raw \
+    --log-file "$out/ncu.csv" \
+    --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+    "$python" -m bench.profile_step --models resnet50 vit_b
+  steps 35 float32 tiny300 vit_l gpt2_xl llama3_8b_16of32
+  steps 35 bfloat16 resnet50 vit_l
+  steps 35 float32 tiny128 tiny1500
+  steps 35 bfloat16 vit_b llama3_8b_16of32
+}
 
-# --- the end ---
+tune() {
+  load
+  if [ -s .gpu/failed.txt ]; then # a test a line, as in tests.jsonl
+    tests tests-again 60 --tb long @.gpu/failed.txt
+  fi
+  stage tune 240 "$python" -m bench.tune --models resnet50,vit_b,vit_l,gpt2_xl --seconds 220 \
+    --out "$out/tune.json"
+  stage stalls 60 ncu --profile-from-start off --nvtx --clock-control none --csv --page raw \
+    --log-file "$out/stalls.csv" --section WarpStateStats --section Occupancy \
+    --section MemoryWorkloadAnalysis "$python" -m bench.profile_step --models vit_l
+}
 
 if [ -n "$dry" ]; then
-  say "dry run"
-  printf '%s\n' "${commands[@]}" "$python -m bench.goals $result.json" | "$python" -c '
+  check
+  tune
+  "$python" - "$work/commands" <<'END' || exit 1
 import importlib, shlex, sys
 
-for line in sys.stdin:
-    words = shlex.split(line)
+for line in open(sys.argv[1]):
+    words = shlex.split(line.partition("]")[2])
     module = words[words.index("-m") + 1] if "-m" in words else ""
     if module.startswith("bench."):
         program = importlib.import_module(module)
         program.parser().parse_args(words[words.index(module) + 1 :])
-        print(module, "imports and reads its arguments")' || exit 1
-  [ -n "$gpu" ] || echo "no CUDA device: stopped here"
+        print(module, "imports and reads its arguments")
+END
   exit 0
 fi
-
-say "done"
-for folder in bench/results ${OUT:+"$OUT"}; do
-  mkdir -p "$folder" && cp "$work"/* "$folder"/
-done
-for item in "${left_out[@]}"; do echo "left out: $item"; done
-for item in "${failed[@]}"; do echo "FAILED: $item"; done
-for item in "${verdicts[@]}"; do echo "verdict: $item"; done
-"$python" -m bench.goals "$result.json"
-[ ${#failed[@]} -eq 0 ] # the exit status is about what ran, not about goals
+"$1"
+finish 0

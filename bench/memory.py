@@ -5,8 +5,9 @@ On a host the answers are None: its memory is the user's to judge.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from bench.peers import STATES, Contender
 
 # A step that goes over all tensors at once may hold this many copies of the parameters.
 COPIES = 4
+
+
+@contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """Within it, collections pass over what was there before: modules by the hundred thousand."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def weights_bytes(parameters: int, dtype: torch.dtype) -> int:

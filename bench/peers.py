@@ -7,6 +7,7 @@ else. Peers get whatever else makes them cheapest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -101,7 +102,7 @@ REFERENCE_MODELS = {
     "cpu": ((), ("resnet50",)),
     "cuda": (
         ("resnet50", "vit_b"),
-        ("resnet50", "vit_b", "gpt2", "vit_l", "gpt2_xl", "llama3_8b", "l2"),
+        ("resnet50", "vit_b", "gpt2", "vit_l", "gpt2_xl", "llama3_8b_16of32", "l2"),
     ),
 }
 # The loop of torch's that speeds are held against. A CPU's in-place loop is its fastest.
@@ -138,6 +139,13 @@ def timm_class(name: str) -> Any:
         spec.submodule_search_locations = [f"{timm.submodule_search_locations[0]}/optim"]
         sys.modules.setdefault(alias, importlib.util.module_from_spec(spec))
         return getattr(importlib.import_module(f"{alias}.{name.lower()}"), name)
+
+
+def load() -> None:
+    """Import the peers that are there; what fails is said when it is built."""
+    for module in ("timm.optim", "pytorch_optimizer"):
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
 
 
 def timm_lars(foreach: bool) -> Build:

@@ -39,8 +39,8 @@ def variants(backend: str) -> list[Variant]:
     elif backend == "cuda":
         from layerlr.backends.cuda import tuning
 
-        choices = [{"blocks": n} for n in (1, 2, 13, 64)] + [{"hold": 1}, {"plain": True}]
-        choices.append({"blocks": 13, "hold": 2})
+        choices = [{"blocks": n} for n in (1, 2, 13, 64)]
+        choices += [{"distance": 1}, {"distance": 10**6}, {"blocks": 13, "distance": 2}]
         found += [(str(choice), lambda c=choice: tuning(**c), 0) for choice in choices]
     return found
 

@@ -95,7 +95,7 @@ def _huge_pages() -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + when the tree differs from it."""
+    """The checkout's commit, with a + when the tree differs from it; of a copy, BENCH_COMMIT."""
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
@@ -105,7 +105,7 @@ def _commit() -> str | None:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCH_COMMIT")
 
 
 def _version(package: str) -> str | None:

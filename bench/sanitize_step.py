@@ -1,17 +1,30 @@
 """A few steps of every kind over small tensors, to be run under a memory or race checker.
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize_step
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize_step --blocks 4
+
+With few blocks each of them has many tiles, as on layers too large for a checker.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from bench.small import CASES, Buffer, label, sizes, step
+
+
+def grid(blocks: int) -> AbstractContextManager:
+    """Within it, plans of the cuda backend are for a grid of so many blocks; 0: by the device."""
+    if not blocks:
+        return contextlib.nullcontext()
+    from layerlr.backends.cuda import tuning
+
+    return tuning(blocks=blocks)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shapes", default="small", help="small (default), large or a model")
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     p.add_argument("--steps", type=int, default=2, help="(default: 2)")
+    p.add_argument("--blocks", type=int, default=0, help="of the cuda backend's grid, at most")
     return p
 
 
@@ -33,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         buffer = Buffer(sizes(args.shapes), getattr(torch, dtype), args.device)
         for case in CASES:
             params = buffer.params()
-            step(case, params, args.backend, args.steps)
+            with grid(args.blocks):
+                step(case, params, args.backend, args.steps)
             if not all(bool(p.isfinite().all()) for p in params):
                 print(f"{dtype} {label(*case)}: a weight is not finite")
                 return 1

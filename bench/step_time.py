@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench import goals, report
+from bench import goals, memory, peers, report
 from bench.measure import Case, measure
 from bench.peers import BASELINES, Contender, contenders
 from bench.progress import tqdm
@@ -70,6 +70,7 @@ def run(
         torch.cuda.set_device(where)  # whose stream events are recorded on
     backend = backend or BACKENDS.get(where.type, "reference")
     deadline = time.monotonic() + seconds
+    peers.load()
     result = report.Result(report.machine_facts(where, clock, command))
     plan = [
         (
@@ -81,7 +82,7 @@ def run(
         for family in families
     ]
     total = sum(len(chosen) for _, chosen in plan) * repeats
-    with tqdm(total=total, unit="sample", leave=False, dynamic_ncols=True) as bar:
+    with memory.frozen(), tqdm(total=total, unit="sample", leave=False, dynamic_ncols=True) as bar:
         for case, chosen in plan:
             bar.set_description(f"{case.model} {case.family}")
             if time.monotonic() > deadline:

@@ -133,10 +133,9 @@ PYBIND11_MODULE(_C, m) {
       .def("apply", &CpuPlan::apply)
       .def("norms", &CpuPlan::norms);
   py::class_<DevicePlan, LivePlan>(m, "DevicePlan")
-      .def(py::init(
-          [](const LivePlan& live, const py::capsule& engine, int blocks, int hold, bool plain) {
-            return new DevicePlan(live, engine_in(engine), {blocks, hold, plain});
-          }))
+      .def(py::init([](const LivePlan& live, const py::capsule& engine, int blocks, int distance) {
+        return new DevicePlan(live, engine_in(engine), {blocks, distance});
+      }))
       .def("step", &DevicePlan::step)
       .def("measure", &DevicePlan::measure)
       .def("apply", &DevicePlan::apply)

@@ -56,28 +56,26 @@ void DevicePlan::build(bool measured) {
   const auto there = bytes.device(device());
 
   Layout fixed;
-  const size_t layers = fixed.put(s.layers), segments = fixed.put(s.segments),
-               runs = fixed.put(s.runs), first_run = fixed.put(s.first_run),
+  const size_t layers = fixed.put(s.layers), items = fixed.put(s.items),
                tensor_layers = fixed.put(s.tensor_layers);
   const at::Tensor host = at::zeros({int64_t(fixed.bytes)}, bytes);
   const auto fill = [&](const auto& v, size_t at) {
     std::copy(v.begin(), v.end(), at_byte<std::decay_t<decltype(v[0])>>(host, at));
   };
   fill(s.layers, layers);
-  fill(s.segments, segments);
-  fill(s.runs, runs);
-  fill(s.first_run, first_run);
+  fill(s.items, items);
   fill(s.tensor_layers, tensor_layers);
   fixed_ = host.to(there);
 
-  const size_t n_layers = s.layers.size(), n_segments = s.segments.size();
+  const size_t n_layers = s.layers.size();
   Layout scratch;
-  const size_t tile_sums = scratch.put(s.tiles * sizeof(LayerStats)),
-               segment_sums = scratch.put(n_segments * sizeof(LayerStats)),
+  const size_t slot_sums = scratch.put(s.slots * sizeof(LayerStats)),
+               segment_sums = scratch.put(s.segments * sizeof(LayerStats)),
                layer_sums = scratch.put(n_layers * sizeof(LayerStats)),
                verdicts = scratch.put(n_layers * sizeof(DeviceVerdict)),
-               segment_arrivals = scratch.put(n_segments * 4),
-               layer_arrivals = scratch.put(n_layers * 4), ready = scratch.put(n_layers * 4),
+               segment_arrivals = scratch.put(s.segments * sizeof(uint32_t)),
+               layer_arrivals = scratch.put(n_layers * sizeof(uint32_t)),
+               ready = scratch.put(n_layers * sizeof(uint32_t)),
                sync = scratch.put(sizeof(DeviceSync));
   scratch_ = at::zeros({int64_t(scratch.bytes)}, there);
   layer_sums_ = scratch_.narrow(0, layer_sums, n_layers * sizeof(LayerStats))
@@ -86,35 +84,32 @@ void DevicePlan::build(bool measured) {
 
   Layout fresh;
   const size_t config = fresh.put(sizeof(DeviceConfig));
-  grads_at_ = fresh.put(p.tensors.size() * sizeof(void*));
+  spans_at_ = fresh.put(p.spans.size() * sizeof(DeviceSpan));
+  counts_at_ = fresh.put(p.tensors.size() * sizeof(DeviceCount));
   presence_at_ = fresh.put(n_layers * sizeof(DevicePresence));
   kept_at_ = fresh.put(n_layers * sizeof(double*));
-  rows_at_ = fresh.put(p.tensors.size() * sizeof(DeviceRow));
   fresh_ = at::empty({int64_t(fresh.bytes)}, there);
   now_.assign(fresh.bytes, 0);
   there_.assign(fresh.bytes, 0);
   unknown_ = true;
 
   args_.direction = p.direction;
+  args_.family = s.family;
   args_.rule = p.rule;
   args_.measured = measured;
   args_.tensors = static_cast<int32_t>(p.tensors.size());
   args_.layers = static_cast<int32_t>(n_layers);
-  args_.blocks = s.blocks;
-  args_.ahead = s.ahead;
-  args_.lag = s.lag;
-  args_.rings = s.rings;
+  args_.items = static_cast<int32_t>(s.items.size());
+  args_.blocks = tuning_.blocks;
   args_.config = at_byte<DeviceConfig>(fresh_, config);
-  args_.grads = at_byte<const char*>(fresh_, grads_at_);
+  args_.spans = at_byte<DeviceSpan>(fresh_, spans_at_);
+  args_.counts = at_byte<DeviceCount>(fresh_, counts_at_);
   args_.presence = at_byte<DevicePresence>(fresh_, presence_at_);
   args_.kept = at_byte<double*>(fresh_, kept_at_);
-  args_.rows = at_byte<DeviceRow>(fresh_, rows_at_);
   args_.layer = at_byte<DeviceLayer>(fixed_, layers);
-  args_.segment = at_byte<Segment>(fixed_, segments);
-  args_.runs = at_byte<Run>(fixed_, runs);
-  args_.first_run = at_byte<int32_t>(fixed_, first_run);
+  args_.item = at_byte<Item>(fixed_, items);
   args_.tensor_layers = at_byte<int32_t>(fixed_, tensor_layers);
-  args_.tile_sums = at_byte<LayerStats>(scratch_, tile_sums);
+  args_.slot_sums = at_byte<LayerStats>(scratch_, slot_sums);
   args_.segment_sums = at_byte<LayerStats>(scratch_, segment_sums);
   args_.layer_sums = at_byte<LayerStats>(scratch_, layer_sums);
   args_.verdicts = at_byte<DeviceVerdict>(scratch_, verdicts);
@@ -139,39 +134,29 @@ void DevicePlan::fill_config(const StepConfig& config, const OnDevice& on_device
   std::copy(std::begin(config.rule), std::end(config.rule), args_.rule.hyper);
 }
 
-void DevicePlan::fill_rows() {
+void DevicePlan::fill_tables() {
   const Plan& p = plan();
-  auto* grads = reinterpret_cast<const char**>(now_.data() + grads_at_);
-  auto* rows = reinterpret_cast<DeviceRow*>(now_.data() + rows_at_);
-  for (size_t i = 0; i < p.tensors.size(); ++i) {
-    const TensorRow& from = p.tensors[i];
-    grads[i] = from.active ? static_cast<const char*>(from.grad) : nullptr;
-    if (!from.active) continue;  // its pointers may be stale
-    DeviceRow& row = rows[i];
-    row.param = static_cast<char*>(from.param);
-    for (int k = 0; k < max_states; ++k) row.state[k] = static_cast<char*>(from.state[k]);
-    row.step = from.step;
-    row.dtype = static_cast<int32_t>(from.dtype);
-    row.step_is_double = from.step_is_double;
-    row.held = from.held;
-    row.extra = static_cast<char*>(from.extra);
-    row.seed = from.seed;
-    row.first_layer = schedule_.first_layer[i];
-    row.layers = schedule_.first_layer[i + 1] - schedule_.first_layer[i];
-  }
+  auto* spans = reinterpret_cast<DeviceSpan*>(now_.data() + spans_at_);
+  auto* counts = reinterpret_cast<DeviceCount*>(now_.data() + counts_at_);
   auto* presence = reinterpret_cast<DevicePresence*>(now_.data() + presence_at_);
   auto* kept = reinterpret_cast<double**>(now_.data() + kept_at_);
   for (size_t l = 0; l < p.layers.size(); ++l) {
     presence[l] = {-1, 1};
     kept[l] = p.layers[l].memory;
   }
-  for (const Span& span : p.spans) {
+  for (size_t i = 0; i < p.spans.size(); ++i) {
+    const Span& span = p.spans[i];
+    const bool active = p.tensors[span.tensor].active;
+    fill_span(spans[i], p, span);
     DevicePresence& layer = presence[span.layer];
-    if (!p.tensors[span.tensor].active) {
-      layer.whole = 0;
-    } else if (layer.first < 0) {
-      layer.first = span.tensor;
-    }
+    layer.whole &= active;
+    if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
+  }
+  for (size_t i = 0; i < p.tensors.size(); ++i) {
+    const TensorRow& row = p.tensors[i];
+    const int32_t first = schedule_.first_layer[i];
+    counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
+                 schedule_.first_layer[i + 1] - first, 0};
   }
 }
 
@@ -199,14 +184,14 @@ void DevicePlan::upload(size_t begin, size_t end, bool all, void* stream) {
 void DevicePlan::upload(void* stream) {
   const bool graph = engine_->capturing(stream), all = unknown_ || captured_ || graph;
   if (graph) {
-    TORCH_CHECK(std::memcmp(now_.data(), there_.data(), grads_at_) == 0,
+    TORCH_CHECK(std::memcmp(now_.data(), there_.data(), spans_at_) == 0,
                 "layerlr: hyper-parameters have changed since the last step: call "
                 "optimizer.refresh() before the capture, which brings them to the device");
     captured_ = true;
   } else {
-    upload(0, grads_at_, all, stream);
+    upload(0, spans_at_, all, stream);
   }
-  upload(grads_at_, now_.size(), all, stream);
+  upload(spans_at_, now_.size(), all, stream);
   unknown_ = false;
 }
 
@@ -234,7 +219,7 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   }
   if (!args_.layers) return false;
   fill_config(config, on_device);
-  fill_rows();
+  fill_tables();
   upload(at);
   copy(on_device);
   return true;
@@ -243,7 +228,7 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
 void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
   if (ready(config, on_device)) {
-    check(engine_->step(args_, device().index(), schedule_.plain, stream()));
+    check(engine_->step(args_, device().index(), stream()));
   }
   finish();
 }
@@ -284,7 +269,7 @@ void DevicePlan::refresh(const StepConfig& config, const OnDevice& on_device) {
   if (!args_.layers) return;  // there was no step
   const c10::DeviceGuard guard(device());
   fill_config(config, on_device);
-  upload(0, grads_at_, true, stream());
+  upload(0, spans_at_, true, stream());
   copy(on_device);
 }
 

@@ -37,7 +37,7 @@ class DevicePlan : public LivePlan {
   at::Tensor no_sums();
   void build(bool measured);
   void fill_config(const StepConfig& config, const OnDevice& on_device);
-  void fill_rows();
+  void fill_tables();
   void copy(const OnDevice& on_device);
   void upload(void* stream);
   void upload(size_t begin, size_t end, bool all, void* stream);
@@ -55,7 +55,7 @@ class DevicePlan : public LivePlan {
   std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
   bool unknown_ = true;
   bool captured_ = false;  // graphs write there whenever they run
-  size_t grads_at_ = 0, presence_at_ = 0, kept_at_ = 0, rows_at_ = 0;
+  size_t spans_at_ = 0, counts_at_ = 0, presence_at_ = 0, kept_at_ = 0;
 };
 
 }  // namespace layerlr

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import time
 
 import pytest
 import torch
@@ -89,3 +91,34 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+# -- on a GPU, one test must not take the others along ---------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """An error of the device belongs to the test that caused it, not to the next that waits."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish():
+    """A CUDA context that an error has spoiled fails all later tests: let xdist start anew."""
+    if _WORKER and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            time.sleep(0.3)  # the report is on its way
+            os._exit(70)
+
+
+def pytest_runtest_logreport(report):
+    """Append a line to the file TEST_LOG for each test as it ends, for runs that are cut short."""
+    path = os.environ.get("TEST_LOG")
+    if path and not _WORKER and (report.when == "call" or report.outcome != "passed"):
+        reason = report.longreprtext.strip().splitlines()[-1:] if report.failed else []
+        line = [report.nodeid, report.outcome, round(report.duration, 3), *reason]
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")

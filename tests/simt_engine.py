@@ -23,10 +23,10 @@ _capsule.restype = ctypes.py_object
 _capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 ROOT = Path(__file__).resolve().parent.parent
-#: tiles of 512 elements rather than 2,048, so that small tensors have several
-DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_TILE_THREADS=64", '-DLAYERLR_CUDA_ARCH="simt"']
+#: items of 1,024 elements rather than 4,096, so that small tensors have several
+DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_WORKERS=64", '-DLAYERLR_CUDA_ARCH="simt"']
 FLAGS = [
-    *"-shared -fPIC -std=c++17 -O2 -ffp-contract=off -pthread -Wno-unknown-pragmas".split(),
+    *"-shared -fPIC -std=c++17 -O1 -ffp-contract=off -pthread -Wno-unknown-pragmas".split(),
     *DEFINES,
 ]
 

@@ -384,7 +384,7 @@ def test_a_copy_of_the_model_is_not_watched(way):
     backward(model, x)
     other = way(model)  # as of an average of the weights
     assert same_bits(model.parameters(), other.parameters())
-    assert all(hook.watch is None for hook in hooks(other))
+    assert all(hook.replay is None for hook in hooks(other))
     other(data(1))
     assert opt._estimation.replay._seen[0][0] is x
     opt.step()

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import layerlr.backends.cuda
 from bench import (
+    agree,
     goals,
     measure,
     memory,
+    merge,
     peers,
     repeat,
     report,
@@ -24,6 +27,7 @@ from bench import (
     step_time,
     summary,
     timing,
+    tune,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +168,10 @@ def test_gpu_goals_not_measured():
     assert parts(gpu_rows(leave_out=goals.GPU_OURS)) == ["not measured"] * 5
     half = [replace(row, dtype="bfloat16") for row in gpu_rows()]
     assert parts(half) == ["not measured"] * 5, "the goals are stated for float32"
-    assert parts(gpu_rows(leave_out=["llama3_8b"])) == ["met so far"] * 3 + ["met", "met so far"]
+    assert parts(gpu_rows(leave_out=["llama3_8b_16of32"])) == ["met so far"] * 3 + [
+        "met",
+        "met so far",
+    ]
     # A peer that is not there takes its comparison along, no more.
     found = goals.gpu_verdicts(gpu_rows(leave_out=["timm Lars foreach"]))
     assert goals.summary("c", found).startswith("goal (c) met so far")
@@ -175,7 +182,7 @@ def test_gpu_limits_follow_the_bytes():
     limits = goals.GPU_RATIO_LIMITS
     assert limits["vit_b"]["layerlr SGD layca"] == 1.0
     assert limits["gpt2_xl"]["layerlr SGD layca"] == pytest.approx(1.05 * 1.4)
-    assert limits["llama3_8b"]["layerlr AdamW lamb"] == pytest.approx(1.5)
+    assert limits["llama3_8b_16of32"]["layerlr AdamW lamb"] == pytest.approx(1.5)
 
 
 def test_verdicts_from_a_file(tmp_path, capsys):
@@ -189,7 +196,7 @@ def test_verdicts_from_a_file(tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured") >= 5
     summary.main([str(out), str(tmp_path / "run.md")])
     page = (tmp_path / "run.md").read_text()
-    assert "### llama3_8b, float32" in page and "The copy moves 4,000 GB/s." in page
+    assert "### llama3_8b_16of32, float32" in page and "The copy moves 4,000 GB/s." in page
 
 
 def test_models_too_large_run_one_after_the_other(monkeypatch, capsys):
@@ -249,6 +256,66 @@ def test_repeatability_is_checked(capsys, monkeypatch):
     assert "DIFFERS small float32 SGD no rule momentum=0.9: run 1" in capsys.readouterr().out
 
 
+def test_engine_and_reference_agree(capsys, monkeypatch):
+    where = ["--backend", "cpu", "--device", "cpu", "--shapes", "small", "--dtypes", "float32"]
+    assert agree.main(where) == 0
+    assert "13 of 13 agree with the reference\n" in capsys.readouterr().out
+    assert agree.main([*where, "--seconds", "0"]) == 2
+    assert "0 of 0 agree with the reference, 13 not tried" in capsys.readouterr().out
+    step = small.step
+
+    def off(case, params, backend, n):
+        """The engine's plain steps are too long, and RMSprop's are not taken."""
+        if case[0] == "RMSprop" and backend == "cpu":
+            raise ValueError("no such step")
+        optimizer = step(case, params, backend, n)
+        if case[1] is None and backend == "cpu":
+            optimizer.param_groups[0]["lr"] *= 1 + 1e-6
+        return optimizer
+
+    monkeypatch.setattr(agree, "step", off)
+    assert agree.main(where) == 1
+    printed = capsys.readouterr().out
+    assert printed.count(": WRONG: ") == 2 and "10 of 13 agree" in printed
+    assert "centered=True: FAILED: ValueError: no such step" in printed
+
+
+def test_units_in_the_last_place():
+    one = torch.ones(3)
+    assert agree.worst(one, one, one + torch.tensor([0, 2**-23, 2**-22])) == 2
+    assert agree.worst(4 * one, one, one + 2**-21) == 1, "of the weight before, where it is larger"
+    assert agree.worst(one, one, torch.tensor([1, float("nan"), 1])) == float("inf")
+
+
+def test_runs_merge(tmp_path, capsys):
+    rows, paths = gpu_rows(), []
+    for model in shapes.DEFAULTS["cuda"]:
+        paths.append(tmp_path / f"{model}.json")
+        mine = [row for row in rows if row.model == model]
+        report.write(paths[-1], report.Result({"gpu": "a GPU", "command": model}, mine))
+    merge.main([*map(str, paths), "--out", str(tmp_path / "all.json")])
+    result = report.read(tmp_path / "all.json")
+    assert len(result.rows) == len(rows)
+    assert result.machine["command"].startswith("resnet50; vit_b; ")
+    printed = capsys.readouterr().out
+    assert printed.count("goal (") == printed.count(" met ") == 5
+    (line,) = [x for x in printed.splitlines() if x.startswith("layerlr SGD layca  ")]
+    assert line.split()[3:6] == ["0.135", "1.00", "95%"]
+    again = merge.merge([result, replace(result, rows=[replace(rows[0], rounds=77)])])
+    assert len(again.rows) == len(rows) and again.rows[0].rounds == 77
+
+
+def test_choices_of_the_cuda_engine_take_turns(tmp_path, capsys):
+    for choice in tune.choices(132).values():
+        with tune.held(choice):  # the engine knows every choice
+            pass
+    out = tmp_path / "tune.json"
+    where = ["--backend", "cpu", "--device", "cpu", "--models", "tiny128", "--rounds", "2"]
+    assert tune.main([*where, "--out", str(out)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(tune.RULES)
+    assert out.read_text().count('"choice": "default again"') == len(tune.RULES)
+
+
 def test_variants_of_the_cuda_engine():
     variants = repeat.variants("cuda")
     assert len({name for name, _, _ in variants}) == len(variants) > 4
@@ -260,6 +327,8 @@ def test_variants_of_the_cuda_engine():
 def test_sanitized_steps_run(capsys):
     assert sanitize_step.main(["--backend", "cpu", "--device", "cpu", "--steps", "1"]) == 0
     assert "26 steps" in capsys.readouterr().out
+    with sanitize_step.grid(4):
+        assert layerlr.backends.cuda._tuning.blocks == 4
 
 
 def test_small_tensors_lie_back_to_back():
@@ -285,63 +354,89 @@ def test_gpu_script_is_bash():
     assert bash("-n", "bench/gpu.sh").returncode == 0
 
 
-def test_gpu_script_s_dry_run():
-    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="")
+def test_gpu_script_s_dry_run(tmp_path):
+    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("no CUDA device: stopped here\n")
-    modules = ("step_time", "roofline", "summary", "repeat", "sanitize_step", "goals")
-    for module in modules:
+    for module in ("agree", "step_time", "repeat", "sanitize_step", "profile_step", "tune"):
         assert f"bench.{module} imports and reads its arguments" in done.stdout
-    for stage in ("build", "graphs", "streams", "AMP", "optimizer infrastructure", "other tests"):
-        assert f"== {stage} (" in done.stdout
-    for stage in ("memory check", "race check", "repeatability", "step times"):
-        assert f"== {stage} (" in done.stdout
-    assert "pip install" in done.stdout and "--tool racecheck" in done.stdout
+    stages = [line[1:].partition(",")[0] for line in done.stdout.splitlines() if line[0] == "["]
+    assert stages[:2] in (["agree-triton", "agree-cuda"], ["agree-cuda", "agree-triton"])
+    assert stages[2:4] == ["steps-float32-resnet50", "steps-float32-vit_b"]
+    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[4:9])
+    assert stages[9] == "counters" and stages[-2:] == ["tune", "stalls"]
+    assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 FAKE = """\
 #!/usr/bin/env bash
-# Python on a machine with a GPU, where tests of AMP fail and those of graphs are skipped
+# Python on a machine with a GPU
+echo "$*" >>"$ASKED"
 case "$*" in
-*get_device_name*) echo a-gpu ;;
-*get_device_properties*) echo properties ;;
+*"-m bench.agree --backend triton"*) echo "52 of 52 agree" ;;
+*"-m bench.agree"*) echo "$AGREE of 78 agree"; [ "$AGREE" -eq 78 ] || exit 2 ;;
 *"-m pytest"*)
-  skipped=0 failures=0
-  case "$*" in
-  *test_amp*-k*) failures=2 ;;
-  *"-k graph"*) skipped=7 ;;
-  *cuda_float64*) exit 3 ;;
-  esac
-  while [ "$1" != --junitxml ]; do shift; done
-  echo "<testsuites><testsuite errors='0' failures='$failures' skipped='$skipped' tests='7'/>\
-</testsuites>" >"$2"
-  [ $failures -eq 0 ] ;;
-*"-m "*|*setup.py*) echo "ran $*" ;;
+  echo '["tests/test_a.py::test_a", "passed", 0.1]' >>"$TEST_LOG"
+  echo '["tests/test_a.py::test_b", "failed", 0.1, "why"]' >>"$TEST_LOG"
+  exit 1 ;;
+*"-m bench.step_time"*" $HANGS "*) (trap "" TERM; sleep 300) ;;
+*"-m bench.step_time"*) for last; do :; done; echo {} >"$last" ;;
+*"-m bench.merge"*) for last; do :; done; echo {} >"$last"; echo the table ;;
+*"-m "*|*setup.py*|-c*) echo ran ;;
 *) exec "$REAL" "$@" ;;
 esac
 """
 
 
-def test_gpu_script_s_verdicts(tmp_path):
-    """With a Python that says it has a GPU, and does nothing."""
+@pytest.fixture
+def gpu_script(tmp_path):
+    """Run the script with a Python that says it has a GPU, and does nothing."""
     fake, root = tmp_path / "python", tmp_path / "root"
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    (root / "bench").mkdir(parents=True)
-    (root / "tests").mkdir()
+    for folder in ("bench", "tests", "layerlr"):
+        (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "bench/gpu.sh", root / "bench")
-    done = bash(str(root / "bench/gpu.sh"), PYTHON=str(fake), REAL=sys.executable)
-    lines = [x for x in done.stdout.splitlines() if x.startswith("verdict: ")]
-    assert lines == [
-        "verdict: graphs not run (0 passed, 0 failed, 7 skipped)",
-        "verdict: streams passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: AMP FAILED (5 passed, 2 failed, 0 skipped)",
-        "verdict: precision passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: sharding passed (7 passed, 0 failed, 0 skipped)",
-        "verdict: optimizer infrastructure FAILED (0 passed, 0 failed, 0 skipped)",
-        "verdict: other tests passed (7 passed, 0 failed, 0 skipped)",
-    ], done.stdout + done.stderr
-    assert done.returncode == 1 and "FAILED: AMP\n" in done.stdout
+
+    def run(**environment):
+        where = {"AGREE": "78", "HANGS": "none", "OUT": str(root / "out"), "TOTAL": "60"}
+        where |= {"PYTHON": str(fake), "REAL": sys.executable, "ASKED": str(tmp_path / "asked")}
+        done = bash(str(root / "bench/gpu.sh"), "check", **where | environment)
+        lines = (root / "out/verdicts.txt").read_text().splitlines()
+        found = dict(line.partition(" s: ")[2].split(": ", 1) for line in lines)
+        return done, found, (tmp_path / "asked").read_text()
+
+    return run
+
+
+def test_gpu_script_s_verdicts(gpu_script, tmp_path):
+    done, found, asked = gpu_script()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found["agree-cuda"].endswith("78 of 78 agree")
+    assert found["tests-rest"].startswith("exit 1 ")
+    assert found["tests so far"] == "2 passed, 2 failed, 0 skipped"
+    assert "steps-bfloat16-llama3_8b_16of32" in found and "--backend cuda,triton" in asked
+    last = done.stdout[done.stdout.index("of the tests that failed") :]
+    assert '::test_b", "failed", 0.1, "why"]' in last and "the table" in last
+    assert "agree-cuda" in last[last.index("verdicts:") :]
+    assert len(list((tmp_path / "root/out").iterdir())) <= 8
+
+
+def test_gpu_script_without_an_engine(gpu_script):
+    done, found, asked = gpu_script(AGREE="0")
+    assert done.returncode == 0 and found["agree-cuda"].startswith("exit 2 ")
+    assert "--backend triton --out" in asked and "-k triton and" in asked
+    assert "cuda does not agree at all" in found
+    done, found, _ = gpu_script(AGREE="0", STOP="1")
+    assert done.returncode == 1 and not any(name.startswith("steps") for name in found)
+    assert "verdicts:" in done.stdout
+
+
+def test_gpu_script_ends_what_hangs(gpu_script):
+    done, found, _ = gpu_script(HANGS="resnet50", TOTAL="8")
+    assert "(over" in found["steps-float32-resnet50"]
+    assert found["steps-float32-vit_b"] == "no time left"
+    assert "the table" not in done.stdout and "verdicts:" in done.stdout
 
 
 def test_gpu_script_refuses_what_it_does_not_know():

@@ -90,6 +90,21 @@ def device(monkeypatch):
 # -- what is recorded ----------------------------------------------------------------------------
 
 
+def test_a_torch_for_gpus_where_there_is_none(monkeypatch):
+    """Such a torch raises when it is asked whether the current stream is captured."""
+
+    def no_driver():
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
+    kept, opt = Kept(), optimizer()
+    with Telemetry(opt, kept, every=1):
+        train(opt, 2)
+    assert kept.steps == [1, 2]
+
+
 def test_every_kth_step_as_layer_stats_has_it():
     opt, kept, wanted = optimizer(), Kept(), []
     with Telemetry(opt, kept, every=3) as telemetry:

@@ -18,8 +18,7 @@ py::dict device_info(int index) {
   if (const char* error = cuda_engine().info(index, &info)) throw std::runtime_error(error);
   py::dict answer;
   answer["multiprocessors"] = info.multiprocessors;
-  answer["shared_bytes"] = info.shared_bytes;
-  answer["cooperative"] = info.cooperative;
+  answer["l2_bytes"] = info.l2_bytes;
   return answer;
 }
 

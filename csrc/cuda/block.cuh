@@ -1,377 +1,337 @@
-// What one block does with the tiles that the schedule gives it.
+// A block: workers, who do what is to be done to elements, and one warp that schedules for them.
 #pragma once
 
 #include <new>
-#include <type_traits>
 
 #include "cuda/elements.cuh"
+#include "cuda/layer.cuh"
 
 namespace layerlr {
 
-LAYERLR_DEVICE double coming_step(const DeviceRow& row) {
-  return 1 + (row.step_is_double ? device::read(static_cast<const double*>(row.step))
-                                 : double(device::read(static_cast<const float*>(row.step))));
-}
+enum What : int32_t { nothing, measures, applies, ends };
 
-/// What the threads of a block share beside the tiles.
+/// An item, ready to be worked on.
+struct Work {
+  Arrays at;
+  Gradient how;
+  DType dtype;
+  What what;
+  bool waits;   // its verdict was not there yet
+  bool sums;    // there are sums to add, of nothing perhaps
+  int scalars;  // which of the block's two
+  int layer, slot;
+  Phase pass;
+  double grad, a, b;
+};
+
+/// The scalars of a direction for step t, in the type of the arithmetic.
+template <template <class> class D>
+struct Scalars {
+  double t;
+  bool wide;
+  alignas(D<double>) char room[sizeof(D<double>)];
+};
+
+/// What the threads of a block share. Of each pair one is in use while the other is made ready.
 template <template <class> class D>
 struct Shared {
-  Partials partials;
-  DeviceVerdict verdict;
-  int last;  // whether this block was the last to arrive
-  alignas(D<double>) char single[sizeof(D<float>)];
-  alignas(D<double>) char wide[sizeof(D<double>)];
+  Partials partials[2];
+  Work work[2];
+  Scalars<D> scalars[2];
+  bool last;  // this block was the last to end
 };
-template <template <class> class D>
-struct Block {
-  const StepArgs& args;
-  Shared<D>& shared;
-  Job* jobs;    // one for each place of the first ring
-  char* tiles;  // the two rings
-  DeviceConfig config;
-  uint32_t epoch;
-  double made_for = 0;  // step that the direction's scalars are for
-  int verdict_of = -1;  // layer whose verdict is at hand
 
-  LAYERLR_DEVICE Block(const StepArgs& args, Shared<D>& shared, char* dynamic)
-      : args(args),
-        shared(shared),
-        jobs(reinterpret_cast<Job*>(dynamic + args.rings.bytes_of_tiles())),
-        tiles(dynamic),
-        config(*args.config),
-        epoch(args.sync->epoch + 1) {}
+/// The barrier of all threads of the block.
+LAYERLR_DEVICE void meet() { __syncthreads(); }
 
-  // -- where this block is in its list ------------------------------------------------------------
+// -- workers
+// ----------------------------------------------------------------------------------------
 
-  struct Cursor {
-    int run, end, place;
-    Run now;
-    Run next;  // asked for a run ahead
-    DeviceRow row;
-    const char* g;
-    double t;
-  } cursor;
-
-  LAYERLR_DEVICE void begin() {
-    cursor.run = args.first_run[blockIdx.x] - 1;
-    cursor.end = args.first_run[blockIdx.x + 1];
-    if (cursor.run + 1 < cursor.end) cursor.next = args.runs[cursor.run + 1];
-    enter_next();
-  }
-  LAYERLR_DEVICE void enter_next() {
-    do {
-      if (++cursor.run == cursor.end) return;
-      cursor.now = cursor.next;
-      if (cursor.run + 1 < cursor.end) cursor.next = args.runs[cursor.run + 1];
-    } while (!takes(cursor.now.kind));
-    if (args.phase != whole_step) cursor.now.kind = args.phase;
-    cursor.place = 0;
-    cursor.row = args.rows[cursor.now.tensor];
-    cursor.g = args.grads[cursor.now.tensor];
-    cursor.t = cursor.g ? coming_step(cursor.row) : 0;  // a row without gradient may be empty
-  }
-  /// Whether this launch has to do with tiles of a kind. Those that a whole step holds are streamed
-  /// by a first pass, and read again by a second.
-  LAYERLR_DEVICE bool takes(int32_t kind) const {
-    if (args.phase == first_pass) return kind != again || !args.measured;
-    return args.phase == whole_step || kind != stream;
-  }
-  LAYERLR_DEVICE bool more() const { return cursor.run != cursor.end; }
-  LAYERLR_DEVICE void advance() {
-    if (++cursor.place == cursor.now.count) enter_next();
-  }
-
-  // -- memory -----------------------------------------------------------------------------------
-
-  /// Place of array k (w, g, states) of job j.
-  LAYERLR_DEVICE char* place(int j, int k) const {
-    const Rings& r = args.rings;
-    const int ring = r.ring[k];
-    return tiles + (ring ? r.bytes[0] * r.places[0] : 0) + r.bytes[ring] * (j % r.places[ring]) +
-           r.offset[k];
-  }
-
-  /// Call body(P()) with the parameter type.
+/// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something
+/// beside).
+template <class P, bool coded>
+struct Only {
+  static constexpr bool any = false;
   template <class Body>
-  LAYERLR_DEVICE static void with_type(int dtype, Body body) {
-    switch (static_cast<DType>(dtype)) {
+  LAYERLR_DEVICE static void with_type(DType, Body body) {
+    body(P(), std::bool_constant<coded>());
+  }
+};
+struct AnyDtype {
+  static constexpr bool any = true;
+  template <class Body>
+  LAYERLR_DEVICE static void with_type(DType dtype, Body body) {
+    switch (dtype) {
       case DType::f32:
-        return body(float());
+        return body(float(), std::false_type());
       case DType::f64:
-        return body(double());
+        return body(double(), std::false_type());
       case DType::bf16:
-        return body(BFloat16());
+        return body(BFloat16(), std::true_type());
       case DType::f16:
-        return body(Float16());
+        return body(Float16(), std::true_type());
     }
   }
+};
 
-  /// Gradient rules that measure only, and update rules that read again, need not all.
-  LAYERLR_DEVICE bool needs_w(Kind kind) const {
-    const RuleInfo info = rule_of(cursor.now.ruled);
-    return args.rule.update || kind != stream || info.measures_ww ||
-           (l2() != 0 && !info.raw_gradient);
-  }
-  LAYERLR_DEVICE bool needs_g(Kind kind) const {
-    return !args.rule.update || kind != again || D<float>::needs_grad;
-  }
-  LAYERLR_DEVICE bool needs_s(Kind kind) const { return args.rule.update || kind != stream; }
-
-  /// Ask for the tile under the cursor, as job j, and move on.
-  LAYERLR_DEVICE void fetch_next(int j) {
-    const Run& run = cursor.now;
-    const DeviceRow& row = cursor.row;
-    const int64_t each = tile_elements(static_cast<DType>(row.dtype));
-    const int64_t begin = run.begin + int64_t(cursor.place) * run.stride * each;
-    const int64_t left = run.end - begin;
-    const int count = static_cast<int>(left < each ? left : each);
-    const bool ends = cursor.place == run.count - 1;
-    const Kind kind = static_cast<Kind>(run.kind);
-    if (cursor.g) {
-      const int param = param_bytes(static_cast<DType>(row.dtype));
-      const int state = state_bytes(static_cast<DType>(row.dtype));
-      if (needs_w(kind)) fetch(place(j, 0), row.param + begin * param, count * param);
-      if (needs_g(kind)) fetch(place(j, 1), cursor.g + begin * param, count * param);
-      if (needs_s(kind)) {
-        for (int k = 0; k < D<float>::states; ++k) {
-          fetch(place(j, 2 + k), row.state[k] + begin * state, count * state);
-        }
-      }
-    }
-    if (threadIdx.x == 0) {
-      jobs[j % args.rings.places[0]] = {cursor.g,
-                                        run.tile + int64_t(cursor.place) * run.stride,
-                                        begin,
-                                        count,
-                                        run.tensor,
-                                        run.layer,
-                                        run.segment,
-                                        kind,
-                                        run.ruled != 0,
-                                        ends && run.measured,
-                                        ends && run.applied,
-                                        cursor.t};
-    }
-    advance();
-  }
-
-  LAYERLR_DEVICE const Job& job(int j) const { return jobs[j % args.rings.places[0]]; }
-
-  /// Call body(tile) with the typed tile of job j.
-  template <class Body>
-  LAYERLR_DEVICE void with_tile(int j, Body body) {
-    const Job& job = this->job(j);
-    const DeviceRow& row = args.rows[job.tensor];
-    make_direction(job.t);
-    const RuleInfo info = rule_of(job.ruled);
-    const Gradient how{config.grad_factor, l2(), info.raw_gradient, info.measures_ww,
-                       config.skip != 0};
-    with_type(row.dtype, [&](auto p) {
+/// What a worker does, item after item.
+template <template <class> class D, class F, Order order>
+LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
+  for (int k = 0;; ++k) {
+    const Work& now = shared.work[k & 1];
+    meet();  // item k is ready
+    if (now.waits) meet();
+    if (now.what == ends) return;
+    if (now.what == nothing) continue;
+    LayerStats sums;
+    F::with_type(now.dtype, [&](auto p, auto coded) {
       using P = decltype(p);
       using T = typename Wide<P>::type;
-      Arrays at;
-      at.count = job.count;
-      at.w = place(j, 0) + shift(row.param + job.begin * sizeof(P));
-      at.g = place(j, 1) + shift(job.g + job.begin * sizeof(P));
-      for (int k = 0; k < D<T>::states; ++k) {
-        at.s[k] = place(j, 2 + k) + shift(row.state[k] + job.begin * sizeof(T));
-      }
-      at.held = row.held;
-      if (row.extra) {
-        const int each = row.held == Held::master ? sizeof(T) : sizeof(P);
-        at.extra = row.extra + job.begin * each;
-      }
-      if (row.held == Held::stochastic) at.key = rounding_key(row.seed, job.t);
-      at.place = static_cast<uint32_t>(job.begin);
-      at.u = args.rings.u_is_g ? at.g : place(j, 0) + args.rings.u_offset;
-      const void* room = sizeof(T) == 8 ? shared.wide : shared.single;
-      body(Tile<D, P>(at, *static_cast<const D<T>*>(room), how));
-    });
-  }
-
-  LAYERLR_DEVICE RuleInfo rule_of(bool ruled) const {
-    return rule_info(ruled ? args.rule.rule : RuleId::Plain);
-  }
-  LAYERLR_DEVICE double l2() const { return args.raw ? 0 : config.l2; }
-
-  /// Form the direction's scalars for step t; all threads ask for the same.
-  LAYERLR_DEVICE void make_direction(double t) {
-    if (t == made_for) return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      new (shared.single) D<float>(config.direction, t);
-      new (shared.wide) D<double>(config.direction, t);
-    }
-    __syncthreads();
-    made_for = t;
-  }
-
-  // -- the two passes ---------------------------------------------------------------------------
-
-  /// First pass over job j, which has landed.
-  LAYERLR_DEVICE void measure(int j) {
-    const Job job = this->job(j);
-    if (!args.rule.update && job.kind == again) return;
-    LayerStats sums;
-    if (job.g) {
-      with_tile(j, [&](const auto& tile) {
-        if (!args.rule.update) {
-          sums = tile.measure();
-        } else if (job.kind == again) {
-          tile.direction();
-        } else {
-          sums = tile.advance();
-        }
-      });
-    }
-    if (job.kind == again) return;
-    sum_warp(sums, shared.partials);
-    __syncthreads();
-    publish(job);
-    if (args.rule.update && job.g) drain_state(j, job);
-  }
-
-  /// Write the sums of a tile, which lie in shared memory.
-  LAYERLR_DEVICE void publish(const Job& job) {
-    if (threadIdx.x < 4) {
-      double* to = reinterpret_cast<double*>(args.tile_sums + job.tile);
-      to[threadIdx.x] = sum_warps(shared.partials, threadIdx.x);
-    }
-  }
-
-  LAYERLR_DEVICE void drain_state(int j, const Job& job) {
-    const DeviceRow& row = args.rows[job.tensor];
-    const int bytes = state_bytes(static_cast<DType>(row.dtype));
-    for (int k = 0; k < D<float>::states; ++k) {
-      drain(place(j, 2 + k), row.state[k] + job.begin * bytes, job.count * bytes);
-    }
-  }
-
-  /// Second pass over job j, by the verdict at hand.
-  LAYERLR_DEVICE void apply(int j) {
-    const Job job = this->job(j);
-    if (job.kind == stream || !job.g || shared.verdict.keep) return;
-    const LayerScale scale{shared.verdict.grad, shared.verdict.a, shared.verdict.b, 1};
-    LayerStats sums;
-    with_tile(j, [&](const auto& tile) {
-      if (args.rule.update) {
-        tile.apply(scale);
+      const Arrays at = now.at;
+      const Gradient how = now.how;
+      const D<T> d = *reinterpret_cast<const D<T>*>(shared.scalars[now.scalars].room);
+      const Elements<D, P, decltype(coded)::value, !F::any> elements(at, d, how);
+      const T grad = T(now.grad), a = T(now.a), b = T(now.b);
+      if constexpr (order == unmeasured) {
+        elements.template advance_apply<false>(grad, a, b);
+      } else if constexpr (order == gradient_rule) {
+        sums = now.what == measures ? elements.measure()
+                                    : elements.template advance_apply<true>(grad, a, b);
+      } else if (now.what == measures) {
+        sums = elements.advance();
       } else {
-        sums = tile.advance_apply(scale);
+        elements.apply(a, b);
       }
     });
-    const bool tells = args.measured && !args.rule.update;
-    if (tells) {
-      __syncthreads();  // the sums before these have been read
-      sum_warp(sums, shared.partials);
-    }
-    __syncthreads();
-    if (tells) publish(job);
-    const DeviceRow& row = args.rows[job.tensor];
-    const int bytes = param_bytes(static_cast<DType>(row.dtype));
-    drain(place(j, 0), row.param + job.begin * bytes, job.count * bytes);
-    if (!args.rule.update) drain_state(j, job);
-  }
-
-  // -- layers -----------------------------------------------------------------------------------
-
-  /// Arrive at a counter; true in all threads of the block that was the last of `blocks`.
-  LAYERLR_DEVICE bool arrive(uint32_t* counter, unsigned blocks) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      shared.last = device::add_acq_rel(counter, 1) + 1 == blocks;
-      if (shared.last) *counter = 0;
-    }
-    __syncthreads();
-    return shared.last;
-  }
-
-  /// The block has done its whole part of a segment: sum it if it was the last, and the layer if
-  /// that was the last segment. True where `sums` is the layer's.
-  LAYERLR_DEVICE bool complete(int segment, LayerStats& sums) {
-    const Segment& s = args.segment[segment];
-    const DeviceLayer& layer = args.layer[s.layer];
-    uint32_t* counter = args.segment_arrivals + segment;
-    int blocks = s.blocks, count = s.tiles;
-    const LayerStats* entries = args.tile_sums + s.first_tile;
-#pragma unroll 1
-    for (bool all = layer.segments == 1;; all = true) {
-      if (!arrive(counter, blocks)) return false;
-      sums = sum_entries(entries, count, shared.partials);
-      if (all) return true;
-      if (threadIdx.x == 0) args.segment_sums[segment] = sums;
-      counter = args.layer_arrivals + s.layer;
-      blocks = count = layer.segments;
-      entries = args.segment_sums + layer.first_segment;
+    if (order != unmeasured && now.sums) {
+      reinterpret_cast<LayerStats&>(shared.partials[k & 1].of[threadIdx.x]) = sums;
     }
   }
+}
 
-  /// What decide() wants to know of a layer.
-  LAYERLR_DEVICE LayerConfig layer_config(int l) const {
-    const DeviceLayer& layer = args.layer[l];
-    const DevicePresence present = args.presence[l];
-    const double t = present.first < 0 ? 1 : coming_step(args.rows[present.first]);
-    const double lr = config.lr * layer.lr_scale * D<double>::rate(config.direction, t);
-    return {layer.ruled != 0,
-            lr,
-            l2(),
-            config.decoupled_decay,
-            D<float>::first_order,
-            config.skip != 0,
-            args.kept[l],
-            present.whole != 0};
+// -- the warp that schedules
+// --------------------------------------------------------------------------
+
+/// While the workers are at item k, it adds the sums of item k - 1 and makes item k + 1 ready; for
+/// item k + 2 it has asked for a ticket. All lanes do the same but for what only one may do.
+template <template <class> class D, class F, Order order>
+struct Scheduler {
+  static constexpr unsigned all = 0xffffffffu;
+  const StepArgs& args;
+  Shared<D>& shared;
+  const int lane = threadIdx.x % 32;
+  const uint32_t epoch;
+  int asked;       // the ticket under way, in lane 0
+  int latest = 0;  // scalars of the last item that wanted some
+
+  LAYERLR_DEVICE Scheduler(const StepArgs& args, Shared<D>& shared)
+      : args(args),
+        shared(shared),
+        epoch(args.sync->epoch + 1),
+        asked(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
+
+  LAYERLR_DEVICE void run() {
+    if (lane == 0) shared.scalars[0].t = shared.scalars[1].t = 0;
+    __syncwarp();
+    ask();
+    Item item = next_item();
+    prepare(shared.work[0], item);
+    for (int k = 0;; ++k) {
+      Work& now = shared.work[k & 1];
+      Work& other = shared.work[~k & 1];
+      meet();  // the workers begin with item k, and have ended the one before
+      if (now.what != ends) item = next_item();
+      if (k) finish(other, shared.partials[~k & 1]);
+      if (now.waits) {
+        wait_for_verdict(now);
+        meet();
+      }
+      if (now.what == ends) return;
+      prepare(other, item);
+    }
   }
 
-  /// One thread: from the sums of layer l to its verdict and its row of statistics.
-  LAYERLR_DEVICE void conclude(int l, const LayerStats& sums) {
-    const LayerConfig c = layer_config(l);
-    const Verdict v = decide(args.rule, c, sums);
-    args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
-    if (args.presence[l].first >= 0) write_row(args.stats + int64_t(l) * columns, v, c.lr);
+  // -- tickets
+  // ----------------------------------------------------------------------------------------
+
+  /// Ask for a ticket. Where both passes are in one launch tickets come from a counter: an item
+  /// waits for nothing but items before it, and the blocks that took those are running.
+  LAYERLR_DEVICE void ask() {
+    if (args.phase != whole_step) {
+      asked += static_cast<int>(gridDim.x);
+    } else if (lane == 0) {
+      asked = static_cast<int>(device::add_relaxed(&args.sync->ticket, 1));
+    }
   }
 
-  /// One thread: a gradient rule's step is known after the second pass only.
-  LAYERLR_DEVICE void conclude_step(int l, const LayerStats& sums) {
-    if (args.presence[l].first >= 0) write_step(args.stats + int64_t(l) * columns, sums);
+  /// The next item that this launch has to do with, or one of no span. The ticket for it has been
+  /// asked for, that for the one after it is.
+  LAYERLR_DEVICE Item next_item() {
+    for (;;) {
+      const int ticket = __shfl_sync(all, asked, 0);
+      if (ticket >= args.items) return {-1, 0, 0, first_pass};
+      ask();
+      const Item item = args.item[ticket];
+      if (!args.measured || args.phase == whole_step || item.pass == args.phase) return item;
+    }
   }
 
-  /// Have the verdict of layer l at hand; where blocks run side by side, wait for it.
-  LAYERLR_DEVICE void get_verdict(int l, bool waits) {
-    if (l == verdict_of) return;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      if (!args.measured) {
-        const Verdict v = decide(args.rule, layer_config(l), {});
-        shared.verdict = {v.scale.grad, v.scale.a, v.scale.b, 0};
+  // -- an item to come
+  // --------------------------------------------------------------------------------
+
+  LAYERLR_DEVICE void prepare(Work& work, const Item& item) {
+    Work w{};
+    w.what = ends;
+    if (item.span >= 0) fill(w, item);
+    __syncwarp();  // all lanes have read what was there
+    if (lane == 0) work = w;
+  }
+
+  LAYERLR_DEVICE void fill(Work& w, const Item& item) {
+    const DeviceSpan& span = args.spans[item.span];
+    const bool active = span.grad != nullptr;
+    w.layer = span.layer;
+    w.slot = item.slot;
+    w.pass = args.phase == whole_step ? item.pass : args.phase;
+    w.what = !active ? nothing : w.pass == first_pass ? measures : applies;
+    w.sums = order == gradient_rule || (order == update_rule && w.pass == first_pass);
+    w.grad = 1;
+    if (w.pass == second_pass) fill_verdict(w);
+    if (!active) return;
+    fill_arrays(w, span, item);
+    const RuleInfo info = rule_info(span.ruled ? args.rule.rule : RuleId::Plain);
+    const double l2 = l2_of(args);
+    const bool weights = info.measures_ww || (l2 != 0 && !info.raw_gradient);
+    w.how = {args.config->grad_factor, l2, info.raw_gradient, weights, args.config->skip != 0};
+  }
+
+  LAYERLR_DEVICE void fill_arrays(Work& w, const DeviceSpan& span, const Item& item) {
+    const DType dtype = static_cast<DType>(span.dtype);
+    const int64_t begin = int64_t(item.number) * item_elements, left = span.size - begin;
+    const int param = param_bytes(dtype), state = state_bytes(dtype);
+    const double t = coming_step(span.step, span.step_is_double != 0);
+    w.dtype = dtype;
+    w.scalars = scalars_for(t, F::any && dtype == DType::f64);
+    w.at.count = static_cast<int>(left < item_elements ? left : item_elements);
+    w.at.w = span.param + begin * param;
+    w.at.g = span.grad + begin * param;
+    for (int k = 0; k < D<float>::states; ++k) w.at.s[k] = span.state[k] + begin * state;
+    w.at.held = span.held;
+    if (span.aux) w.at.aux = span.aux + begin * aux_bytes(dtype, span.held);
+    if (span.held == Held::stochastic) w.at.key = rounding_key(span.seed, t);
+    w.at.place = static_cast<uint32_t>(span.begin + begin);
+    w.at.aligned = begins_vectors(w.at, dtype, D<float>::states);
+  }
+
+  /// Which scalars are those of step t. The workers may be using the latest, not the others.
+  LAYERLR_DEVICE int scalars_for(double t, bool wide) {
+    for (int tries = 0; tries < 2; ++tries) {
+      const Scalars<D>& s = shared.scalars[latest];
+      if (s.t == t && s.wide == wide) return latest;
+      latest = 1 - latest;
+    }
+    latest = 1 - latest;
+    __syncwarp();
+    if (lane == 0) {
+      Scalars<D>& s = shared.scalars[latest];
+      if (wide) {
+        new (s.room) D<double>(args.config->direction, t);
       } else {
-        while (waits && device::load_acquire(args.ready + l) != epoch) {
-        }
-        const DeviceVerdict* v = args.verdicts + l;
-        shared.verdict = {device::read_fresh(&v->grad), device::read_fresh(&v->a),
-                          device::read_fresh(&v->b), device::read_fresh(&v->keep)};
+        new (s.room) D<float>(args.config->direction, t);
       }
+      s.t = t;
+      s.wide = wide;
     }
-    __syncthreads();
-    verdict_of = l;
+    __syncwarp();
+    return latest;
   }
 
-  /// Step counts, by the last block of all: a tensor's stands still where all its layers were left
-  /// alone.
-  LAYERLR_DEVICE void advance_counts() {
-    for (int i = threadIdx.x; i < args.tensors; i += tile_threads) {
-      if (!args.grads[i]) continue;
-      const DeviceRow& row = args.rows[i];
-      bool kept = args.measured;
-      for (int k = 0; k < row.layers && kept; ++k) {
-        kept = device::read_fresh(&args.verdicts[args.tensor_layers[row.first_layer + k]].keep);
-      }
-      if (kept) continue;
-      if (row.step_is_double) {
-        *static_cast<double*>(row.step) += 1;
-      } else {
-        *static_cast<float*>(row.step) += 1;
-      }
+  // -- verdicts
+  // ---------------------------------------------------------------------------------------
+
+  LAYERLR_DEVICE void fill_verdict(Work& w) {
+    if (order == unmeasured) {
+      const Verdict v = decide(args.rule, layer_config<D<float>>(args, w.layer), {});
+      w.a = v.scale.a;
+      w.b = v.scale.b;
+    } else if (args.phase == whole_step && device::load_acquire(args.ready + w.layer) != epoch) {
+      w.waits = true;
+    } else {
+      read_verdict(w);
     }
+  }
+  LAYERLR_DEVICE void wait_for_verdict(Work& work) {
+    if (lane == 0) {
+      device::wait_for(args.ready + work.layer, epoch);
+      read_verdict(work);
+    }
+  }
+  LAYERLR_DEVICE void read_verdict(Work& w) {
+    const DeviceVerdict* v = args.verdicts + w.layer;
+    w.grad = device::read_fresh(&v->grad);
+    w.a = device::read_fresh(&v->a);
+    w.b = device::read_fresh(&v->b);
+    if (device::read_fresh(&v->keep)) {
+      w.what = nothing;
+      w.sums = false;
+    }
+  }
+
+  // -- sums
+  // -------------------------------------------------------------------------------------------
+
+  /// The item is done: add its sums, and those of its layer if it was the layer's last.
+  LAYERLR_DEVICE void finish(const Work& work, const Partials& partials) {
+    if (order == unmeasured || !work.sums) return;
+    LayerStats sums;
+    if (work.what != nothing) {
+      sums = add_rows(workers, [&](int row, int column) { return partials.of[row][column]; });
+    }
+    if (!add_layer(work, sums) || lane != 0) return;
+    if (work.pass == second_pass) {
+      conclude_step(args, work.layer, sums);
+    } else if (args.phase == first_pass) {
+      args.layer_sums[work.layer] = sums;
+    } else {
+      conclude<D<float>>(args, work.layer, sums);
+      device::store_release(args.ready + work.layer, epoch);
+    }
+  }
+
+  /// Put an item's sums into its slot. The last one of a segment adds the segment's, the last
+  /// segment the layer's: then `sums` are those, and it is true.
+  LAYERLR_DEVICE bool add_layer(const Work& work, LayerStats& sums) {
+    const DeviceLayer& layer = args.layer[work.layer];
+    const int slots = layer.slots;
+    if (slots == 1) return true;
+    const int segment = (work.slot - layer.first_slot) / segment_items;
+    const int first = segment * segment_items, left = slots - first;
+    const int count = left < segment_items ? left : segment_items;
+    const int place = layer.first_segment + segment;
+    put(args.slot_sums + work.slot, sums);
+    if (!is_last(args.segment_arrivals + place, count)) return false;
+    sums = add_fresh(args.slot_sums + layer.first_slot + first, count);
+    if (slots <= segment_items) return true;
+    const int segments = (slots + segment_items - 1) / segment_items;
+    put(args.segment_sums + place, sums);
+    if (!is_last(args.layer_arrivals + work.layer, segments)) return false;
+    sums = add_fresh(args.segment_sums + layer.first_segment, segments);
+    return true;
+  }
+  LAYERLR_DEVICE void put(LayerStats* at, const LayerStats& sums) {
+    if (lane == 0) *at = sums;
+  }
+
+  /// Arrive at a counter: whether all others of `count` have. What the workers and this lane have
+  /// written is seen by whoever is told so.
+  LAYERLR_DEVICE bool is_last(uint32_t* counter, int count) {
+    bool last = false;
+    if (lane == 0) {
+      last = device::add_acq_rel(counter, 1) + 1 == static_cast<unsigned>(count);
+      if (last) *counter = 0;
+    }
+    __syncwarp();
+    return __shfl_sync(all, static_cast<int>(last), 0) != 0;
   }
 };
 

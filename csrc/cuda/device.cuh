@@ -10,19 +10,22 @@
 
 #define LAYERLR_KERNEL __global__
 #define LAYERLR_DEVICE __device__ __forceinline__
-/// Dynamic shared memory of the block, 16-byte aligned.
-#define LAYERLR_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 namespace layerlr::device {
 
 // -- memory of the whole device -----------------------------------------------------------------
 
-/// 16 bytes of it, aligned.
-struct alignas(16) Granule {
-  uint32_t word[4];
+/// 8 or 16 bytes of it, as one access moves them.
+template <int bytes>
+struct Word {
+  typedef uint4 type;
+};
+template <>
+struct Word<8> {
+  typedef uint2 type;
 };
 
-/// Ordinary reads and writes of elements; all traffic of tensors goes through these three.
+/// Ordinary reads and writes; all traffic of tensors goes through these six.
 template <class T>
 LAYERLR_DEVICE T read(const T* p) {
   __builtin_assume(__isGlobal(p));
@@ -33,23 +36,29 @@ LAYERLR_DEVICE void write(T* p, T x) {
   __builtin_assume(__isGlobal(p));
   *p = x;
 }
-/// p, known to lie in shared memory.
-template <class T>
-LAYERLR_DEVICE T* in_shared(T* p) {
-  __builtin_assume(__isShared(p));
-  return p;
+/// A vector that is read again in this launch: it goes past the L1 cache and stays in the L2.
+template <class V>
+LAYERLR_DEVICE V read_first(const V* p) {
+  typedef typename Word<sizeof(V)>::type W;
+  const W word = __ldcg(reinterpret_cast<const W*>(p));
+  return reinterpret_cast<const V&>(word);
 }
-/// Copy a granule to shared memory; done when wait() says so.
-LAYERLR_DEVICE void copy_async(void* shared, const void* global) {
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+/// A vector that is not read again: the L2 cache may let go of it first.
+template <class V>
+LAYERLR_DEVICE V read_last(const V* p) {
+  typedef typename Word<sizeof(V)>::type W;
+  const W word = __ldcs(reinterpret_cast<const W*>(p));
+  return reinterpret_cast<const V&>(word);
 }
-/// Close the group of copies that this thread has begun.
-LAYERLR_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Wait until at most `younger` of this thread's groups are still under way.
-template <int younger>
-LAYERLR_DEVICE void wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(younger) : "memory");
+template <class V>
+LAYERLR_DEVICE void write_first(V* p, const V& x) {
+  typedef typename Word<sizeof(V)>::type W;
+  __stcg(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(x));
+}
+template <class V>
+LAYERLR_DEVICE void write_last(V* p, const V& x) {
+  typedef typename Word<sizeof(V)>::type W;
+  __stcs(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(x));
 }
 
 /// Read what another block may have written in this launch, past the L1 cache.
@@ -70,6 +79,12 @@ LAYERLR_DEVICE unsigned add_acq_rel(unsigned* p, unsigned x) {
                : "memory");
   return old;
 }
+/// The same, ordering nothing.
+LAYERLR_DEVICE unsigned add_relaxed(unsigned* p, unsigned x) {
+  unsigned old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x));
+  return old;
+}
 LAYERLR_DEVICE unsigned load_acquire(const unsigned* p) {
   unsigned x;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -77,6 +92,16 @@ LAYERLR_DEVICE unsigned load_acquire(const unsigned* p) {
 }
 LAYERLR_DEVICE void store_release(unsigned* p, unsigned x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+/// Wait until *p is x. After ten seconds it gives up: an error tells more than a GPU that hangs.
+LAYERLR_DEVICE void wait_for(const unsigned* p, unsigned x) {
+  unsigned long long start, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  while (load_acquire(p) != x) {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (now - start > 10'000'000'000ull) __trap();
+    __nanosleep(32);
+  }
 }
 
 // -- arithmetic -----------------------------------------------------------------------------------

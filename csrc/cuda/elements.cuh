@@ -1,240 +1,300 @@
-// What is done to the elements of a tile that lies in shared memory.
+// The two passes over the elements of an item.
 #pragma once
 
 #include "cuda/sums.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/vectors.cuh"
 
 namespace layerlr {
 
-/// y where the gradient is finite (its difference to itself is 0), x elsewhere.
-template <class T>
-LAYERLR_DEVICE T where_finite(T g, T y, T x) {
-  return g - g == 0 ? y : x;
-}
-/// moved + step; where the step is zero, moved to the bit, the sign of a zero too.
-template <class T>
-LAYERLR_DEVICE T add_step(T moved, T step) {
-  return step == 0 ? moved : moved + step;
-}
-
-/// Where a tile's arrays lie in shared memory, and how many elements it has.
+/// Where the arrays of an item begin, how many elements it has, and how its weights are held.
 struct Arrays {
   char* w;
-  char* g;
+  const char* g;
   char* s[max_states];
-  char* u;
+  char* aux;
   int count;
+  bool aligned;  // every array begins at a vector
   Held held;
-  char* extra = nullptr;    // what 16-bit weights have beside them, in global memory
-  uint32_t key = 0, place;  // of stochastic rounding: the step's, the first element's
+  uint32_t key, place;  // of stochastic rounding: the step's, the first element's
 };
 
 /// What a step does to every gradient.
 struct Gradient {
   double sign, l2;
-  bool raw;   // the rule measures it before L2 decay
-  bool ww;    // the rule measures the weights
-  bool skip;  // an element with a bad gradient keeps its state
+  bool raw;      // the rule measures it before L2 decay
+  bool weights;  // the first pass of a gradient rule reads them
+  bool skip;     // an element with a bad gradient keeps its state
 };
 
-/// The tile of direction D over parameters of type P.
-template <template <class> class D, class P>
-struct Tile {
+/// Whether every array of an item begins where a vector may: of 16 bytes, of four elements if those
+/// are less.
+LAYERLR_DEVICE bool begins_vectors(const Arrays& at, DType dtype, int states) {
+  const auto off = [](const char* p, int bytes) {
+    return reinterpret_cast<uintptr_t>(p) % (4 * bytes < 16 ? 4 * bytes : 16);
+  };
+  const int bytes = param_bytes(dtype);
+  uintptr_t all = off(at.w, bytes) | off(at.g, bytes) | off(at.aux, aux_bytes(dtype, at.held));
+  for (int k = 0; k < states; ++k) all |= off(at.s[k], state_bytes(dtype));
+  return all == 0;
+}
+
+/// Elements of direction D and parameter type P. `coded`: 16-bit weights may have something beside
+/// them. `straight`: full tiles of aligned arrays have a loop of their own, without questions.
+template <template <class> class D, class P, bool coded, bool straight>
+struct Elements {
   using T = typename Wide<P>::type;
   static constexpr int states = D<T>::states;
+  /// Vectors of four that a worker has in hand, as registers allow; between them lie those of the
+  /// other workers.
+  static constexpr int in_hand = sizeof(T) == 8 || states > (coded ? 1 : 2) ? 1 : 2;
+  static constexpr int stride = 4 * workers;
 
   const Arrays& at;
   const D<T>& d;
   const Gradient& how;
-  T sign, l2;
-  bool decays;
+  const T sign, l2;
+  const bool decays, skips;
 
-  LAYERLR_DEVICE Tile(const Arrays& at, const D<T>& d, const Gradient& how)
-      : at(at), d(d), how(how), sign(T(how.sign)), l2(T(how.l2)), decays(how.l2 != 0) {}
+  LAYERLR_DEVICE Elements(const Arrays& at, const D<T>& d, const Gradient& how)
+      : at(at),
+        d(d),
+        how(how),
+        sign(T(how.sign)),
+        l2(T(how.l2)),
+        decays(how.l2 != 0),
+        skips(how.skip) {}
+
+  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e on,
+  /// each of n elements.
+  template <class Body>
+  LAYERLR_DEVICE void vectors(Body body) const {
+    const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;
+    int e = first;
+    if (straight && at.aligned) {
+      constexpr int tile = in_hand * stride;
+#pragma unroll 1
+      for (; e + tile - first <= count; e += tile) {
+        body(Always(), std::integral_constant<int, in_hand>(), e, 4);
+      }
+    }
+#pragma unroll 1
+    for (; e < count; e += stride) {
+      const int n = count - e < 4 ? count - e : 4;
+      body(at.aligned && n == 4, std::integral_constant<int, 1>(), e, n);
+    }
+  }
 
   LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.w); }
-  LAYERLR_DEVICE T* u() const { return reinterpret_cast<T*>(at.u); }
+  LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.g); }
   LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.s[k]); }
+
+  LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
+
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* x) const {
+    load<use>(whole, g() + e, n, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = x[i] * sign;
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_states(Whole whole, int e, int n, T (*x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < states; ++k) load<use>(whole, s(k) + e, n, x[k]);
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, const T (*x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < states; ++k) store<use>(whole, s(k) + e, n, x[k]);
+  }
+
+  // -- 16-bit weights and what lies beside them: layerlr/precision.py has the formulas ------------
+
   LAYERLR_DEVICE static T nearest(T x) {
     P p;
     narrowed(x, p);
     return widened(p);
   }
-  /// The weight of element e, p being its nearest.
-  LAYERLR_DEVICE T weight(T p, int e) const {
-    if (at.held == Held::master) {
-      const T x = device::read(reinterpret_cast<const T*>(at.extra) + e);
-      return nearest(x) == p ? x : p;
-    }
-    if (at.held == Held::kahan) {
-      const T rest = widened(device::read(reinterpret_cast<const P*>(at.extra) + e));
-      return nearest(p + rest * T(0.5)) == p ? p + rest : p;
-    }
-    return p;
-  }
-  /// Hold x in place of `old`, but for what is returned: to be stored as the nearest.
-  LAYERLR_DEVICE T hold(T p, T old, T x, int e) const {
-    if (at.held == Held::master) device::write(reinterpret_cast<T*>(at.extra) + e, x);
-    if (at.held == Held::kahan) {
-      if (x == old) return p;  // a weight can be held by two pairs
-      const T rest = x - nearest(x);
-      P c;
-      narrowed(rest - rest == 0 ? rest : T(0), c);
-      device::write(reinterpret_cast<P*>(at.extra) + e, c);
-    }
-    if (at.held == Held::stochastic && x == x) {
-      const uint32_t bits = bit_cast<uint32_t>(x);
-      return bit_cast<T>(round_at_random(bits, at.key, at.place + static_cast<uint32_t>(e)));
-    }
-    return x;
-  }
-  template <class Whole>
-  LAYERLR_DEVICE void load_weights(Whole whole, int e, int n, T* w) const {
-    load(whole, this->w() + e, n, w);
-    if constexpr (sizeof(P) == 2) {
-      if (at.held != Held::nearest) {
+  /// Four weights, and the nearest 16-bit numbers to them as they are stored.
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_weights(Whole whole, int e, int n, T* x, T* stored) const {
+    load<use>(whole, w() + e, n, stored);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = i < n ? weight(w[i], e + i) : T(0);
+    for (int i = 0; i < 4; ++i) x[i] = stored[i];
+    if constexpr (coded) {
+      T beside[4];
+      if (at.held == Held::master) {
+        load<use>(whole, reinterpret_cast<const T*>(at.aux) + e, n, beside);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
+      } else if (at.held == Held::kahan) {
+        load<use>(whole, reinterpret_cast<const P*>(at.aux) + e, n, beside);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
+        }
       }
     }
   }
+  /// x in place of `old`, whose nearest is `stored`.
   template <class Whole>
-  LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, T* x) const {
-    if constexpr (sizeof(P) == 2) {
-      if (at.held != Held::nearest) {
-        T p[4];
-        load(whole, this->w() + e, n, p);
+  LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, const T* stored,
+                                    T* x) const {
+    if constexpr (coded) {
+      if (at.held == Held::master) {
+        store<last>(whole, reinterpret_cast<T*>(at.aux) + e, n, x);
+      } else if (at.held == Held::kahan) {
+        T rest[4], before[4];
+        load<again>(whole, reinterpret_cast<const P*>(at.aux) + e, n, before);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = i < n ? hold(p[i], old[i], x[i], e + i) : T(0);
+        for (int i = 0; i < 4; ++i) {
+          const T left = x[i] - nearest(x[i]);
+          const bool still = x[i] == old[i];  // a weight can be held by two pairs
+          rest[i] = still ? before[i] : left - left == 0 ? left : T(0);
+          x[i] = still ? stored[i] : x[i];
+        }
+        store<last>(whole, reinterpret_cast<P*>(at.aux) + e, n, rest);
+      } else if (at.held == Held::stochastic) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t bits = bit_cast<uint32_t>(x[i]), place = at.place + uint32_t(e + i);
+          if (x[i] == x[i]) x[i] = bit_cast<T>(round_at_random(bits, at.key, place));
+        }
       }
     }
-    store(whole, this->w() + e, n, x);
-  }
-  template <class Whole>
-  LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* g) const {
-    load(whole, reinterpret_cast<const P*>(at.g) + e, n, g);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) g[i] = g[i] * sign;
-  }
-  LAYERLR_DEVICE bool aligned() const {
-    int off = shift(at.w) | shift(at.g);
-    for (int k = 0; k < states; ++k) off |= shift(at.s[k]);
-    return off == 0;
-  }
-  LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
-  /// The state of element i, out of the four that were loaded, and back.
-  LAYERLR_DEVICE void take(const T (*four)[4], int i, T* x) const {
-    for (int k = 0; k < states; ++k) x[k] = four[k][i];
-  }
-  LAYERLR_DEVICE void give(T (*four)[4], int i, const T* x) const {
-    for (int k = 0; k < states; ++k) four[k][i] = x[k];
+    store<last>(whole, w() + e, n, x);
   }
 
-  /// Gradient rules: gg, and ww where it is asked for.
+  // -- the passes -----------------------------------------------------------------------------------
+
+  /// Gradient rules, first pass.
   LAYERLR_DEVICE LayerStats measure() const {
     LayerStats sums;
-    const bool reads_w = how.ww || (decays && !how.raw);
-    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4] = {}, g[4];
-      load_gradient(whole, e, n, g);
-      if (reads_w) load_weights(whole, e, n, w);
+    const bool weights = how.weights, raw = how.raw;
+    vectors([&](auto whole, auto in_hand, int e, int n) {
+      constexpr int many = decltype(in_hand)::value;
+      T w[many][4] = {}, g[many][4], stored[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const T x = how.raw ? g[i] : decayed(g[i], w[i]);
-        add(sums.ww, w[i], w[i]);
-        add(sums.gg, x, x);
+      for (int v = 0; v < many; ++v) {
+        if (weights) load_weights<again>(whole, e + v * stride, n, w[v], stored);
+        load_gradient<again>(whole, e + v * stride, n, g[v]);
+      }
+#pragma unroll
+      for (int v = 0; v < many; ++v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const T x = raw ? g[v][i] : decayed(g[v][i], w[v][i]);
+          if (weights) add(sums.ww, w[v][i], w[v][i]);
+          add(sums.gg, x, x);
+        }
       }
     });
     return sums;
   }
 
-  /// Update rules: advance the state, sum all four, leave u.
+  /// Update rules, first pass: the state moves on.
   LAYERLR_DEVICE LayerStats advance() const {
     LayerStats sums;
-    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4], g[4], u[4], four[states + 1][4];
-      load_weights(whole, e, n, w);
-      load_gradient(whole, e, n, g);
-      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+    vectors([&](auto whole, auto in_hand, int e, int n) {
+      constexpr int many = decltype(in_hand)::value;
+      T w[many][4], g[many][4], s[many][states + 1][4], stored[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const T raw = g[i], used = decayed(raw, w[i]);
-        T old[states + 1], now[states + 1];
-        take(four, i, old);
-        for (int k = 0; k < states; ++k) now[k] = old[k];
-        d.advance(used, now);
-        if (how.skip) {
-          for (int k = 0; k < states; ++k) now[k] = where_finite(raw, now[k], old[k]);
-        }
-        give(four, i, now);
-        u[i] = i < n ? d.direction(used, now) : T(0);
-        add(sums.ww, w[i], w[i]);
-        add(sums.gg, used, used);
-        add(sums.uu, u[i], u[i]);
-        add(sums.wu, w[i], u[i]);
+      for (int v = 0; v < many; ++v) {
+        load_weights<again>(whole, e + v * stride, n, w[v], stored);
+        load_gradient<D<T>::needs_grad ? again : last>(whole, e + v * stride, n, g[v]);
+        load_states<again>(whole, e + v * stride, n, s[v]);
       }
-      for (int k = 0; k < states; ++k) store(whole, s(k) + e, n, four[k]);
-      store(whole, this->u() + e, n, u);
+#pragma unroll
+      for (int v = 0; v < many; ++v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const T used = decayed(g[v][i], w[v][i]);
+          const bool still = skips && !is_finite(g[v][i]);
+          T now[states + 1];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          d.advance(used, now);
+#pragma unroll
+          for (int k = 0; k < states; ++k) {
+            now[k] = still ? s[v][k][i] : now[k];
+            s[v][k][i] = now[k];
+          }
+          const T u = i < n ? d.direction(used, now) : T(0);
+          add(sums.ww, w[v][i], w[v][i]);
+          add(sums.gg, used, used);
+          add(sums.uu, u, u);
+          add(sums.wu, w[v][i], u);
+        }
+        store_states<again>(whole, e + v * stride, n, s[v]);
+      }
     });
     return sums;
   }
 
-  /// Update rules, a tile read again: u from the state as it is.
-  LAYERLR_DEVICE void direction() const {
-    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4] = {}, g[4] = {}, u[4], four[states + 1][4];
-      if (D<T>::needs_grad) {
-        load_gradient(whole, e, n, g);
-        if (decays) load_weights(whole, e, n, w);
-      }
-      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+  /// Update rules, second pass: w <- a*w + b*u, u formed again from the state.
+  LAYERLR_DEVICE void apply(T a, T b) const {
+    vectors([&](auto whole, auto in_hand, int e, int n) {
+      constexpr int many = decltype(in_hand)::value;
+      T w[many][4], g[many][4] = {}, s[many][states + 1][4], stored[many][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T now[states + 1];
-        take(four, i, now);
-        u[i] = d.direction(decayed(g[i], w[i]), now);
+      for (int v = 0; v < many; ++v) {
+        load_weights<last>(whole, e + v * stride, n, w[v], stored[v]);
+        if (D<T>::needs_grad) load_gradient<last>(whole, e + v * stride, n, g[v]);
+        load_states<last>(whole, e + v * stride, n, s[v]);
       }
-      store(whole, this->u() + e, n, u);
+#pragma unroll
+      for (int v = 0; v < many; ++v) {
+        T moved[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          T now[states + 1];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          const T u = d.direction(decayed(g[v][i], w[v][i]), now);
+          moved[i] = add_step(w[v][i] * a, u * b);
+        }
+        store_weights(whole, e + v * stride, n, w[v], stored[v], moved);
+      }
     });
   }
 
-  /// Update rules: w <- a*w + b*u.
-  LAYERLR_DEVICE void apply(const LayerScale& scale) const {
-    const T a = T(scale.a), b = T(scale.b);
-    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4], u[4], moved[4];
-      load_weights(whole, e, n, w);
-      load(whole, this->u() + e, n, u);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) moved[i] = add_step(w[i] * a, u[i] * b);
-      store_weights(whole, e, n, w, moved);
-    });
-  }
-
-  /// Gradient rules: advance with grad*g, apply; sums of what the rule did not see.
-  LAYERLR_DEVICE LayerStats advance_apply(const LayerScale& scale) const {
-    const T grad = T(scale.grad), a = T(scale.a), b = T(scale.b);
+  /// Gradient rules and no rule: advance with grad*g, apply. `tells`: the sums of what the rule did
+  /// not see.
+  template <bool tells>
+  LAYERLR_DEVICE LayerStats advance_apply(T grad, T a, T b) const {
     LayerStats sums;
-    vectors<T>(at.count, aligned(), [&](auto whole, int e, int n) {
-      T w[4], g[4], moved[4], four[states + 1][4];
-      load_weights(whole, e, n, w);
-      load_gradient(whole, e, n, g);
-      for (int k = 0; k < states; ++k) load(whole, s(k) + e, n, four[k]);
+    vectors([&](auto whole, auto in_hand, int e, int n) {
+      constexpr int many = decltype(in_hand)::value;
+      T w[many][4], g[many][4], s[many][states + 1][4], stored[many][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const T used = decayed(g[i], w[i]) * grad;
-        T now[states + 1];
-        take(four, i, now);
-        d.advance(used, now);
-        give(four, i, now);
-        const T u = i < n ? d.direction(used, now) : T(0);
-        add(sums.ww, w[i], w[i]);
-        add(sums.uu, u, u);
-        add(sums.wu, w[i], u);
-        moved[i] = add_step(w[i] * a, u * b);
+      for (int v = 0; v < many; ++v) {
+        load_weights<last>(whole, e + v * stride, n, w[v], stored[v]);
+        load_gradient<last>(whole, e + v * stride, n, g[v]);
+        load_states<last>(whole, e + v * stride, n, s[v]);
       }
-      for (int k = 0; k < states; ++k) store(whole, s(k) + e, n, four[k]);
-      store_weights(whole, e, n, w, moved);
+#pragma unroll
+      for (int v = 0; v < many; ++v) {
+        T moved[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          T used = decayed(g[v][i], w[v][i]);
+          if (tells) used = used * grad;  // 1 where there is no rule
+          T now[states + 1];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          d.advance(used, now);
+#pragma unroll
+          for (int k = 0; k < states; ++k) s[v][k][i] = now[k];
+          const T u = i < n ? d.direction(used, now) : T(0);
+          if (tells) {
+            add(sums.ww, w[v][i], w[v][i]);
+            add(sums.uu, u, u);
+            add(sums.wu, w[v][i], u);
+          }
+          moved[i] = add_step(w[v][i] * a, u * b);
+        }
+        store_states<last>(whole, e + v * stride, n, s[v]);
+        store_weights(whole, e + v * stride, n, w[v], stored[v], moved);
+      }
     });
     return sums;
   }

@@ -1,8 +1,7 @@
 // The functions behind engine.h.
-#include <algorithm>
 #include <cstring>
 
-#include "cuda/kernels.cuh"
+#include "cuda/engine.h"
 #include "cuda/launch.cuh"
 
 namespace layerlr {
@@ -24,57 +23,44 @@ DirectionKernels kernels_for(int direction) {
   return all[direction]();
 }
 
-/// Launches one after another, up to the first that fails.
-struct Launches {
-  const StepArgs& args;
-  void* stream;
-  const DirectionKernels k;
-  const char* error;
+/// Blocks take items until none is left.
+const char* launch_items(const StepArgs& args, Phase phase, int device, void* stream) {
+  if (!args.items) return nullptr;
+  StepArgs now = args;
+  now.phase = phase;
+  // of a plan without a rule the gradients may be measured all the same
+  const Order order =
+      phase == first_pass && !args.measured ? gradient_rule : args.order();
+  const Kernel kernel = kernels_for(args.direction).step[args.family][order];
+  int blocks = args.blocks;
+  const char* error = select_device(device);
+  if (!error && !blocks) error = room_for(kernel, device, &blocks);
+  if (error) return error;
+  return launch(kernel, std::min(blocks, args.items), block_threads, now, stream);
+}
 
-  Launches(const StepArgs& args, int device, void* stream)
-      : args(args), stream(stream), k(kernels_for(args.direction)), error(select_device(device)) {}
-
-  void passes(Phase phase) {
-    run(k.step, args.blocks, phase, args.rings.bytes_in_all(), phase == whole_step);
-  }
-  void run(void (*kernel)(StepArgs), int grid, Phase phase = whole_step, int shared = 0,
-           bool together = false) {
-    if (error || !grid) return;
-    StepArgs now = args;
-    now.phase = phase;
-    error = launch(kernel, grid, shared, together, now, stream);
-  }
-};
+const char* step(const StepArgs& args, int device, void* stream) {
+  return launch_items(args, whole_step, device, stream);
+}
 
 const char* measure(const StepArgs& args, int device, void* stream) {
-  Launches to(args, device, stream);
-  to.passes(first_pass);
-  to.run(to.k.sum, args.layers);
-  return to.error;
+  return launch_items(args, first_pass, device, stream);
 }
 
 const char* apply(const StepArgs& args, int device, void* stream) {
-  Launches to(args, device, stream);
-  if (args.measured) to.run(to.k.decide, args.layers);
-  to.passes(second_pass);
-  to.run(to.k.finish, args.layers + 1);
-  return to.error;
-}
-
-const char* step(const StepArgs& args, int device, bool plain, void* stream) {
-  if (plain) {
-    const char* error = args.measured ? measure(args, device, stream) : nullptr;
-    return error ? error : apply(args, device, stream);
+  const char* error = select_device(device);
+  if (!error && args.measured) {
+    constexpr int threads = 32;
+    const int grid = (args.layers + threads - 1) / threads;
+    error = launch(kernels_for(args.direction).decide, grid, threads, args, stream);
   }
-  Launches to(args, device, stream);
-  to.passes(whole_step);
-  return to.error;
+  return error ? error : launch_items(args, second_pass, device, stream);
 }
 
 #if defined(LAYERLR_SIMT)
 
 const char* info(int, DeviceInfo* answer) {
-  *answer = {4, tile_threads, 48 * 1024, true};
+  *answer = {4, 1 << 20, item_elements};
   return nullptr;
 }
 
@@ -88,27 +74,25 @@ bool capturing(void*) { return false; }
 #else
 
 const char* info(int device, DeviceInfo* answer) {
-  int cooperative = 0;
+  int l2 = 0;
   cudaError_t error =
       cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&answer->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                   device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
-  }
-  answer->tile_threads = tile_threads;
-  answer->cooperative = cooperative != 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
+  answer->l2_bytes = l2;
+  answer->item_elements = item_elements;
   return outcome(error);
 }
 
-/// What a launch can carry along.
+/// What a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1.
 struct Payload {
+#if CUDART_VERSION >= 12010
+  char bytes[32 * 1024 - 64];
+#else
   char bytes[3840];
+#endif
 };
 
-__global__ void upload_kernel(char* to, const Payload payload, int bytes) {
+__global__ void upload_kernel(char* to, const __grid_constant__ Payload payload, int bytes) {
   for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) {
     *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(payload.bytes + i);
   }
@@ -121,9 +105,11 @@ const char* upload(void* to, const void* from, size_t bytes, int device, void* s
     Payload payload;
     const size_t part = std::min(bytes - done, sizeof payload);
     std::memcpy(payload.bytes, static_cast<const char*>(from) + done, part);
-    upload_kernel<<<1, 256, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<char*>(to) + done, payload, static_cast<int>(part));
-    error = outcome(cudaGetLastError());
+    char* at = static_cast<char*>(to) + done;
+    int n = static_cast<int>(part);
+    void* arguments[] = {&at, &payload, &n};
+    error = outcome(cudaLaunchKernel(reinterpret_cast<const void*>(upload_kernel), 1, 1024,
+                                     arguments, 0, static_cast<cudaStream_t>(stream)));
   }
   return error;
 }

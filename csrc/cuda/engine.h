@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace layerlr {
 
@@ -10,9 +11,8 @@ struct StepArgs;
 /// What a schedule needs to know of a device.
 struct DeviceInfo {
   int multiprocessors = 0;
-  int tile_threads = 0;      // of a block: what these kernels were built for
-  int shared_bytes = 0;      // of a block, at most, dynamic
-  bool cooperative = false;  // a grid that waits for itself can be launched
+  int64_t l2_bytes = 0;
+  int item_elements = 0;  // what these kernels were built for
 };
 
 /// The functions of one build of the kernels. Each returns null, or what went wrong. `device`
@@ -20,8 +20,8 @@ struct DeviceInfo {
 struct Engine {
   /// Properties of a device.
   const char* (*info)(int device, DeviceInfo* answer);
-  /// One step, in one launch or (plain) in a few.
-  const char* (*step)(const StepArgs& args, int device, bool plain, void* stream);
+  /// One step, in one launch.
+  const char* (*step)(const StepArgs& args, int device, void* stream);
   /// The two halves of a step: what leaves args.layer_sums, and what follows from them.
   const char* (*measure)(const StepArgs& args, int device, void* stream);
   const char* (*apply)(const StepArgs& args, int device, void* stream);

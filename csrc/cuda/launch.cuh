@@ -1,9 +1,9 @@
 // Starting kernels: the few calls of the CUDA runtime that there are.
 #pragma once
 
-#include "cuda/device.cuh"
-#include "cuda/engine.h"
-#include "cuda/tables.h"
+#include <algorithm>
+
+#include "cuda/kernels.cuh"
 
 namespace layerlr {
 
@@ -11,9 +11,14 @@ namespace layerlr {
 
 inline const char* select_device(int) { return nullptr; }
 
-inline const char* launch(void (*kernel)(StepArgs), int grid, int shared_bytes, bool,
-                          const StepArgs& args, void*) {
-  simt::launch(grid, tile_threads, shared_bytes, [&] { kernel(args); });
+/// Blocks of a grid whose blocks take items: all that the device has room for, 8 here.
+inline const char* room_for(Kernel, int, int* blocks) {
+  *blocks = 8;
+  return nullptr;
+}
+
+inline const char* launch(Kernel kernel, int grid, int threads, const StepArgs& args, void*) {
+  simt::launch(grid, threads, 0, [&] { kernel(args); });
   return nullptr;
 }
 
@@ -25,23 +30,22 @@ inline const char* outcome(cudaError_t error) {
 
 inline const char* select_device(int device) { return outcome(cudaSetDevice(device)); }
 
-/// `together`: all blocks are resident at once.
-inline const char* launch(void (*kernel)(StepArgs), int grid, int shared_bytes, bool together,
-                          const StepArgs& args, void* stream) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  const auto at = static_cast<cudaStream_t>(stream);
-  void* arguments[] = {const_cast<StepArgs*>(&args)};
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes) {
-    error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
+inline const char* room_for(Kernel kernel, int device, int* blocks) {
+  int multiprocessors = 0, each = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = together ? cudaLaunchCooperativeKernel(function, grid, tile_threads, arguments,
-                                                   shared_bytes, at)
-                     : cudaLaunchKernel(function, grid, tile_threads, arguments, shared_bytes, at);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block_threads, 0);
   }
+  *blocks = std::max(1, multiprocessors * each);
   return outcome(error);
+}
+
+inline const char* launch(Kernel kernel, int grid, int threads, const StepArgs& args,
+                          void* stream) {
+  void* arguments[] = {const_cast<StepArgs*>(&args)};
+  return outcome(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, threads, arguments,
+                                  0, static_cast<cudaStream_t>(stream)));
 }
 
 #endif

@@ -1,192 +1,165 @@
 #include "cuda/schedule.h"
 
 #include <algorithm>
+#include <deque>
+#include <numeric>
 #include <stdexcept>
-#include <string>
 
 namespace layerlr {
 namespace {
 
-/// Shared memory that is not for tiles: Shared<D>, and what the driver keeps.
-constexpr int reserved_bytes = 2048;
+/// Items that each multiprocessor takes while a layer's verdict is made, by default: the blocks'
+/// last items of its first pass, those that they have tickets for, and the decision.
+constexpr int items_of_a_verdict = 8;
 
-/// Bytes of the largest tile of an array; 16 more let it lie off the border as it does in memory.
-int place_bytes(const Plan& plan, int threads, bool state) {
-  int most = 0;
-  for (const TensorRow& row : plan.tensors) {
-    const int each = state ? state_bytes(row.dtype) : param_bytes(row.dtype);
-    most = std::max(most, each * tile_elements(row.dtype, threads));
-  }
-  return most + 16;
-}
-
-/// Update rules hold w and u, and let go of the rest when it is measured; gradient rules hold all.
-/// u takes the place of g where an element of both has the same size.
-Rings make_rings(const Plan& plan, int threads) {
-  const int states = states_of(plan.direction);
-  const int param = place_bytes(plan, threads, false), state = place_bytes(plan, threads, true);
-  Rings r{};
-  const auto put = [&](int k, int ring, int bytes) {
-    r.ring[k] = ring;
-    r.offset[k] = r.bytes[ring];
-    r.bytes[ring] += bytes;
+Family family_of(const Plan& plan) {
+  const auto all = [&](DType dtype, bool coded) {
+    return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const TensorRow& row) {
+      return row.dtype == dtype && (coded || row.held == Held::nearest);
+    });
   };
-  put(0, 0, param);
-  r.u_offset = r.bytes[0];
-  r.u_is_g = plan.rule.update;
-  for (const TensorRow& row : plan.tensors) {
-    r.u_is_g = r.u_is_g && param_bytes(row.dtype) == state_bytes(row.dtype);
-  }
-  if (plan.rule.update && !r.u_is_g) r.bytes[0] += state;
-  put(1, plan.rule.update && !r.u_is_g, param);
-  for (int k = 0; k < states; ++k) put(2 + k, plan.rule.update, state);
-  return r;
+  return all(DType::f32, false)    ? float32_only
+         : all(DType::bf16, false) ? bfloat16_only
+         : all(DType::bf16, true)  ? coded_bfloat16_only
+                                   : any_dtype;
 }
-
-/// Give the rings as many places as there is room for. What is read again must have been written
-/// before, and is asked for `ahead` tiles early: so many can be held at least.
-void fill_rings(Schedule& s, int room) {
-  Rings& r = s.rings;
-  const int each = r.bytes[0] + static_cast<int>(sizeof(Job));
-  for (s.ahead = tiles_ahead; s.ahead > 0; --s.ahead) {
-    r.places[1] = r.bytes[1] ? s.ahead + 1 : 1;
-    r.places[0] = (room - r.bytes[1] * r.places[1]) / each;
-    s.lag = r.places[0] - s.ahead;
-    if (s.lag >= s.ahead) return;
-  }
-  throw std::invalid_argument("tiles of this direction and dtype do not fit into the device's " +
-                              std::to_string(room) + " bytes of shared memory");
-}
-
-/// A tile of a layer, while runs are made.
-struct Tile {
-  int32_t span, segment;
-  int64_t begin;
-  int64_t number;
-};
 
 class Maker {
  public:
-  Maker(const Plan& plan, bool measured, int threads, Schedule& s, int hold)
-      : plan_(plan), measured_(measured), threads_(threads), s_(s), hold_(hold), lists_(s.blocks) {
+  Maker(const Plan& plan, Schedule& schedule, int64_t item)
+      : plan_(plan), s_(schedule), item_(item) {
     spans_.resize(plan.layers.size());
     for (size_t i = 0; i < plan.spans.size(); ++i) {
       spans_[plan.spans[i].layer].push_back(static_cast<int32_t>(i));
     }
+    for (size_t l = 0; l < plan.layers.size(); ++l) add_layer(l);
   }
 
-  void run() {
-    for (size_t l = 0; l < plan_.layers.size(); ++l) layer(static_cast<int32_t>(l));
-    s_.first_run.push_back(0);
-    for (const std::vector<Run>& list : lists_) {
-      s_.runs.insert(s_.runs.end(), list.begin(), list.end());
-      s_.first_run.push_back(static_cast<int32_t>(s_.runs.size()));
+  /// Every item once.
+  void one_pass() {
+    for (const size_t l : by_size()) add_pass(l, second_pass, false);
+  }
+
+  /// The second pass of a layer comes `distance` items after its first, those of other layers in
+  /// between, so that its verdict is there and what it read still in the L2 cache. Of a layer
+  /// larger than that the items that were read last come first.
+  void two_passes(int distance, int64_t l2_bytes) {
+    std::deque<std::pair<size_t, size_t>> waiting;  // layers, and where their first pass ended
+    const auto second = [&] {
+      const size_t l = waiting.front().first;
+      waiting.pop_front();
+      add_pass(l, second_pass, bytes(l) > l2_bytes / 2);
+    };
+    for (const size_t l : by_size()) {
+      for (const Item& item : items(l, first_pass)) {
+        while (!waiting.empty() && s_.items.size() >= waiting.front().second + distance) second();
+        s_.items.push_back(item);
+      }
+      waiting.push_back({l, s_.items.size()});
     }
+    while (!waiting.empty()) second();
   }
 
  private:
-  int64_t each(const Span& span) const {
-    return tile_elements(plan_.tensors[span.tensor].dtype, threads_);
+  int64_t items_of(const Span& span) const {  // an empty one takes part all the same
+    return std::max<int64_t>(1, (span.end - span.begin + item_ - 1) / item_);
   }
 
-  /// Tiles are dealt to the blocks in turn, each layer going on where the last one ended.
-  void layer(int32_t l) {
-    std::vector<Tile> tiles;
+  void add_layer(size_t l) {
+    int64_t slots = 0;
+    for (const int32_t i : spans_[l]) slots += items_of(plan_.spans[i]);
+    if (s_.slots + slots > INT32_MAX / 2) throw std::invalid_argument("too many elements");
+    const Layer& layer = plan_.layers[l];
+    s_.layers.push_back(
+        {layer.lr_scale, layer.ruled, s_.slots, static_cast<int32_t>(slots), s_.segments});
+    s_.slots += static_cast<int32_t>(slots);
+    s_.segments += static_cast<int32_t>((slots + segment_items - 1) / segment_items);
+  }
+
+  /// Layers, large ones first: while the verdicts on the last ones are made there is little to wait
+  /// for.
+  std::vector<size_t> by_size() const {
+    std::vector<size_t> order(plan_.layers.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
+      return s_.layers[x].slots > s_.layers[y].slots;
+    });
+    return order;
+  }
+
+  std::vector<Item> items(size_t l, Phase pass) const {
+    std::vector<Item> items;
+    int32_t slot = s_.layers[l].first_slot;
+    for (const int32_t i : spans_[l]) {
+      const int64_t n = items_of(plan_.spans[i]);
+      for (int32_t k = 0; k < n; ++k) items.push_back({i, k, slot++, pass});
+    }
+    return items;
+  }
+
+  void add_pass(size_t l, Phase pass, bool backwards) {
+    std::vector<Item> all = items(l, pass);
+    if (backwards) std::reverse(all.begin(), all.end());
+    s_.items.insert(s_.items.end(), all.begin(), all.end());
+  }
+
+  /// What both passes read.
+  int64_t bytes(size_t l) const {
+    int64_t n = 0;
     for (const int32_t i : spans_[l]) {
       const Span& span = plan_.spans[i];
-      int64_t begin = span.begin;
-      do {  // an empty tensor has an empty tile: it takes part all the same
-        tiles.push_back({i, 0, begin, s_.tiles + static_cast<int64_t>(tiles.size())});
-        begin += each(span);
-      } while (begin < span.end);
+      const DType dtype = plan_.tensors[span.tensor].dtype;
+      n += (span.end - span.begin) * (param_bytes(dtype) + state_bytes(dtype));
     }
-    const int64_t n = static_cast<int64_t>(tiles.size());
-    const int32_t first_segment = static_cast<int32_t>(s_.segments.size());
-    const int64_t most = segment_tiles * threads_;
-    for (int64_t first = 0; first < n; first += most) {
-      const int64_t count = std::min(most, n - first);
-      for (int64_t j = first; j < first + count; ++j) {
-        tiles[j].segment = static_cast<int32_t>(s_.segments.size());
-      }
-      s_.segments.push_back({s_.tiles + first, static_cast<int32_t>(count), l,
-                             static_cast<int32_t>(std::min<int64_t>(count, s_.blocks))});
-    }
-    const Layer& layer = plan_.layers[l];
-    s_.layers.push_back({layer.lr_scale, layer.ruled, first_segment,
-                         static_cast<int32_t>(s_.segments.size()) - first_segment});
-    for (int64_t j = 0; j < std::min<int64_t>(n, s_.blocks); ++j) {
-      std::vector<Tile> own;
-      for (int64_t k = j; k < n; k += s_.blocks) own.push_back(tiles[k]);
-      deal(own, lists_[(s_.tiles + j) % s_.blocks]);
-    }
-    s_.tiles += n;
-  }
-
-  /// One block's tiles of a layer: the first ones are streamed, the last ones held; those that were
-  /// streamed come again, last one first.
-  void deal(const std::vector<Tile>& own, std::vector<Run>& list) {
-    const size_t start = list.size(), n = own.size();
-    if (!measured_) {
-      for (const Tile& tile : own) add(list, start, tile, again);
-      return;
-    }
-    const size_t streamed = n - std::min<size_t>(n, hold_);
-    for (size_t i = 0; i < n; ++i) {
-      add(list, start, own[i], i < streamed ? stream : hold);
-      if (i + 1 == n || own[i + 1].segment != own[i].segment) list.back().measured = 1;
-    }
-    for (size_t i = streamed; i-- > 0;) add(list, start, own[i], again);
-    if (plan_.rule.update) return;
-    for (size_t i = list.size(); i-- > start;) {  // the last of each segment to be applied
-      if (list[i].kind == stream) continue;
-      bool later = false;
-      for (size_t k = i + 1; k < list.size(); ++k) {
-        later |= list[k].kind != stream && list[k].segment == list[i].segment;
-      }
-      list[i].applied = !later;
-    }
-  }
-
-  /// Add a tile to the last run where it fits there.
-  void add(std::vector<Run>& list, size_t start, const Tile& tile, Kind kind) {
-    const Span& span = plan_.spans[tile.span];
-    if (list.size() > start) {
-      Run& last = list.back();
-      const int64_t stride = tile.number - (last.tile + int64_t(last.count - 1) * last.stride);
-      if (last.kind == kind && last.segment == tile.segment && last.tensor == span.tensor &&
-          last.end == span.end && !last.measured && (last.count == 1 || last.stride == stride)) {
-        last.stride = static_cast<int32_t>(stride);
-        ++last.count;
-        return;
-      }
-    }
-    const int8_t ruled = plan_.layers[span.layer].ruled;
-    list.push_back({tile.begin, span.end, tile.number, span.tensor, span.layer, tile.segment, 1, 0,
-                    kind, ruled, 0, 0});
+    return n;
   }
 
   const Plan& plan_;
-  const bool measured_;
-  const int threads_;
   Schedule& s_;
-  const int hold_;
+  const int64_t item_;  // elements
   std::vector<std::vector<int32_t>> spans_;
-  std::vector<std::vector<Run>> lists_;
 };
 
 }  // namespace
 
+void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
+  const TensorRow& row = plan.tensors[span.tensor];
+  to.grad = nullptr;
+  to.layer = span.layer;
+  if (!row.active) return;  // the other pointers may be stale
+  const int64_t param = span.begin * param_bytes(row.dtype);
+  const int64_t state = span.begin * state_bytes(row.dtype);
+  to.param = static_cast<char*>(row.param) + param;
+  to.grad = static_cast<const char*>(row.grad) + param;
+  for (int k = 0; k < max_states; ++k) {
+    to.state[k] = row.state[k] ? static_cast<char*>(row.state[k]) + state : nullptr;
+  }
+  to.aux = nullptr;
+  if (row.extra) {
+    to.aux = static_cast<char*>(row.extra) + span.begin * aux_bytes(row.dtype, row.held);
+  }
+  to.step = row.step;
+  to.seed = row.seed;
+  to.begin = span.begin;
+  to.size = span.end - span.begin;
+  to.dtype = static_cast<int32_t>(row.dtype);
+  to.step_is_double = row.step_is_double;
+  to.held = row.held;
+  to.ruled = plan.layers[span.layer].ruled;
+}
+
 Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device,
                        const Tuning& tuning) {
   Schedule s;
-  s.rings = make_rings(plan, device.tile_threads);
-  fill_rings(s, device.shared_bytes - reserved_bytes);
-  s.blocks = tuning.blocks ? tuning.blocks : device.multiprocessors;
-  s.plain = tuning.plain || !device.cooperative;
-  int hold = std::min(s.lag, std::max(s.lag - spare_tiles, s.ahead));
-  if (tuning.hold) hold = std::min(std::max(tuning.hold, s.ahead), s.lag);
-  if (s.plain) hold = 0;
-  Maker(plan, measured, device.tile_threads, s, hold).run();
+  s.family = family_of(plan);
+  Maker maker(plan, s, device.item_elements);
+  const int distance =
+      tuning.distance ? tuning.distance : items_of_a_verdict * device.multiprocessors;
+  if (measured) {
+    maker.two_passes(distance, device.l2_bytes);
+  } else {
+    maker.one_pass();
+  }
   s.first_layer.push_back(0);
   for (size_t i = 0, k = 0; i < plan.tensors.size(); ++i) {  // spans are sorted by tensor
     for (; k < plan.spans.size() && plan.spans[k].tensor == static_cast<int32_t>(i); ++k) {

@@ -1,4 +1,4 @@
-// Which block does what with which tile, and where the tile lies meanwhile.
+// In which order blocks take the items of a step.
 #pragma once
 
 #include <vector>
@@ -10,26 +10,23 @@ namespace layerlr {
 
 /// What may be chosen freely: results do not depend on it. 0: as it suits the device.
 struct Tuning {
-  int blocks = 0;      // of the grid
-  int hold = 0;        // tiles of a layer that a block keeps on chip, at most
-  bool plain = false;  // several launches
+  int blocks = 0;    // of the grid, at most
+  int distance = 0;  // items between a layer's last first-pass item and its first second-pass item
 };
 
 struct Schedule {
-  bool plain = false;
-  int blocks = 0, ahead = 0, lag = 0;
-  Rings rings{};
-  int64_t tiles = 0;
+  Family family = any_dtype;
   std::vector<DeviceLayer> layers;
-  std::vector<Segment> segments;
-  std::vector<Run> runs;
-  std::vector<int32_t> first_run;      // of each block, and the end
+  std::vector<Item> items;
+  int32_t slots = 0, segments = 0;
   std::vector<int32_t> tensor_layers;  // by tensor
   std::vector<int32_t> first_layer;    // of each tensor in it, and the end
 };
 
+/// A span as the device sees it, its pointers read from the plan's tensors.
+void fill_span(DeviceSpan& to, const Plan& plan, const Span& span);
+
 /// Schedule of a plan whose tensors, spans and layers are set. `measured`: layers have sums.
-/// Throws std::invalid_argument where the tiles do not fit into the device's shared memory.
 Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device,
                        const Tuning& tuning);
 

@@ -20,9 +20,8 @@ from .config import StepConfig
 class Tuning(NamedTuple):
     """What a plan may choose freely, results being the same to the bit; 0: by the device."""
 
-    blocks: int = 0  # of the grid
-    hold: int = 0  # tiles of a layer that a block keeps on chip, at most
-    plain: bool = False  # measure, decide, apply and finish in a launch each
+    blocks: int = 0  # of the grid, at most
+    distance: int = 0  # items between a layer's last first-pass item and its first second-pass one
 
 
 _tuning = Tuning()
@@ -98,17 +97,17 @@ class CudaPlan:
             self._native.step(config.values, config.tensors)
 
     def norms(self, config: StepConfig) -> Tensor:
-        """Two launches: the tiles, the layers."""
+        """One launch."""
         return self._native.norms(config.values, config.tensors)
 
     def measure(self, config: StepConfig) -> Tensor:
-        """Two launches: the tiles, the layers."""
+        """One launch."""
         if config.changes_nothing:
             return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
         return self._native.measure(config.values, config.tensors)
 
     def apply(self, config: StepConfig, sums: Tensor) -> None:
-        """Three launches: the layers, the tiles, what is left."""
+        """Two launches: the layers, the elements."""
         if not config.changes_nothing:
             self._native.apply(config.values, config.tensors, sums)
 

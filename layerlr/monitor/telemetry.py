@@ -101,7 +101,7 @@ class Telemetry:
         RuntimeError
             From a sink that raised.
         """
-        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         self.step += 1
         if self.step % self.every == 0:

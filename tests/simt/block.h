@@ -16,13 +16,6 @@ typedef Relaxed<uint64_t> Counter;
 
 struct Block;
 
-struct Copy {
-  void* to;
-  const void* from;
-  unsigned group;
-  layerlr::device::Granule seen;
-};
-
 struct Fiber : Thread {
   Block* block;
   Context context;
@@ -30,8 +23,6 @@ struct Fiber : Thread {
   Relaxed<const Counter*> awaited;  // runs on when this has reached goal; null: at any time
   Counter goal;
   Relaxed<const char*> place;  // where it waits
-  std::vector<Copy> copies;
-  unsigned committed;
 };
 
 inline Fiber& fiber() { return static_cast<Fiber&>(self()); }

@@ -13,9 +13,9 @@ namespace {
 std::vector<std::function<void()>> graph;
 bool recording = false;
 
-const char* step_or_record(const StepArgs& args, int device, bool plain, void* stream) {
-  if (!recording) return cuda_engine().step(args, device, plain, stream);
-  graph.push_back([=] { cuda_engine().step(args, device, plain, stream); });
+const char* step_or_record(const StepArgs& args, int device, void* stream) {
+  if (!recording) return cuda_engine().step(args, device, stream);
+  graph.push_back([=] { cuda_engine().step(args, device, stream); });
   return nullptr;
 }
 

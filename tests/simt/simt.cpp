@@ -112,8 +112,6 @@ void Worker::prepare() {
     f.traffic = {};
     f.done = false;
     f.awaited = nullptr;
-    f.copies.clear();
-    f.committed = 0;
   }
   warps.assign((n + 31) / 32, Warp());
   live = n;
@@ -262,29 +260,3 @@ const Relaxed<uint64_t>* exchange(unsigned mask, uint64_t word, bool ordered, co
 }
 
 }  // namespace simt
-
-namespace layerlr::device {
-
-void copy_async(void* shared, const void* global) {
-  simt::check_aligned(static_cast<Granule*>(shared));
-  simt::check_aligned(static_cast<const Granule*>(global));
-  simt::Fiber& f = simt::fiber();
-  f.traffic.loaded += 16;
-  ++f.traffic.copies;
-  f.copies.push_back({shared, global, f.committed, *static_cast<const Granule*>(global)});
-  std::memset(shared, 0xff, 16);
-}
-
-void commit() { ++simt::fiber().committed; }
-
-void wait_for_copies(unsigned younger) {
-  simt::Fiber& f = simt::fiber();
-  auto copy = f.copies.begin();
-  for (; copy != f.copies.end() && copy->group + younger < f.committed; ++copy) {
-    if (std::memcmp(copy->from, &copy->seen, 16) != 0) simt::fail("a source changed before wait()");
-    *static_cast<Granule*>(copy->to) = copy->seen;
-  }
-  f.copies.erase(f.copies.begin(), copy);
-}
-
-}  // namespace layerlr::device

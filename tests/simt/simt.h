@@ -36,14 +36,14 @@ extern double patience_seconds;
 
 /// What went through the functions of layerlr::device.
 struct Traffic {
-  uint64_t loaded, stored;  // bytes; loaded includes copied and fresh ones
-  uint64_t reads, writes;   // calls of read and write
-  uint64_t copies;          // calls of copy_async, 16 bytes each
+  uint64_t loaded, stored;  // bytes; loaded includes fresh ones
+  uint64_t reads, writes;   // calls of all that read and write
+  uint64_t vectors;         // bytes that vectors move, read and written
   uint64_t fresh;           // bytes by read_fresh
 
   Traffic& operator+=(const Traffic& x) {
     loaded += x.loaded, stored += x.stored, reads += x.reads, writes += x.writes;
-    copies += x.copies, fresh += x.fresh;
+    vectors += x.vectors, fresh += x.fresh;
     return *this;
   }
 };
@@ -127,7 +127,6 @@ inline unsigned lane() { return self().index.x % 32; }
 
 #define LAYERLR_KERNEL inline
 #define LAYERLR_DEVICE inline
-#define LAYERLR_DYNAMIC_SHARED(name) char* const name = simt::self().shared
 
 #define threadIdx (simt::self().index)
 SIMT_THREAD_LOCAL simt::Index blockIdx, blockDim, gridDim;
@@ -169,10 +168,6 @@ inline bool __all_sync(unsigned mask, int yes) { return __ballot_sync(mask, !yes
 
 namespace layerlr::device {
 
-struct alignas(16) [[gnu::may_alias]] Granule {
-  uint32_t word[4];
-};
-
 template <class T>
 T read(const T* p) {
   simt::check_aligned(p);
@@ -198,23 +193,34 @@ T read_fresh(const T* p) {
   return *p;
 }
 
-template <class T>
-T* in_shared(T* p) {
-  return p;
+/// Vectors of 8 or 16 bytes; what is read first may be read again.
+template <class V>
+V read_first(const V* p) {
+  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  simt::self().traffic.vectors += sizeof(V);
+  return read(p);
 }
-
-/// Copies when wait() says that it must; until then the shared granule holds 0xff.
-void copy_async(void* shared, const void* global);
-void commit();
-void wait_for_copies(unsigned younger);
-template <int younger>
-void wait() {
-  wait_for_copies(younger);
+template <class V>
+V read_last(const V* p) {
+  return read_first(p);
+}
+template <class V>
+void write_first(V* p, const V& x) {
+  simt::self().traffic.vectors += sizeof(V);
+  write(p, x);
+}
+template <class V>
+void write_last(V* p, const V& x) {
+  write_first(p, x);
 }
 
 inline unsigned add_acq_rel(unsigned* p, unsigned x) {
   simt::step_taken();
   return __atomic_fetch_add(p, x, __ATOMIC_ACQ_REL);
+}
+inline unsigned add_relaxed(unsigned* p, unsigned x) {
+  simt::step_taken();
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 }
 /// Lets other threads run first, so that a loop around it ends.
 inline unsigned load_acquire(const unsigned* p) {
@@ -224,6 +230,11 @@ inline unsigned load_acquire(const unsigned* p) {
 inline void store_release(unsigned* p, unsigned x) {
   simt::step_taken();
   __atomic_store_n(p, x, __ATOMIC_RELEASE);
+}
+
+inline void wait_for(const unsigned* p, unsigned x) {
+  while (load_acquire(p) != x) {
+  }
 }
 
 inline double fused_add(double x, double y, double z) { return std::fma(x, y, z); }

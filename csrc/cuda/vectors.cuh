@@ -1,0 +1,104 @@
+// Four elements of an array between global memory and registers.
+#pragma once
+
+#include <cfloat>
+#include <type_traits>
+
+#include "cuda/device.cuh"
+#include "cuda/tables.h"
+#include "half.h"
+
+namespace layerlr {
+
+/// Arithmetic type of a parameter type.
+template <class P>
+struct Wide {
+  typedef float type;
+};
+template <>
+struct Wide<double> {
+  typedef double type;
+};
+
+LAYERLR_DEVICE float widened(float x) { return x; }
+LAYERLR_DEVICE double widened(double x) { return x; }
+LAYERLR_DEVICE float widened(BFloat16 x) { return widen(x); }
+LAYERLR_DEVICE float widened(Float16 x) { return widen(x); }
+LAYERLR_DEVICE void narrowed(float x, float& to) { to = x; }
+LAYERLR_DEVICE void narrowed(double x, double& to) { to = x; }
+LAYERLR_DEVICE void narrowed(float x, BFloat16& to) { to = narrow_bf16(x); }
+LAYERLR_DEVICE void narrowed(float x, Float16& to) { to = narrow_f16(x); }
+
+/// What one access moves: 16 bytes, or 8 for four 16-bit elements.
+template <class P>
+struct Vector {
+  static constexpr int n = sizeof(P) == 8 ? 2 : 4;
+  struct alignas(n * sizeof(P)) Of {
+    P x[n];
+  };
+};
+
+/// Whether an array is read or written again in this launch.
+enum Use { again, last };
+
+/// A condition that the compiler knows.
+struct Always {
+  LAYERLR_HD constexpr operator bool() const { return true; }
+};
+
+/// Elements [0, n) of the four at p; the others are zero. `whole` (a bool, or Always): all four, in
+/// aligned vectors.
+template <Use use, class Whole, class P, class T>
+LAYERLR_DEVICE void load(Whole whole, const P* p, int n, T* x) {
+  if (whole) {
+    using V = typename Vector<P>::Of;
+#pragma unroll
+    for (int i = 0; i < 4; i += Vector<P>::n) {
+      const V* from = reinterpret_cast<const V*>(p + i);
+      const V v = use == again ? device::read_first(from) : device::read_last(from);
+#pragma unroll
+      for (int k = 0; k < Vector<P>::n; ++k) x[i + k] = widened(v.x[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = i < n ? widened(device::read(p + i)) : T(0);
+  }
+}
+template <Use use, class Whole, class P, class T>
+LAYERLR_DEVICE void store(Whole whole, P* p, int n, const T* x) {
+  if (whole) {
+    using V = typename Vector<P>::Of;
+#pragma unroll
+    for (int i = 0; i < 4; i += Vector<P>::n) {
+      V v;
+#pragma unroll
+      for (int k = 0; k < Vector<P>::n; ++k) narrowed(x[i + k], v.x[k]);
+      V* to = reinterpret_cast<V*>(p + i);
+      if (use == again) {
+        device::write_first(to, v);
+      } else {
+        device::write_last(to, v);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < n) {
+        P narrow;
+        narrowed(x[i], narrow);
+        device::write(p + i, narrow);
+      }
+    }
+  }
+}
+
+LAYERLR_DEVICE bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
+LAYERLR_DEVICE bool is_finite(double x) { return fabs(x) <= DBL_MAX; }
+
+/// moved + step; where the step is zero, moved to the bit, the sign of a zero too.
+template <class T>
+LAYERLR_DEVICE T add_step(T moved, T step) {
+  return step == 0 ? moved : moved + step;
+}
+
+}  // namespace layerlr
