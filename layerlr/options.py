@@ -1,7 +1,7 @@
-"""The options that every optimizer here has beside torch's: one table, all follows from it.
+"""The options that every optimizer of this package has beside torch's: one table.
 
 The keyword arguments of the constructors, their documentation and signature, the keys of param
-groups, and what is refused.
+groups and what is refused follow from it.
 """
 
 import inspect
@@ -21,11 +21,9 @@ Group = dict[str, Any]
 
 
 class Option(NamedTuple):
-    """An option: its default, its documentation, and what refuses a value in a group."""
+    """An option: its default, and what refuses a value in a group."""
 
     default: Any
-    kind: str
-    doc: str
     check: Callable[[Group, int], None] | None = None
 
 
@@ -111,110 +109,73 @@ def _check_seed(group: Group, index: int) -> None:
 
 
 class LayerwiseOptions(TypedDict, total=False):
-    """Keyword arguments of every constructor; all but ``backend`` are keys of param groups."""
+    """Keyword arguments of every constructor; all but ``backend`` are keys of param groups.
 
-    rule: Annotated[
-        Rule,
-        Option(
-            None,
-            "str, layerlr.rules.LayerRule or None",
-            """How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
-            ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters.
-            None: the torch.optim optimizer of the same name.""",
-        ),
-    ]
-    layers: Annotated[
-        str | LayerKey,
-        Option(
-            "tensor",
-            "str or callable",
-            """What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a
-            module; needs named parameters) or ``(name, param) -> key``.""",
-            _check_layers,
-        ),
-    ]
-    adapt: Annotated[
-        str | Adapt | None,
-        Option(
-            None,
-            "str, callable or None",
-            """What the rule governs: ``"all"``, ``"kernels"`` (two dimensions or more) or
-            ``(name, param) -> bool``. None: the rule's own choice (all for singh, else kernels).
-            The other parameters take the plain step.""",
-            _check_adapt,
-        ),
-    ]
-    backend: Annotated[
-        str,
-        Option(
-            "auto",
-            "str",
-            """``"auto"`` takes the fastest that supports the case; a name that does not support it
-            raises.""",
-        ),
-    ]
-    on_nonfinite: Annotated[
-        OnNonfinite,
-        Option(
-            None,
-            "str or None",
-            """``"skip"``: a layer whose gradient holds NaN or inf keeps its weights and its step
-            count, the other layers go on (the default with a rule). ``"propagate"``: torch's way
-            (the default without).""",
-            _check_on_nonfinite,
-        ),
-    ]
-    max_grad_norm: Annotated[
-        float | None,
-        Option(
-            None,
-            "float or None",
-            """Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
-            ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
-            where it is not None, found at ``optimizer.grad_norm`` after the step, on the device. A
-            layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs another
-            pass over the gradients, under sharding another message.""",
-            _check_max_grad_norm,
-        ),
-    ]
-    precision: Annotated[
-        Precision,
-        Option(
-            None,
-            "str or None",
-            """How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of
-            less than half a unit in the last place); others step as without it. ``"master"``: a
-            float32 copy takes the steps, the weight is its rounding. ``"kahan"``: a second number
-            of the weight's dtype holds what the first has lost, in float16 nothing below 2^-24.
-            ``"stochastic"``: the weight is rounded up or down with probability in proportion,
-            bfloat16 only, by bits that follow from a seed in the state: `torch.initial_seed` or
-            the group key ``seed``. None: rounded to nearest. Of memory they take 4, 2, 0 and 0
-            bytes a weight; a pass over the weights reads 6, 4, 2 and 2, a step writes as many. See
-            `layerlr.precision`.""",
-            _check_precision,
-        ),
-    ]
+    rule : str, layerlr.rules.LayerRule or None
+        How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
+        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters. None:
+        the torch.optim optimizer of the same name.
+    layers : str or callable
+        What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a module;
+        needs named parameters) or ``(name, param) -> key``.
+    adapt : str, callable or None
+        What the rule governs: ``"all"``, ``"kernels"`` (two dimensions or more) or ``(name, param)
+        -> bool``. None: the rule's own choice (all for singh, else kernels). The other parameters
+        take the plain step.
+    backend : str
+        ``"auto"`` takes the fastest that supports the case; a name that does not support it raises.
+    on_nonfinite : str or None
+        ``"skip"``: a layer whose gradient holds NaN or inf keeps its weights and its step count,
+        the other layers go on (the default with a rule). ``"propagate"``: torch's way (the default
+        without).
+    max_grad_norm : float or None
+        Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
+        ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
+        where it is not None, found at ``optimizer.grad_norm`` after the step, on the device. A
+        layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs another pass
+        over the gradients, under sharding another message.
+    precision : str or None
+        How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
+        than half a unit in the last place); others step as without it. ``"master"``: a float32 copy
+        takes the steps, the weight is its rounding. ``"kahan"``: a second number of the weight's
+        dtype holds what the first has lost, in float16 nothing below 2^-24. ``"stochastic"``: the
+        weight is rounded up or down with probability in proportion, bfloat16 only, by bits that
+        follow from a seed in the state: `torch.initial_seed` or the group key ``seed``. None:
+        rounded to nearest. Of memory they take 4, 2, 0 and 0 bytes a weight; a pass over the
+        weights reads 6, 4, 2 and 2, a step writes as many. See `layerlr.precision`.
+
+    Notes
+    -----
+    ``foreach`` and ``fused`` are checked as torch does and never change the numbers; with
+    ``fused=True`` the step divides a `torch.amp.GradScaler`'s scale out itself, without an extra
+    pass, and does nothing at all where an overflow was found, without asking the device. State and
+    arithmetic are float32 for parameters of lower precision. The param-group keys ``split``,
+    ``lr_scale`` and ``seed`` are described at `layerlr.options.GroupOptions`.
+    """
+
+    rule: Annotated[Rule, Option(None)]
+    layers: Annotated[str | LayerKey, Option("tensor", _check_layers)]
+    adapt: Annotated[str | Adapt | None, Option(None, _check_adapt)]
+    backend: Annotated[str, Option("auto")]
+    on_nonfinite: Annotated[OnNonfinite, Option(None, _check_on_nonfinite)]
+    max_grad_norm: Annotated[float | None, Option(None, _check_max_grad_norm)]
+    precision: Annotated[Precision, Option(None, _check_precision)]
 
 
 class GroupOptions(TypedDict, total=False):
-    """Keys that param groups alone have; `layerlr.layers` checks the first two with the layers."""
+    """Keys that param groups alone have; ``split`` and ``lr_scale`` are checked with the layers.
 
-    split: Annotated[
-        int | Sequence[int] | None,
-        Option(
-            None,
-            "int, list of int or None",
-            "Blocks of dim 0 that are layers of their own: a number of equal blocks, or sizes.",
-        ),
-    ]
-    lr_scale: Annotated[
-        float | Sequence[float],
-        Option(1.0, "float or list of float", "A factor on lr: a number, or one for each layer."),
-    ]
-    seed: Annotated[
-        int | None,
-        Option(None, "int or None", "Seed of stochastic rounding.", _check_seed),
-    ]
+    split : int or list of int
+        Blocks of dim 0 that are layers of their own: a number of equal blocks, or their sizes.
+    lr_scale : float or list of float
+        A factor on lr: a number, or one for each layer.
+    seed : int or None
+        Seed of stochastic rounding.
+    """
+
+    split: Annotated[int | Sequence[int] | None, Option(None)]
+    lr_scale: Annotated[float | Sequence[float], Option(1.0)]
+    seed: Annotated[int | None, Option(None, _check_seed)]
 
 
 def _read(table: type) -> dict[str, Option]:
@@ -262,8 +223,8 @@ def check(group: Group, index: int) -> None:
 
 def documented(cls: type) -> type:
     """Write the options into the docstring and the signature of a class that takes them."""
-    lines = [f"    {name} : {o.kind}\n        {_dedented(o.doc)}" for name, o in OPTIONS.items()]
-    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), *lines, "", _NOTES])
+    _, _, options = (LayerwiseOptions.__doc__ or "").partition("\n\n")
+    cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + options
     init: Any = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -276,18 +237,3 @@ def documented(cls: type) -> type:
     ]
     init.__signature__ = signature.replace(parameters=[*named, *more])
     return cls
-
-
-def _dedented(doc: str) -> str:
-    return "\n        ".join(line.strip() for line in doc.splitlines())
-
-
-_NOTES = """\
-    Notes
-    -----
-    ``foreach`` and ``fused`` are checked as torch does and never change the numbers; with
-    ``fused=True`` the step divides a `torch.amp.GradScaler`'s scale out itself, without an extra
-    pass, and does nothing at all where an overflow was found, without asking the device. State and
-    arithmetic are float32 for parameters of lower precision. The param-group keys ``split``,
-    ``lr_scale`` and ``seed`` are described at `layerlr.options.GroupOptions`.
-"""
