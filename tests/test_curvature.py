@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.estimators import curvature as mod
+from layerlr.estimators.curvature import rates as mod
 from layerlr.rules import Curvature
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")

@@ -1,5 +1,6 @@
 """The C++ engine under sanitizers, and its registries against Python's."""
 
+import itertools
 import platform
 import shutil
 import subprocess
@@ -33,8 +34,24 @@ ISA_FLAGS = {
 
 def test_registries_agree():
     assert _C.directions() == list(DIRECTIONS)
-    assert _C.rules() == list(RULES)
+    assert list(_C.rules()) == list(RULES)
+    for name, flags in _C.rules().items():
+        rule = RULES[name]
+        update = rule.order == "update"
+        assert flags == {
+            "update": update,
+            "measures_ww": update or "ww" in rule.measures,  # an update rule takes every sum
+            "raw_gradient": rule.raw_gradient,
+            "latches": rule.latches,
+        }, name
     assert _C.columns() == len(COLUMNS)
+
+
+def test_places_of_the_numbers():
+    """As declared, without gaps: what is written by name is read by name."""
+    sizes = [1, 1, 1, 1, 1, 1, 5, 3]
+    names = "lr l2 decoupled_decay grad_factor skip found_inf direction rule size".split()
+    assert dict(_C.CONFIG) == dict(zip(names, itertools.accumulate([0, *sizes])))
 
 
 def instruction_sets():

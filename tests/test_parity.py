@@ -32,7 +32,7 @@ def test_the_table_is_complete():
     found = {name for name, *_ in cases.DIRECTION_ROWS.values()}
     for id, (name, *_) in cases.DIRECTION_ROWS.items():
         opt = cases.BY_ID[f"{id}-none"].make([Parameter(torch.ones(1))])
-        assert opt._direction(opt.param_groups[0]).name == name
+        assert opt.direction(opt.param_groups[0]).name == name
     assert found == set(DIRECTIONS)
     assert {c.rule.name for c in CASES if c.rule is not None} == set(RULES)
     assert len({c.id for c in CASES}) == len(CASES)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import layerlr
 from bench import step_in_backward as bench
-from layerlr import rules, units
+from layerlr import rules, steppable
 
 #: interpreted or emulated on the host, they get a few of the rows
 SLOW = () if torch.cuda.is_available() else ("triton", "simt")
@@ -177,7 +177,7 @@ def test_units_are_what_hangs_together():
 
     def found(*groups, **options):
         opt = layerlr.SGD(list(groups), lr=0.1, rule="lars", **options)
-        return [u for i in range(len(groups)) for u in units.units(i, opt.plans(i))]
+        return [u for i in range(len(groups)) for u in steppable.units(i, opt.plans.fitting(i))]
 
     apart = found({"params": named, "split": 2})
     assert [u.layers for u in apart] == [[0, 1], [2, 3], [4, 5]]

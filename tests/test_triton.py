@@ -5,6 +5,7 @@ That they compute the right numbers is for the tests over all engines, in Triton
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import layerlr
+from layerlr import _C
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
@@ -43,6 +45,14 @@ def test_rules_agree():
         weights = update or "ww" in theirs.measures  # an update rule takes every sum
         latches = theirs.latches
         assert ours[1:] == (update, weights, theirs.raw_gradient, latches), name
+
+
+def test_places_of_the_numbers_agree():
+    tables = importlib.import_module("layerlr.kernels.tables")
+    names = {"direction": "DIRECTION_HYPER", "rule": "RULE_HYPER"}
+    for name, place in _C.CONFIG.items():
+        if name != "size":
+            assert getattr(tables, names.get(name, name.upper())) == place, name
 
 
 def test_import_is_lazy():

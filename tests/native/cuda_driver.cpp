@@ -65,14 +65,14 @@ Model make(const Case& c) {
   return m;
 }
 
-StepConfig config_of(const Case& c, int step) {
-  StepConfig config;
+StepConfig config_of(const Model& m, const Case& c, int step) {
+  StepConfig config = m.config();
   config.lr = 0.01 * (1 + step);
-  config.weight_decay = 0.1;
-  config.decoupled = config.skip = c.options;
-  config.sign = c.options ? -1 : 1;
+  (c.options ? config.decoupled_decay : config.l2) = 0.1;
+  config.skip = c.options;
+  config.grad_factor = c.options ? -1 : 1;
   const double hyper[] = {0.9, 0.99, 1e-8, 1, 1};
-  std::copy(std::begin(hyper), std::end(hyper), config.direction_hyper);
+  std::copy(std::begin(hyper), std::end(hyper), config.direction);
   return config;
 }
 
@@ -118,7 +118,7 @@ struct Tables {
                  from.seed};
       for (int k = 0; k < max_states; ++k) rows[i].state[k] = static_cast<char*>(from.state[k]);
     }
-    for (const Layer& layer : p.layers) radii.push_back(layer.kept);
+    for (const Layer& layer : p.layers) radii.push_back(layer.memory);
     for (const Span& span : p.spans) {
       DevicePresence& layer = presence[span.layer];
       const bool active = p.tensors[span.tensor].active;
@@ -159,9 +159,7 @@ struct Tables {
   }
 
   void step(const StepConfig& c, bool halves) {
-    config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
-              double(c.skip), {},     {}};
-    std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config.direction);
+    config = c;
     if (!halves) {
       cuda_engine().step(args, 0, schedule.plain, nullptr);
       return;
@@ -180,7 +178,7 @@ Model on_gpu(const Case& c, const Variant& how) {
   Model m = make(c);
   Tables tables(m.plan, m.plan.has_rule || c.options, how);
   simt::seed = how.seed;
-  for (int i = 0; i < steps; ++i) tables.step(config_of(c, i), how.halves && i != 1);
+  for (int i = 0; i < steps; ++i) tables.step(config_of(m, c, i), how.halves && i != 1);
   return m;
 }
 
@@ -189,7 +187,7 @@ Model on_cpu(const Case& c) {
   const auto serial = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     body(0, n);
   };
-  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), {1, serial});
+  for (int i = 0; i < steps; ++i) step(m.plan, config_of(m, c, i), {1, serial});
   return m;
 }
 
