@@ -72,12 +72,16 @@ def test_angle_of_a_joined_layer(engine):
 
 
 @pytest.mark.parametrize("rule", ["singh", "lars", "lamb", "layca"])
-def test_rows_outside_every_layer(engine, rule):
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_rows_outside_every_layer(engine, rule, decay):
+    """Their gradient is measured with its L2 decay, also where the rule wants its own without."""
     params = engine.params(random(((4, 3), (5,)), seed=3))
-    opt = layerlr.SGD(params, lr=0.1, rule=rule, adapt="kernels", backend=engine.backend)
+    opt = layerlr.SGD(
+        params, lr=0.1, weight_decay=decay, rule=rule, adapt="kernels", backend=engine.backend
+    )
     set_grads(params, 0)
     before = [array(p) for p in params]
-    grad = array(params[1].grad)
+    grad = array(params[1].grad) + decay * before[1]
     opt.step()
     stats = opt.layer_stats()
     assert stats["scale"][1] == 1.0 and stats["lr"][1] == 0.1
