@@ -1,7 +1,7 @@
 # make demo [DATA=dir]   the demonstration          make test [ARGS="-k layca"]   the tests
+# make test-all          every test                 make proofs                   record tests/proofs.json
 # make bench             step times                 make lint                     all linters
 # make format            rewrite to our format      make clean                    remove what was built
-# make proofs            record the mutants and sanitizer runs that passed
 # make install           .venv alone
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
@@ -20,20 +20,24 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
               $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test proofs bench lint format install clean
+.PHONY: demo test test-all proofs bench lint format install clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
 # nothing here is large enough to gain from them. The step-time benchmark sets its own.
-demo test: export OMP_NUM_THREADS = 1
-demo test: export MPLBACKEND = Agg
+demo test test-all proofs: export OMP_NUM_THREADS = 1
+demo test test-all proofs: export MPLBACKEND = Agg
 
 # Hashes of what mutants and sanitizers depend on; those whose inputs have changed are run.
 proofs: export LAYERLR_PROOFS = write
 proofs: $(VENV)/.layerlr
 	$(PY) -m pytest -q -n auto --maxprocesses 8 -k "simt_native or simt_shim or test_sanitizers"
 
+# Its last line says what the full run adds.
 test: $(VENV)/.layerlr
+	$(PY) -m pytest -q -n auto --maxprocesses 8 -m "not full" $(ARGS)
+
+test-all: $(VENV)/.layerlr
 	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 demo: $(VENV)/.layerlr

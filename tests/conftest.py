@@ -25,7 +25,7 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
 
-pytest_plugins = ["selection", "proofs"]
+pytest_plugins = ["quick", "proofs", "selection"]
 
 import cases  # noqa: E402
 import simt_engine  # noqa: E402
