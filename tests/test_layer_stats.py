@@ -91,6 +91,16 @@ def test_rows_outside_every_layer(engine, rule, decay):
     assert stats["gg"][1].item() == pytest.approx(gg, rel=1e-14)
 
 
+@pytest.mark.parametrize("rule", ["singh", "lamb"])
+def test_nothing_beyond_the_end_is_measured(engine, wide, rule):
+    """Without betas and eps u is the sign of g; of zeros, as in the lanes after the last, 0/0."""
+    params = engine.params(random([(3, 3)], seed=3), wide)
+    opt = layerlr.Adam(params, lr=0.1, betas=(0.0, 0.0), eps=0.0, rule=rule, backend=engine.backend)
+    cases.train(opt, params, 1)
+    stats = opt.layer_stats()
+    assert stats["skipped"].item() == 0 and stats["uu"].item() == pytest.approx(9.0, rel=1e-6)
+
+
 def test_shape_of_the_answer(engine):
     params = engine.params(random(((4, 3), (3,), (2, 2), (5,), (2, 3)), seed=3), torch.float32)
     names = ["z", "a", "m", "k", "b"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full("source distribution")
+
 ROOT = Path(__file__).resolve().parent.parent
 #: what a checkout has for its own sake; PKG-INFO and egg-info are setuptools'
 OF_GIT_ALONE = {".ci/run", ".gitignore", ".pre-commit-config.yaml"}
