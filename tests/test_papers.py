@@ -58,6 +58,8 @@ from bench.papers import (
 from bench.papers.store import Store
 from bench.trainer import Task
 
+pytestmark = pytest.mark.full("experiments")
+
 TINY = Data(
     "tiny", torch.zeros(1280, 3, 32, 32), torch.zeros(1280).long(), *[torch.zeros(2)] * 2, 10
 )
