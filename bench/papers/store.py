@@ -68,8 +68,7 @@ class Store:
             }
         )
         text = json.dumps(self.content, indent=1, allow_nan=False)
-        # Innermost rows and records on one line each.
-        text = re.sub(r"\[[^][{}]*\]|{[^][{}]*}", lambda row: " ".join(row[0].split()), text)
+        text = re.sub(r"\n {5,}|\n {4}(?=[]}])", " ", text)  # each run on one line
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     # --- what reports read ---
