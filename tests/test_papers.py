@@ -68,10 +68,11 @@ def arms_of(module: object, data: Data = TINY, argv: tuple[str, ...] = ()) -> di
     parser = argparse.ArgumentParser()
     if hasattr(module, "arguments"):
         module.arguments(parser)
+    parser.add_argument("--scale", default="paper")
     options = parser.parse_args(argv)
     options.quick = False
     experiment = module.experiment(options)
-    budget = experiment.full
+    budget = experiment.full if options.scale == "paper" else experiment.cpu
     base = Config(data=experiment.data, batch=budget.batch, steps=budget.steps(len(data.y)))
     return {arm.name: arm.config for arm in experiment.arms(runner.Scope(data, base, options))}
 
@@ -177,7 +178,7 @@ def test_curvature_is_untuned_among_fixed_rates(module: object, ways: int, seeds
         }
         assert len({c.weight_decay for c in mine.values()}) == 1
         assert {config.factor(config.steps) for config in mine.values()} == {1}
-    assert module.experiment(argparse.Namespace(width=1)).full.seeds == seeds
+    assert module.experiment(argparse.Namespace(width=1, scale="paper")).full.seeds == seeds
     assert Config(rule="curvature").rate == 1
 
 
@@ -192,6 +193,23 @@ def test_backmatching_and_sgd_have_the_same_rates() -> None:
     )
 
 
+CPU = ("--scale", "cpu")
+
+
+def test_presets_for_a_cpu_keep_what_is_compared() -> None:
+    arms = arms_of(layca_alpha, argv=CPU)
+    assert len(arms) == 10 and {config.alpha for config in arms.values()} == {-0.6, -0.3, 0, 0.3, 0.6}
+    assert {config.drops for config in arms.values()} == {(0.8, 0.9, 0.97)}
+    assert arms["Layca, alpha 0.6"].lr == 3**-3 and arms["SGD, alpha 0"].steps == 3000
+    assert list(arms_of(singh_mnist, argv=CPU)) == list(singh_mnist.PAPER)
+    assert arms_of(layca_toy, argv=CPU)["Layca, layer 10"].steps == 4000 * 12  # 1280 examples
+    assert arms_of(curvature_gcn, argv=CPU) == arms_of(curvature_gcn)
+    names = list(arms_of(layca_adaptive, argv=CPU))
+    assert len(names) == 11 and names[:3] == ["SGD", "SGD, no weight decay", "SGD + Layca"]
+    with pytest.raises(ValueError, match="task c100 has no preset for a CPU"):
+        arms_of(layca_alpha, argv=(*CPU, "--task", "c100"))
+
+
 # --- networks ---
 
 
@@ -201,10 +219,17 @@ def test_backmatching_and_sgd_have_the_same_rates() -> None:
         (networks.cifar10_full, (3, 32, 32), 4, 89_578),
         (networks.vgg, (3, 32, 32), 25, 4_307_296),
         (layca_alpha.TINY, (3, 64, 64), 11, 4_715_360),
+        (layca_alpha.SMALL, (3, 32, 32), 9, 74_008),
         (networks.resnet32, (3, 32, 32), 34, 464_432),
         (networks.wilson, (3, 32, 32), 15, 14_977_728),
         (partial(networks.batch_vgg, stages=networks.VGG13), (3, 32, 32), 11, 9_413_066),
         (partial(networks.batch_vgg, stages=networks.VGG13, scale=1 / 8), (3, 32, 32), 11, 148_482),
+        (
+            partial(networks.batch_vgg, stages=networks.VGG13[:4], scale=1 / 8, shrink=2),
+            (3, 32, 32),
+            9,
+            74_498,
+        ),
     ],
 )
 def test_networks_have_the_published_layers(
@@ -245,7 +270,7 @@ def test_autoencoder_is_linear_at_its_code_and_output() -> None:
         f"relu{i}" for i in (1, 2, 3, 5, 6, 7)
     ]
     images = Data("images", *[torch.rand(4, 1, 28, 28), torch.zeros(4).long()] * 2, 10)
-    task = curvature_autoencoder.task(Config(), images)
+    task = curvature_autoencoder.task(False, Config(), images)
     assert task.data.y.equal(images.x.flatten(1)) and task.error is None
     output, x = torch.randn(4, 784), task.data.x
     by_hand = -(x * output.sigmoid().log() + (1 - x) * (-output).sigmoid().log()).sum(1).mean()
@@ -298,7 +323,7 @@ def toy(layer: int, frozen: bool, seed: int = 0) -> Task:
     x = torch.randn(300, 1, 4, 4, generator=generator)
     y = torch.arange(300) % 10
     data = Data("toy", x, y, x[:20], y[:20], 10)
-    return layca_toy.task(layer, frozen, Config(seed=seed), data)
+    return layca_toy.task(layer, frozen, 1, Config(seed=seed), data)
 
 
 def test_one_layer_is_trained_on_ten_of_each_class() -> None:
@@ -665,14 +690,45 @@ EXPERIMENTS = {
 }
 
 
+# The presets for a CPU: other networks, other data, rates that are searched.
+EXPERIMENTS |= {
+    f"{name}_cpu": (module, folder, (*CPU, *argv))
+    for name, (module, folder, argv) in {
+        "singh_mnist": (singh_mnist, mnist_folder, ("--iterations", "1", "--only", "^SGD")),
+        "layca_toy": (layca_toy, mnist_folder, ("--epochs", "2")),
+        "layca_alpha_c10": (
+            layca_alpha,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--alphas", "0", "0.3"),
+        ),
+        "layca_adaptive": (
+            layca_adaptive,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--only", "^SGD"),
+        ),
+        "curvature_autoencoder": (
+            curvature_autoencoder,
+            mnist_folder,
+            ("--iterations", "2", "--only", "rate 0.001|curvature, fisher$"),
+        ),
+        "backmatching_vgg": (
+            backmatching_vgg,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--only", "rate 0.01"),
+        ),
+    }.items()
+}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     module, folder, argv = EXPERIMENTS[name]
     out = tmp_path / "out"
     where = ["--data", str(folder(tmp_path / "data")), "--out", str(out), "--quick"]
     store = module.run([*where, *argv])
+    searched = ["_rates.json"] if (out / f"{name}_rates.json").exists() else []
     assert sorted(path.name for path in out.iterdir()) == [
-        f"{name}{s}" for s in (".json", ".md", ".png")
+        f"{name}{s}" for s in (".json", ".md", ".png", *searched)
     ]
     assert store.arms and store.settings(store.arms[0])["steps"] <= 3
     assert all(len(store.runs(arm)) == 1 for arm in store.arms)
