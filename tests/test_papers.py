@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +44,12 @@ from bench.models import build
 from bench.papers import (
     backmatching_vgg,
     by_time,
+    cards,
+    claims,
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
+    evidence,
     layca_adaptive,
     layca_alpha,
     layca_toy,
@@ -198,7 +202,13 @@ CPU = ("--scale", "cpu")
 
 def test_presets_for_a_cpu_keep_what_is_compared() -> None:
     arms = arms_of(layca_alpha, argv=CPU)
-    assert len(arms) == 10 and {config.alpha for config in arms.values()} == {-0.6, -0.3, 0, 0.3, 0.6}
+    assert len(arms) == 10 and {config.alpha for config in arms.values()} == {
+        -0.6,
+        -0.3,
+        0,
+        0.3,
+        0.6,
+    }
     assert {config.drops for config in arms.values()} == {(0.8, 0.9, 0.97)}
     assert arms["Layca, alpha 0.6"].lr == 3**-3 and arms["SGD, alpha 0"].steps == 3000
     assert list(arms_of(singh_mnist, argv=CPU)) == list(singh_mnist.PAPER)
@@ -737,3 +747,102 @@ def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     # Bare and ruled arms start from the same weights and see the same examples.
     starts = {run["losses"]["loss"][0] for arm in store.arms for run in store.runs(arm)}
     assert max(starts) == pytest.approx(min(starts), rel=1e-4)
+
+
+# --- claim cards ---
+
+
+def finding(*differences: float, threshold: float = 0.0) -> evidence.Finding:
+    values = {str(seed): value for seed, value in enumerate(differences)}
+    return evidence.Finding(values, {"ours": values}, threshold)
+
+
+def test_a_verdict_needs_an_interval_on_one_side() -> None:
+    assert finding(1, 2, 3).half == pytest.approx(4.303 / 3**0.5)  # t of 2 degrees of freedom
+    assert finding(1, 2, 3).verdict == "not resolved"
+    assert finding(2, 2.1, 1.9).verdict == "confirmed"
+    assert finding(-2, -2.1, -1.9).verdict == "contradicted"
+    assert finding(0.5, 0.51, 0.49, threshold=0.6).verdict == "not resolved"
+    assert finding(0.9, 0.91, 0.89, threshold=0.6).verdict == "confirmed"
+    assert finding(-0.9, -0.91, -0.89, threshold=0.6).verdict == "contradicted"
+    with pytest.raises(ValueError, match="2 to 10 seeds, given 1"):
+        finding(1).half  # noqa: B018
+
+
+def test_values_are_paired_by_seed() -> None:
+    a, b = {"0": 1.0, "1": 5.0}, {"1": 2.0, "2": 9.0}
+    assert evidence.less(a, b) == {"1": 3.0} and evidence.mean(a, b) == {"1": 3.5}
+    assert evidence.best({"a": a, "b": b}) == "b" and evidence.least({"a": a, "b": b}) == "a"
+    assert evidence.ranks([3, 1, 3, 7]) == [2.5, 1, 2.5, 4]
+    assert evidence.rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+
+
+def answered(errors: dict[str, float], seeds: int = 3) -> Store:
+    """Arms and their test errors, a little different for each seed."""
+    arms = {}
+    for arm, error in errors.items():
+        runs = {}
+        for seed in range(seeds):
+            value = error + 0.001 * seed * (1 + error)
+            runs[str(seed)] = {
+                "final": {"test_error": value, "diverged": False},
+                "records": [{"step": s, "seconds": s, "test_error": value} for s in (600, 700)],
+                "losses": {"step": [1], "loss": [value]},
+                "rotation": {"names": ["a", "b"], "steps": [9], "distance": [[value, 0.0]]},
+            }
+        rule = "curvature" if "curvature" in arm else "none"
+        alpha = float(arm.rpartition(" ")[2]) if "alpha" in arm else 0.0
+        arms[arm] = {"settings": {"rule": rule, "alpha": alpha, "batch": 32}, "runs": runs}
+    return Store(Path("answered.json"), {"experiment": "answered", "machines": [], "arms": arms})
+
+
+def mean_of(measure: Callable[[Store], evidence.Finding], errors: dict[str, float]) -> float:
+    return measure(answered(errors)).mean
+
+
+def test_claims_are_differences_of_what_they_name() -> None:
+    close = partial(pytest.approx, abs=0.3)
+    alphas = {"Layca, alpha -0.3": 0.3, "Layca, alpha 0": 0.2, "Layca, alpha 0.6": 0.5}
+    alphas |= {"SGD, alpha -0.3": 0.25, "SGD, alpha 0": 0.4, "SGD, alpha 0.6": 0.45}
+    assert mean_of(claims.uniform_is_best, alphas) == close(10)
+    assert mean_of(claims.first_layers_before_last, alphas) == close(20)
+    assert mean_of(claims.sgd_has_no_such_pattern, alphas) == close(15)
+    assert mean_of(claims.layca_before_sgd, alphas) == close(5)
+    # The rotation made up above grows with the error.
+    assert mean_of(claims.rotation_goes_with_accuracy, alphas) == pytest.approx(-1)
+    toy = {f"{t}, layer {n}": n / 20 for t in ("SGD", "Layca") for n in (1, 10)}
+    assert mean_of(claims.shallow_before_deep, toy) == close(45)
+    assert mean_of(claims.deep_before_shallow, toy) == close(-45)
+    table = {"SGD": 0.2, "SGD + singh": 0.1, "NAG": 0.3, "NAG + singh": 0.1}
+    assert mean_of(claims.singh, table) == mean_of(claims.singh_table, table) == close(15)
+    bare = {"SGD": 0.1, "SGD, no weight decay": 0.15}
+    bare |= dict(zip(claims.ADAPTIVE, (0.2, 0.3, 0.4), strict=True))
+    bare |= {f"{name} + Layca": 0.1 for name in ("SGD", *claims.ADAPTIVE)}
+    assert mean_of(claims.adaptive_methods_lose, bare) == close(20)
+    assert mean_of(claims.layca_makes_up_for_it, bare) == close(20)
+    assert mean_of(claims.sgd_needs_decay, bare) == close(5)
+    curved = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + curvature, hessian": 0.2}
+    loss = claims.train_loss("SGD", "hessian")
+    assert mean_of(loss, curved) == pytest.approx(0.69, abs=0.01)
+    assert mean_of(claims.generalisation("SGD", "hessian"), curved) == close(20)
+    rates = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + probe, rate 1": 0.3}
+    assert mean_of(claims.backmatching("probe"), rates) == close(10)
+
+
+def test_cards_are_made_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cards.main([str(tmp_path)])
+    assert "no experiment with 3 seeds" in capsys.readouterr().err
+    layers = {f"{t}, layer {n}": n / 20 for t in ("SGD", "Layca") for n in (1, 10)}
+    for name, seeds in (("layca_toy_cpu", 3), ("layca_toy_frozen_cpu", 3), ("singh_mnist", 2)):
+        content = answered(layers, seeds).content
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = cards.main([str(tmp_path)])
+    assert [f.verdict for f in found.values()] == ["confirmed", "contradicted"]
+    text = (tmp_path / "cards.md").read_text()
+    assert "| **contradicted** |" in text and "![layca_toy_cpu](layca_toy_cpu.png)" in text
+    assert "- consistently better than NAG" in text.partition("## Without a card")[2]
+    assert (tmp_path / "cards.png").read_bytes().startswith(b"\x89PNG")
+    # An arm that lacks a seed keeps the card back.
+    content["arms"]["SGD, layer 1"]["runs"].popitem()
+    assert not Store(Path(), content).complete(1)

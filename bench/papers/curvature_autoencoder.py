@@ -59,9 +59,7 @@ def loss(output: Tensor, y: Tensor) -> Tensor:
 
 def task(small: bool, config: Config, data: Data) -> Task:
     """Each image is its own target; a small network sees it at half its height and width."""
-    x, test_x = (
-        F.avg_pool2d(part, 2 if small else 1).flatten(1) for part in (data.x, data.test_x)
-    )
+    x, test_x = (F.avg_pool2d(part, 2 if small else 1).flatten(1) for part in (data.x, data.test_x))
     images = replace(data, x=x, y=x, test_x=test_x, test_y=test_x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -2,7 +2,7 @@
 
 The network of Wilson et al. (2017) on CIFAR-10, flips and dropout, 250 epochs. The paper finds
 adaptive methods to generalise worse than SGD, and the difference to vanish under Layca; and SGD to
-lose accuracy, its layers to turn less evenly, without weight decay. ``--scale cpu``: the small network
+lose accuracy, its layers to turn less evenly, without weight decay. ``--scale cpu``: the network
 of `layca_alpha`, bare rates searched, weight decay left out of SGD alone.
 """
 

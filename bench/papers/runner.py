@@ -32,7 +32,6 @@ from bench.trainer import Task
 from . import report
 from .store import Store
 
-
 SCALES = ("paper", "cpu")
 
 
@@ -186,16 +185,16 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
         **experiment.more,
     }
     searched = _search(arms, options.out / f"{name}_rates.json", about, data)
-    arms = [replace(a, config=replace(a.config, lr=searched.get(a.name, a.config.lr))) for a in arms]
+    arms = [
+        replace(a, config=replace(a.config, lr=searched.get(a.name, a.config.lr))) for a in arms
+    ]
     store = Store.open(options.out / f"{name}.json", about)
     _train(arms, budget.seeds, store, data)
     _report(experiment, store)
     return store
 
 
-def _search(
-    arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data
-) -> dict[str, float]:
+def _search(arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data) -> dict[str, float]:
     """Arm -> its rate, for those that search one."""
     searches = {arm.search.name: (arm.search, arm.task) for arm in arms if arm.search}
     if not searches:
