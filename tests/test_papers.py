@@ -45,7 +45,6 @@ from bench.papers import (
     backmatching_vgg,
     by_time,
     cards,
-    claims,
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
@@ -53,6 +52,7 @@ from bench.papers import (
     layca_adaptive,
     layca_alpha,
     layca_toy,
+    measures,
     networks,
     runner,
     singh_cifar10,
@@ -804,29 +804,29 @@ def test_claims_are_differences_of_what_they_name() -> None:
     close = partial(pytest.approx, abs=0.3)
     alphas = {"Layca, alpha -0.3": 0.3, "Layca, alpha 0": 0.2, "Layca, alpha 0.6": 0.5}
     alphas |= {"SGD, alpha -0.3": 0.25, "SGD, alpha 0": 0.4, "SGD, alpha 0.6": 0.45}
-    assert mean_of(claims.uniform_is_best, alphas) == close(10)
-    assert mean_of(claims.first_layers_before_last, alphas) == close(20)
-    assert mean_of(claims.sgd_has_no_such_pattern, alphas) == close(15)
-    assert mean_of(claims.layca_before_sgd, alphas) == close(5)
+    assert mean_of(measures.uniform_is_best, alphas) == close(10)
+    assert mean_of(measures.first_layers_before_last, alphas) == close(20)
+    assert mean_of(measures.sgd_has_no_such_pattern, alphas) == close(15)
+    assert mean_of(measures.layca_before_sgd, alphas) == close(5)
     # The rotation made up above grows with the error.
-    assert mean_of(claims.rotation_goes_with_accuracy, alphas) == pytest.approx(-1)
+    assert mean_of(measures.rotation_goes_with_accuracy, alphas) == pytest.approx(-1)
     toy = {f"{t}, layer {n}": n / 20 for t in ("SGD", "Layca") for n in (1, 10)}
-    assert mean_of(claims.shallow_before_deep, toy) == close(45)
-    assert mean_of(claims.deep_before_shallow, toy) == close(-45)
+    assert mean_of(measures.shallow_before_deep, toy) == close(45)
+    assert mean_of(measures.deep_before_shallow, toy) == close(-45)
     table = {"SGD": 0.2, "SGD + singh": 0.1, "NAG": 0.3, "NAG + singh": 0.1}
-    assert mean_of(claims.singh, table) == mean_of(claims.singh_table, table) == close(15)
+    assert mean_of(measures.singh, table) == mean_of(measures.singh_table, table) == close(15)
     bare = {"SGD": 0.1, "SGD, no weight decay": 0.15}
-    bare |= dict(zip(claims.ADAPTIVE, (0.2, 0.3, 0.4), strict=True))
-    bare |= {f"{name} + Layca": 0.1 for name in ("SGD", *claims.ADAPTIVE)}
-    assert mean_of(claims.adaptive_methods_lose, bare) == close(20)
-    assert mean_of(claims.layca_makes_up_for_it, bare) == close(20)
-    assert mean_of(claims.sgd_needs_decay, bare) == close(5)
+    bare |= dict(zip(measures.ADAPTIVE, (0.2, 0.3, 0.4), strict=True))
+    bare |= {f"{name} + Layca": 0.1 for name in ("SGD", *measures.ADAPTIVE)}
+    assert mean_of(measures.adaptive_methods_lose, bare) == close(20)
+    assert mean_of(measures.layca_makes_up_for_it, bare) == close(20)
+    assert mean_of(measures.sgd_needs_decay, bare) == close(5)
     curved = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + curvature, hessian": 0.2}
-    loss = claims.train_loss("SGD", "hessian")
+    loss = measures.train_loss("SGD", "hessian")
     assert mean_of(loss, curved) == pytest.approx(0.69, abs=0.01)
-    assert mean_of(claims.generalisation("SGD", "hessian"), curved) == close(20)
+    assert mean_of(measures.generalisation("SGD", "hessian"), curved) == close(20)
     rates = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + probe, rate 1": 0.3}
-    assert mean_of(claims.backmatching("probe"), rates) == close(10)
+    assert mean_of(measures.backmatching("probe"), rates) == close(10)
 
 
 def test_cards_are_made_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -841,7 +841,7 @@ def test_cards_are_made_from_files_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert [f.verdict for f in found.values()] == ["confirmed", "contradicted"]
     text = (tmp_path / "cards.md").read_text()
     assert "| **contradicted** |" in text and "![layca_toy_cpu](layca_toy_cpu.png)" in text
-    assert "- consistently better than NAG" in text.partition("## Without a card")[2]
+    assert "- consistently better than SGD" in text.partition("## Without a card")[2]
     assert (tmp_path / "cards.png").read_bytes().startswith(b"\x89PNG")
     # An arm that lacks a seed keeps the card back.
     content["arms"]["SGD, layer 1"]["runs"].popitem()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,7 +24,8 @@ INTRODUCTION = (
     "# Claim cards\n\n"
     "Written by `python -m bench.papers.cards` from the JSON files beside it; the protocol stands "
     "in [README.md](../README.md). Differences are paired by seed and above 0 where the claim "
-    "holds; +- is half their 95% interval. *Not resolved*: the interval holds 0 at this scale.\n"
+    "holds; ± is half their 95% interval. *Not resolved*: the interval holds 0 at this scale. Of "
+    "twenty intervals one misses its mark by chance.\n"
 )
 
 
@@ -71,37 +71,36 @@ def _card(number: int, claim: Claim, finding: Finding) -> str:
 
 
 def difference(claim: Claim, finding: Finding) -> str:
-    if claim.unit == "log":  # of the losses' quotient
-        return f"log of the quotient {finding.mean:+.2f} +- {finding.half:.2f}"
-    unit = " points" if claim.unit == "%" else ""
-    return f"{finding.mean:+.2f} +- {finding.half:.2f}{unit}"
+    return f"{finding.mean:+.2f} ± {finding.half:.2f}{claim.unit}"
 
 
 def plot(found: Mapping[Claim, Finding], path: Path) -> Path:
     """Each difference in units of half its interval: what crosses 0 is not resolved."""
-    figure = Figure(figsize=(12, 1.4 + 0.42 * len(found)), layout="constrained")
+    count = len(found)
+    figure = Figure(figsize=(14, 1.3 + 0.4 * count), layout="constrained")
     axes = figure.subplots()
-    at = -1
-    for paper, group in groupby(found, key=lambda claim: claim.paper):
-        for claim in group:
-            at += 1
-            finding = found[claim]
-            scale = finding.half + finding.threshold
-            x, colour = finding.mean / scale, COLOURS[finding.verdict]
-            x = max(min(x, 8.0), -8.0)
-            axes.errorbar(x, at, xerr=finding.half / scale, fmt="o", color=colour, capsize=3)
-            axes.text(9.2, at, difference(claim, finding), va="center", fontsize="small")
-            axes.text(-9.2, at, f"{claim.asked}", va="center", ha="right", fontsize="small")
-        axes.axhline(at + 0.5, color="#dddddd", linewidth=0.8)
-        axes.text(-26, at + 0.35, paper, fontsize="x-small", color="#666666", va="bottom")
+    for at, finding in enumerate(found.values()):
+        scale = finding.half + finding.threshold
+        x, colour = finding.mean / scale, COLOURS[finding.verdict]
+        axes.errorbar(x, at, xerr=finding.half / scale, fmt="o", color=colour, capsize=3)
+    papers = [claim.paper for claim in found]
+    for at in range(1, count):
+        if papers[at] != papers[at - 1]:
+            axes.axhline(at - 0.5, color="#aaaaaa", linewidth=0.8)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set(xlim=(-9, 9), ylim=(len(found) - 0.5, -0.5), yticks=[])
+    axes.set_xscale("symlog", linthresh=2)
+    side = max(4.0, *(abs(value) for value in axes.get_xlim()))
+    axes.set(xlim=(-side, side), ylim=(count - 0.5, -0.5))
+    ticks = [tick for tick in (1, 2, 10, 100) if tick < side]
+    axes.set_xticks([*(-tick for tick in ticks), 0, *ticks])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(count), [f"{claim.words}   {i}" for i, claim in enumerate(found, 1)])
     axes.set_xlabel("against the claim  <  difference over half its 95% interval  >  for the claim")
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(count), [difference(*pair) for pair in found.items()])
     for verdict, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=verdict)
-    axes.legend(
-        frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
-    )
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return report.saved(figure, path)
 
 

@@ -1,343 +1,134 @@
-"""The claims of the four papers and the differences that answer them, as README.md states them."""
+"""What the four papers claim, and which measure answers it."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Sequence
-
-from . import by_time, layca_toy, singh_mnist
-from .evidence import (
-    Claim,
-    Finding,
-    Values,
-    accuracy,
-    best,
-    least,
-    less,
-    mean,
-    rank_correlation,
-    test_error,
-)
-from .store import Store
+from . import measures
+from .evidence import Claim
 
 SINGH = "Singh et al. 2015"
 LAYCA = "Carbonnelle & De Vleeschouwer 2018"
 CURVATURE = "Bahamou & Goldfarb 2023"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 
-# --- Singh et al. ---
-
-
-def singh(store: Store) -> Finding:
-    """Bare less ruled, at the end."""
-    pairs = [(test_error(store, t), test_error(store, f"{t} + singh")) for t in _directions(store)]
-    return _finding("bare", mean(*(a for a, _ in pairs)), "singh", mean(*(b for _, b in pairs)))
-
-
-def singh_table(store: Store) -> Finding:
-    """Bare less ruled, over the points of the paper's table."""
-    asked = set(singh_mnist.PAPER["SGD"])
-
-    def errors(arm: str) -> Values:
-        return store.by_seed(
-            arm,
-            lambda run: (
-                100
-                * statistics.mean(
-                    test["test_error"] for test in run["records"] if test["step"] in asked
-                )
-            ),
-        )
-
-    bare = mean(*(errors(title) for title in _directions(store)))
-    ruled = mean(*(errors(f"{title} + singh") for title in _directions(store)))
-    return _finding("bare", bare, "singh", ruled)
-
-
-def _directions(store: Store) -> list[str]:
-    return [title for title in singh_mnist.DIRECTIONS if title in store.arms]
-
-
-# --- Layca ---
-
-
-def _by_alpha(store: Store, title: str) -> dict[str, Values]:
-    """Arm -> accuracies."""
-    return {arm: accuracy(store, arm) for arm in store.arms if arm.startswith(f"{title}, ")}
-
-
-def uniform_is_best(store: Store) -> Finding:
-    sides = _by_alpha(store, "Layca")
-    uniform = sides.pop("Layca, alpha 0")
-    other = best(sides)
-    return _finding("alpha 0", uniform, other.partition(", ")[2], sides[other])
-
-
-def first_layers_before_last(store: Store) -> Finding:
-    sides = {store.settings(arm)["alpha"]: v for arm, v in _by_alpha(store, "Layca").items()}
-    first = mean(*(values for alpha, values in sides.items() if alpha < 0))
-    last = mean(*(values for alpha, values in sides.items() if alpha > 0))
-    return _finding("alpha < 0", first, "alpha > 0", last)
-
-
-def sgd_has_no_such_pattern(store: Store) -> Finding:
-    sides = _by_alpha(store, "SGD")
-    uniform = sides.pop("SGD, alpha 0")
-    other = best(sides)
-    return _finding(other.partition(", ")[2], sides[other], "alpha 0", uniform)
-
-
-def layca_before_sgd(store: Store) -> Finding:
-    layca, sgd = _by_alpha(store, "Layca"), _by_alpha(store, "SGD")
-    a, b = best(layca), best(sgd)
-    return _finding(a, layca[a], b, sgd[b])
-
-
-def rotation_goes_with_accuracy(store: Store) -> Finding:
-    turned = {arm: store.by_seed(arm, _turned) for arm in store.arms}
-    right = {arm: accuracy(store, arm) for arm in store.arms}
-    seeds = mean(*turned.values(), *right.values())
-    correlations = {
-        seed: rank_correlation(
-            [turned[arm][seed] for arm in store.arms], [right[arm][seed] for arm in store.arms]
-        )
-        for seed in seeds
-    }
-    return Finding(correlations, {"rank correlation": correlations}, threshold=0.648)
-
-
-def _turned(run: dict) -> float:
-    """Mean cosine distance of the layers from their start, at the end."""
-    return statistics.mean(run["rotation"]["distance"][-1])
-
-
-def shallow_before_deep(store: Store) -> Finding:
-    return _toy(store, 1, 10)
-
-
-def deep_before_shallow(store: Store) -> Finding:
-    return _toy(store, 10, 1)
-
-
-def _toy(store: Store, ahead: int, behind: int) -> Finding:
-    a, b = (
-        mean(*(accuracy(store, f"{title}, layer {layer}") for title in layca_toy.RATES))
-        for layer in (ahead, behind)
-    )
-    return _finding(f"layer {ahead}", a, f"layer {behind}", b)
-
-
-ADAPTIVE = ("RMSprop", "Adagrad", "Adam")
-
-
-def adaptive_methods_lose(store: Store) -> Finding:
-    adaptive = mean(*(accuracy(store, title) for title in ADAPTIVE))
-    return _finding("SGD", accuracy(store, "SGD"), "adaptive", adaptive)
-
-
-def layca_makes_up_for_it(store: Store) -> Finding:
-    bare = adaptive_methods_lose(store).differences
-    adaptive = mean(*(accuracy(store, f"{title} + Layca") for title in ADAPTIVE))
-    layca = less(accuracy(store, "SGD + Layca"), adaptive)
-    return _finding("gap, bare", bare, "gap under Layca", layca)
-
-
-def sgd_needs_decay(store: Store) -> Finding:
-    without = accuracy(store, "SGD, no weight decay")
-    return _finding("with decay", accuracy(store, "SGD"), "without", without)
-
-
-# --- curvature, back-matching ---
-
-
-def train_loss(direction: str, kind: str) -> Callable[[Store], Finding]:
-    """Logarithm of the final train loss: of the best fixed rate less that of the rule."""
-
-    def measure(store: Store) -> Finding:
-        fixed, ruled = _fixed_and_ruled(store, direction, kind)
-        return _finding(fixed, _log_loss(store, fixed), ruled, _log_loss(store, ruled))
-
-    return measure
-
-
-def generalisation(direction: str, kind: str) -> Callable[[Store], Finding]:
-    """Test error of the fixed rate of the best test error less that of the rule."""
-
-    def measure(store: Store) -> Finding:
-        _, ruled = _fixed_and_ruled(store, direction, kind)
-        arms = _fixed(store, direction)
-        sides = {arm: test_error(store, arm) for arm in arms}
-        chosen = least(sides)
-        return _finding(chosen, sides[chosen], ruled, test_error(store, ruled))
-
-    return measure
-
-
-def _fixed(store: Store, direction: str) -> list[str]:
-    return [arm for arm in store.arms if arm.startswith(f"{direction}, rate")]
-
-
-def _fixed_and_ruled(store: Store, direction: str, kind: str) -> tuple[str, str]:
-    fixed = by_time.best(store, _fixed(store, direction))
-    if fixed is None:
-        raise ValueError(f"{store.path}: no fixed rate of {direction} that did not diverge")
-    return fixed, f"{direction} + curvature, {kind}"
-
-
-def _log_loss(store: Store, arm: str) -> Values:
-    return store.by_seed(arm, lambda run: math.log(run["losses"]["loss"][-1]))
-
-
-def backmatching(estimator: str) -> Callable[[Store], Finding]:
-    """Test error of SGD less that of the rule, each at its best rate."""
-
-    def measure(store: Store) -> Finding:
-        found = []
-        for kind in ("SGD", f"SGD + {estimator}"):
-            sides = {a: test_error(store, a) for a in store.arms if a.startswith(f"{kind}, ")}
-            arm = least(sides)
-            found += [arm, sides[arm]]
-        return _finding(*found)
-
-    return measure
-
-
-def _finding(a: str, ours: Values, b: str, theirs: Values) -> Finding:
-    return Finding(less(ours, theirs), {a: ours, b: theirs})
-
-
-# --- the list ---
-
-ALPHA, TOY = "layca_alpha_c10_cpu", "layca_toy_cpu"
-
-
-def _curvature() -> Sequence[Claim]:
-    words = "per-layer step sizes outperform fine-tuned learning rates of "
-    found = []
-    for store, model, kinds, directions in (
-        ("curvature_gcn_cpu", "graph network", ("hessian",), ("SGD", "AdamW")),
-        ("curvature_autoencoder_cpu", "autoencoder", ("hessian", "fisher"), ("SGD", "AdamW")),
-    ):
-        for direction in directions:
-            for kind in kinds:
-                asked = f"{model}, {kind}: train loss, best fixed rate less untuned rule"
-                measure = train_loss(direction, kind)
-                found.append(Claim(CURVATURE, words + direction, asked, "log", store, measure))
-        if model == "graph network":
-            for direction in directions:
-                asked = f"{model}: test error, best fixed rate less untuned rule"
-                measure = generalisation(direction, "hessian")
-                found.append(Claim(CURVATURE, words + direction, asked, "%", store, measure))
-    return found
-
-
 CLAIMS = (
     Claim(
         SINGH,
-        "consistently better than NAG, SGD and AdaGrad on MNIST (all at one rate)",
-        "test error over the table's four points, bare less singh, all at 0.01",
-        "%",
+        "consistently better than SGD, NAG and AdaGrad on MNIST: all at one rate",
+        "test error, bare less singh",
         "singh_mnist",
-        singh_table,
+        measures.singh_table,
     ),
     Claim(
         SINGH,
-        "the same, where every arm may choose its rate",
-        "test error after 600 steps, bare less singh, each at its best of five rates",
-        "%",
+        "consistently better than SGD, NAG and AdaGrad on MNIST: each at its best rate",
+        "test error, bare less singh",
         "singh_mnist_cpu",
-        singh,
+        measures.singh,
     ),
     Claim(
         LAYCA,
         "training the first layers generalizes better than training the last",
-        "accuracy, layer 1 trained alone less layer 10",
-        "%",
-        TOY,
-        shallow_before_deep,
+        "accuracy with one trained layer, first less last",
+        "layca_toy_cpu",
+        measures.shallow_before_deep,
     ),
     Claim(
         LAYCA,
         "with frozen feedback the trend is inverted",
-        "accuracy, layer 10 trained alone less layer 1",
-        "%",
+        "accuracy with one trained layer, last less first",
         "layca_toy_frozen_cpu",
-        deep_before_shallow,
+        measures.deep_before_shallow,
     ),
     Claim(
         LAYCA,
-        "under Layca uniform rotation rates generalize best",
-        "accuracy, alpha 0 less the best other alpha",
-        "%",
-        ALPHA,
-        uniform_is_best,
+        "uniform layer rotation rates generalize best",
+        "accuracy under Layca, alpha 0 less the best other alpha",
+        "layca_alpha_c10_cpu",
+        measures.uniform_is_best,
     ),
     Claim(
         LAYCA,
         "prioritizing first layers is better than prioritizing last ones",
         "accuracy under Layca, alpha < 0 less alpha > 0",
-        "%",
-        ALPHA,
-        first_layers_before_last,
+        "layca_alpha_c10_cpu",
+        measures.first_layers_before_last,
     ),
     Claim(
         LAYCA,
         "under SGD uniform rates are not best",
         "accuracy under SGD, the best other alpha less alpha 0",
-        "%",
-        ALPHA,
-        sgd_has_no_such_pattern,
+        "layca_alpha_c10_cpu",
+        measures.sgd_has_no_such_pattern,
     ),
     Claim(
         LAYCA,
         "Layca significantly outperforms SGD",
-        "accuracy, Layca's best alpha less SGD's (rate tuned)",
-        "%",
-        ALPHA,
-        layca_before_sgd,
+        "accuracy, Layca's best alpha less SGD's",
+        "layca_alpha_c10_cpu",
+        measures.layca_before_sgd,
     ),
     Claim(
         LAYCA,
-        "high and uniform layer rotation indicates good generalization",
-        "rank correlation of layer rotation and accuracy over ten arms",
-        "",
-        ALPHA,
-        rotation_goes_with_accuracy,
+        "layer rotation indicates good generalization",
+        "rank correlation of rotation and accuracy over ten arms",
+        "layca_alpha_c10_cpu",
+        measures.rotation_goes_with_accuracy,
+        unit="",
     ),
     Claim(
         LAYCA,
         "adaptive methods generalize worse than SGD",
-        "accuracy, bare SGD less the mean of RMSprop, Adagrad, Adam",
-        "%",
+        "accuracy, SGD less the mean of RMSprop, Adagrad, Adam",
         "layca_adaptive_cpu",
-        adaptive_methods_lose,
+        measures.adaptive_methods_lose,
     ),
     Claim(
         LAYCA,
         "Layca eliminates that difference",
-        "that gap, bare less under Layca",
-        "%",
+        "that gap in accuracy, bare less under Layca",
         "layca_adaptive_cpu",
-        layca_makes_up_for_it,
+        measures.layca_makes_up_for_it,
     ),
     Claim(
         LAYCA,
         "SGD keeps up only with weight decay",
-        "accuracy, SGD with weight decay less without",
-        "%",
+        "accuracy of SGD, with weight decay less without",
         "layca_adaptive_cpu",
-        sgd_needs_decay,
+        measures.sgd_needs_decay,
     ),
-    *_curvature(),
+    *(
+        Claim(
+            CURVATURE,
+            f"untuned step sizes outperform fine-tuned {direction}: {network}, by {kind}",
+            "ln of train loss, best fixed rate less untuned",
+            store,
+            measures.train_loss(direction, kind),
+            unit=" in ln",
+        )
+        for network, store, kind in (
+            ("graph network", "curvature_gcn_cpu", "hessian"),
+            ("autoencoder", "curvature_autoencoder_cpu", "hessian"),
+            ("autoencoder", "curvature_autoencoder_cpu", "fisher"),
+        )
+        for direction in ("SGD", "AdamW")
+    ),
+    *(
+        Claim(
+            CURVATURE,
+            f"untuned step sizes outperform fine-tuned {direction}: graph network's test",
+            "test error, best fixed rate less untuned",
+            "curvature_gcn_cpu",
+            measures.generalisation(direction, "hessian"),
+        )
+        for direction in ("SGD", "AdamW")
+    ),
     *(
         Claim(
             BACKMATCHING,
-            "favorable results over SGD",
-            f"test error, SGD less {estimator}, each at its best rate",
-            "%",
+            f"favorable results over SGD: by the {estimator} estimator",
+            "test error, SGD less back-matching, each at its best rate",
             "backmatching_vgg_cpu",
-            backmatching(estimator),
+            measures.backmatching(estimator),
         )
         for estimator in ("structural", "probe")
     ),

@@ -54,9 +54,9 @@ class Claim:
     paper: str
     words: str
     asked: str  # the difference, in words
-    unit: str
     store: str
     measure: Callable[[Store], Finding]
+    unit: str = " points"  # of per cent
 
 
 # --- values by seed ---
