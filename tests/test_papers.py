@@ -488,6 +488,48 @@ def test_a_diverged_arm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "100%" in capsys.readouterr().err
 
 
+def test_rates_are_searched_once_on_held_out_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, trained = cifar10_folder(tmp_path / "data"), []
+    rates = [1e30, 0.01]
+
+    def experiment(_: argparse.Namespace) -> runner.Experiment:
+        def arms(scope: runner.Scope) -> list[runner.Arm]:
+            config = scope.config(model="mlp")
+            search = runner.Search("both", config, tuple(rates))
+            found = [runner.Arm(f"alpha {a}", replace(config, alpha=a)) for a in (0.0, 0.5)]
+            return [replace(arm, search=search) for arm in found]
+
+        budget = runner.Budget(seeds=2, batch=4, iterations=3)
+        return runner.Experiment("searched", "cifar10", "mlp", budget, budget, arms)
+
+    def noted(config: Config, task: Task, **more: object) -> object:
+        trained.append((config.lr, config.holdout, len(task.data.x)))
+        return training.train(config, task, **more)
+
+    monkeypatch.setattr(runner, "train", noted)
+    argv = ["--data", str(folder), "--out", str(tmp_path)]
+    store = runner.main(None, experiment, argv)
+    whole = trained[-1][2]
+    kept = whole - whole // 3
+    assert trained[:2] == [(1e30, True, kept), (0.01, True, kept)]
+    assert trained[2:] == [(0.01, False, whole)] * 4
+    assert [store.settings(arm)["lr"] for arm in store.arms] == [0.01, 0.01]
+    assert Store.load(tmp_path / "searched_rates.json").runs("both, rate 1e+30")
+    runner.main(None, experiment, argv)
+    assert len(trained) == 6  # nothing left to do
+    rates.pop()
+    (tmp_path / "searched_rates.json").unlink()
+    for more, message in (
+        ([], "both: every rate of (1e+30,) diverged"),
+        (["--scale", "cpu"], "searched has no preset for a CPU: leave --scale away"),
+    ):
+        with pytest.raises(SystemExit):
+            runner.main(None, experiment, [*argv, *more])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_task_brings_its_optimizer_and_no_error(tmp_path: Path) -> None:
     """What an autoencoder with curvature needs: its own optimizer, a loss alone, a second graph."""

@@ -206,8 +206,11 @@ def _search(arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data) 
             tried.append(Arm(rate_name(search.name, rate), replace(config, lr=rate), task))
     _train(tried, 1, store, data)
     for name, (search, _) in searches.items():
-        errors = {rate: store.last(rate_name(name, rate)) for rate in search.rates}
-        kept = {rate: error[0] for rate, error in errors.items() if error}
+        kept = {}
+        for rate in search.rates:
+            (run,) = store.runs(rate_name(name, rate))
+            if not run["final"]["diverged"]:
+                kept[rate] = run["final"][store.metric]
         if not kept:
             raise ValueError(f"{name}: every rate of {search.rates} diverged")
         best[name] = min(kept, key=lambda rate: kept[rate])
