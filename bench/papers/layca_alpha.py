@@ -129,7 +129,8 @@ def plot(store: Store, path: Path) -> Path:
     for row, (title, colour) in enumerate(COLOURS.items(), 1):
         points = _points(store, title)
         means = [statistics.mean(accuracies) for accuracies, _ in points.values()]
-        left.plot(list(points), means, "o-", color=colour, label=title)
+        off = [statistics.stdev(v) if len(v) > 1 else 0.0 for v, _ in points.values()]
+        left.errorbar(list(points), means, off, fmt="o-", color=colour, label=title, capsize=3)
         right.plot([turned for _, turned in points.values()], means, "o", color=colour, label=title)
         for alpha, mean in zip(points, means, strict=True):
             right.annotate(f" {alpha:g}", (points[alpha][1], mean), fontsize="x-small")

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 
 from . import by_time, layca_toy, singh_mnist
+from .by_time import Run
 from .evidence import (
     Finding,
     Values,
@@ -25,27 +26,25 @@ from .store import Store
 
 def singh(store: Store) -> Finding:
     """Bare less ruled, at the end."""
-    pairs = [(test_error(store, t), test_error(store, f"{t} + singh")) for t in _directions(store)]
-    return _finding("bare", mean(*(a for a, _ in pairs)), "singh", mean(*(b for _, b in pairs)))
+    bare, ruled = (
+        mean(*(test_error(store, title + suffix) for title in _directions(store)))
+        for suffix in ("", " + singh")
+    )
+    return _finding("bare", bare, "singh", ruled)
 
 
 def singh_table(store: Store) -> Finding:
     """Bare less ruled, over the points of the paper's table."""
     asked = set(singh_mnist.PAPER["SGD"])
 
-    def errors(arm: str) -> Values:
-        return store.by_seed(
-            arm,
-            lambda run: (
-                100
-                * statistics.mean(
-                    test["test_error"] for test in run["records"] if test["step"] in asked
-                )
-            ),
-        )
+    def error(run: Run) -> float:
+        tests = [test["test_error"] for test in run["records"] if test["step"] in asked]
+        return 100 * statistics.mean(tests)
 
-    bare = mean(*(errors(title) for title in _directions(store)))
-    ruled = mean(*(errors(f"{title} + singh") for title in _directions(store)))
+    bare, ruled = (
+        mean(*(store.by_seed(title + suffix, error) for title in _directions(store)))
+        for suffix in ("", " + singh")
+    )
     return _finding("bare", bare, "singh", ruled)
 
 
@@ -101,7 +100,7 @@ def rotation_goes_with_accuracy(store: Store) -> Finding:
     return Finding(correlations, {"rank correlation": correlations}, threshold=0.648)
 
 
-def _turned(run: dict) -> float:
+def _turned(run: Run) -> float:
     """Mean cosine distance of the layers from their start, at the end."""
     return statistics.mean(run["rotation"]["distance"][-1])
 
@@ -180,7 +179,10 @@ def _fixed_and_ruled(store: Store, direction: str, kind: str) -> tuple[str, str]
 
 
 def _log_loss(store: Store, arm: str) -> Values:
-    return store.by_seed(arm, lambda run: math.log(run["losses"]["loss"][-1]))
+    """Of the last stretch; a diverged run counts as if it had stayed in its first."""
+    return store.by_seed(
+        arm, lambda run: math.log(run["losses"]["loss"][0 if run["final"]["diverged"] else -1])
+    )
 
 
 def backmatching(estimator: str) -> Callable[[Store], Finding]:
