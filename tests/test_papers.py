@@ -834,8 +834,11 @@ def answered(errors: dict[str, float], seeds: int = 3) -> Store:
             }
         rule = "curvature" if "curvature" in arm else "none"
         alpha = float(arm.rpartition(" ")[2]) if "alpha" in arm else 0.0
-        arms[arm] = {"settings": {"rule": rule, "alpha": alpha, "batch": 32}, "runs": runs}
-    return Store(Path("answered.json"), {"experiment": "answered", "machines": [], "arms": arms})
+        arms[arm] = {
+            "settings": {"rule": rule, "alpha": alpha, "batch": 32, "steps": 9},
+            "runs": runs,
+        }
+    return Store(Path("answered.json"), {"experiment": "answered", "network": "none", "arms": arms})
 
 
 def mean_of(measure: Callable[[Store], evidence.Finding], errors: dict[str, float]) -> float:
@@ -880,7 +883,7 @@ def test_cards_are_made_from_files_alone(tmp_path: Path, capsys: pytest.CaptureF
         content = answered(layers, seeds).content
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     found = cards.main([str(tmp_path)])
-    assert [f.verdict for f in found.values()] == ["confirmed", "contradicted"]
+    assert [card.finding.verdict for card in found] == ["confirmed", "contradicted"]
     text = (tmp_path / "cards.md").read_text()
     assert "| **contradicted** |" in text and "![layca_toy_cpu](layca_toy_cpu.png)" in text
     assert "- consistently better than SGD" in text.partition("## Without a card")[2]

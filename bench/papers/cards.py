@@ -7,7 +7,8 @@ FOLDER, from those results alone. A claim whose experiment has fewer than three 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -29,61 +30,76 @@ INTRODUCTION = (
 )
 
 
-def findings(folder: Path, claims: Sequence[Claim] = CLAIMS) -> dict[Claim, Finding]:
-    """Of the claims whose experiment has been run with enough seeds, in all arms compared."""
-    found = {}
+@dataclass(frozen=True)
+class Card:
+    """A claim, the results that answer it and what they say."""
+
+    claim: Claim
+    store: Store
+    finding: Finding
+
+    @property
+    def difference(self) -> str:
+        return f"{self.finding.mean:+.2f} ± {self.finding.half:.2f}{self.claim.unit}"
+
+    def markdown(self, number: int) -> str:
+        claim, finding, name = self.claim, self.finding, self.store.path.stem
+        settings = self.store.settings(self.store.arms[0])
+        sides = "; ".join(f"{side} {words(values)}" for side, values in finding.sides.items())
+        return (
+            f"## {number}. {claim.words}\n\n"
+            f"{claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
+            f"{settings['steps']:,} steps of {settings['batch']} examples, "
+            f"{finding.seeds} seeds.\n\n"
+            f"**{finding.verdict.capitalize()}**: {self.difference}. {sides}. "
+            f"[Figures]({name}.md), [runs]({name}.json).\n\n"
+            f"![{name}]({name}.png)\n"
+        )
+
+
+def cards(folder: Path, claims: Sequence[Claim] = CLAIMS) -> list[Card]:
+    """Of the claims whose experiment has been run with enough seeds in all its arms."""
+    found = []
     for claim in claims:
-        path = folder / f"{claim.store}.json"
-        if not path.exists():
-            continue
-        store = Store.load(path)
-        if store.complete(FEWEST):
-            found[claim] = claim.measure(store)
+        for path in (folder / f"{name}.json" for name in claim.stores):
+            if path.exists() and (store := Store.load(path)).complete(FEWEST):
+                found.append(Card(claim, store, claim.measure(store)))
+                break
     return found
 
 
-def markdown(found: Mapping[Claim, Finding], claims: Sequence[Claim] = CLAIMS) -> str:
-    """The summary, then a card a claim."""
-    rows = []
-    for number, claim in enumerate(found, 1):
-        finding = found[claim]
-        figure = f"{difference(claim, finding)}, n = {finding.seeds}"
-        rows.append([f"{number}. {claim.paper}: {claim.words}", figure, f"**{finding.verdict}**"])
+def markdown(found: Sequence[Card], claims: Sequence[Claim] = CLAIMS) -> str:
+    """The summary, then the cards."""
+    rows = [
+        [
+            f"{number}. {card.claim.paper}: {card.claim.words}",
+            f"{card.difference}, n = {card.finding.seeds}",
+            f"**{card.finding.verdict}**",
+        ]
+        for number, card in enumerate(found, 1)
+    ]
     parts = [INTRODUCTION, report.markdown(report.table_of(["claim", "figure", "verdict"], rows))]
     parts.append("![all claims at a glance](cards.png)\n")
-    for number, (claim, finding) in enumerate(found.items(), 1):
-        parts.append(_card(number, claim, finding))
-    missing = [f"{claim.words} ({claim.store})" for claim in claims if claim not in found]
+    parts += [card.markdown(number) for number, card in enumerate(found, 1)]
+    answered = [card.claim for card in found]
+    missing = [f"- {claim.words} ({claim.stores[0]})" for claim in claims if claim not in answered]
     if missing:
         parts.append("## Without a card: not measured with three seeds yet\n")
-        parts.append("\n".join(f"- {line}" for line in missing) + "\n")
+        parts.append("\n".join(missing) + "\n")
     return "\n".join(parts)
 
 
-def _card(number: int, claim: Claim, finding: Finding) -> str:
-    sides = "; ".join(f"{side} {words(values)}" for side, values in finding.sides.items())
-    return (
-        f"## {number}. {claim.words}\n\n{claim.paper}. Asked: {claim.asked}.\n\n"
-        f"**{finding.verdict.capitalize()}**: {difference(claim, finding)} over {finding.seeds} "
-        f"seeds. {sides}. [Figures]({claim.store}.md), [runs]({claim.store}.json).\n\n"
-        f"![{claim.store}]({claim.store}.png)\n"
-    )
-
-
-def difference(claim: Claim, finding: Finding) -> str:
-    return f"{finding.mean:+.2f} ± {finding.half:.2f}{claim.unit}"
-
-
-def plot(found: Mapping[Claim, Finding], path: Path) -> Path:
+def plot(found: Sequence[Card], path: Path) -> Path:
     """Each difference in units of half its interval: what crosses 0 is not resolved."""
     count = len(found)
     figure = Figure(figsize=(14, 1.3 + 0.4 * count), layout="constrained")
     axes = figure.subplots()
-    for at, finding in enumerate(found.values()):
+    for at, card in enumerate(found):
+        finding = card.finding
         scale = finding.half + finding.threshold
         x, colour = finding.mean / scale, COLOURS[finding.verdict]
         axes.errorbar(x, at, xerr=finding.half / scale, fmt="o", color=colour, capsize=3)
-    papers = [claim.paper for claim in found]
+    papers = [card.claim.paper for card in found]
     for at in range(1, count):
         if papers[at] != papers[at - 1]:
             axes.axhline(at - 0.5, color="#aaaaaa", linewidth=0.8)
@@ -94,23 +110,23 @@ def plot(found: Mapping[Claim, Finding], path: Path) -> Path:
     ticks = [tick for tick in (1, 2, 10, 100) if tick < side]
     axes.set_xticks([*(-tick for tick in ticks), 0, *ticks])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(count), [f"{claim.words}   {i}" for i, claim in enumerate(found, 1)])
+    axes.set_yticks(range(count), [f"{card.claim.words}   {i}" for i, card in enumerate(found, 1)])
     axes.set_xlabel("against the claim  <  difference over half its 95% interval  >  for the claim")
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(count), [difference(*pair) for pair in found.items()])
+    right.set_yticks(range(count), [card.difference for card in found])
     for verdict, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=verdict)
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return report.saved(figure, path)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[Claim, Finding]:
+def main(argv: Sequence[str] | None = None) -> list[Card]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder of the results")
     folder = parser.parse_args(argv).folder
-    found = findings(folder)
+    found = cards(folder)
     if not found:
         parser.error(f"{folder} holds no experiment with {FEWEST} seeds")
     text = markdown(found)

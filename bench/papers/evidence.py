@@ -49,12 +49,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says and how the file ``STORE.json`` answers it."""
+    """What a paper says and how a file of results answers it: the first of `stores` that can."""
 
     paper: str
     words: str
     asked: str  # the difference, in words
-    store: str
+    stores: tuple[str, ...]
     measure: Callable[[Store], Finding]
     unit: str = " points"  # of per cent
 
