@@ -122,17 +122,17 @@ void DevicePlan::build(bool measured) {
   measured_ = measured;
 }
 
-void DevicePlan::fill_config(const StepConfig& c, const There& there) {
-  auto* config = reinterpret_cast<DeviceConfig*>(now_.data());
-  auto* sent = reinterpret_cast<DeviceConfig*>(there_.data());
-  *config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
-             double(c.skip), {},     {}};
-  std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config->direction);
-  // what is copied there differs from whatever is sent later
+void DevicePlan::fill_config(const StepConfig& config, const OnDevice& on_device) {
+  std::memcpy(now_.data(), &config, sizeof config);
+  // what is copied on the device differs from whatever is sent later
   constexpr double elsewhere = -std::numeric_limits<double>::infinity();
-  if (there[0]) config->lr = sent->lr = elsewhere;
-  if (there[1]) config->sign = sent->sign = elsewhere;
-  if (there[2]) config->found_inf = sent->found_inf = elsewhere;
+  for (const auto& [place, tensor] : on_device) {
+    TORCH_CHECK(0 <= place && place < int(sizeof config / sizeof(double)));
+    for (std::vector<char>* bytes : {&now_, &there_}) {
+      std::memcpy(bytes->data() + place * sizeof(double), &elsewhere, sizeof(double));
+    }
+  }
+  std::copy(std::begin(config.rule), std::end(config.rule), args_.rule.hyper);
 }
 
 void DevicePlan::fill_tables() {
@@ -143,7 +143,7 @@ void DevicePlan::fill_tables() {
   auto* kept = reinterpret_cast<double**>(now_.data() + kept_at_);
   for (size_t l = 0; l < p.layers.size(); ++l) {
     presence[l] = {-1, 1};
-    kept[l] = p.layers[l].kept;
+    kept[l] = p.layers[l].memory;
   }
   for (size_t i = 0; i < p.spans.size(); ++i) {
     const Span& span = p.spans[i];
@@ -196,22 +196,21 @@ void DevicePlan::upload(void* stream) {
   unknown_ = false;
 }
 
-void DevicePlan::copy(const There& there) {
-  const auto one = [&](const std::optional<at::Tensor>& from, size_t to) {
-    if (from) fresh_.narrow(0, to, sizeof(double)).view(at::kDouble).copy_(from->reshape({1}));
-  };
-  one(there[0], offsetof(DeviceConfig, lr));
-  one(there[1], offsetof(DeviceConfig, sign));
-  one(there[2], offsetof(DeviceConfig, found_inf));
+void DevicePlan::copy(const OnDevice& on_device) {
+  for (const auto& [place, tensor] : on_device) {
+    fresh_.narrow(0, place * sizeof(double), sizeof(double))
+        .view(at::kDouble)
+        .copy_(tensor.reshape({1}));
+  }
 }
 
 /// Bring what is on the device up to date; false where there is nothing to step.
-bool DevicePlan::ready(const StepConfig& config, const There& there) {
+bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   const auto& tensors = plan().tensors;
   if (std::none_of(tensors.begin(), tensors.end(), [](const TensorRow& t) { return t.active; })) {
     return false;  // every layer has stepped within backward, or there was none
   }
-  const bool measured = plan().has_rule || config.skip;
+  const bool measured = plan().has_rule || config.skip != 0;
   void* const at = stream();
   if (measured_ != measured) {
     TORCH_CHECK(!engine_->capturing(at),
@@ -220,40 +219,41 @@ bool DevicePlan::ready(const StepConfig& config, const There& there) {
     build(measured);
   }
   if (!args_.layers) return false;
-  fill_config(config, there);
+  fill_config(config, on_device);
   fill_tables();
   upload(at);
-  copy(there);
+  copy(on_device);
   return true;
 }
 
-void DevicePlan::step(const StepConfig& config, const There& there) {
+void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
-  if (ready(config, there)) {
+  if (ready(config, on_device)) {
     check(engine_->step(args_, device().index(), stream()));
   }
   finish();
 }
 
-at::Tensor DevicePlan::measure(const StepConfig& config, const There& there) {
+at::Tensor DevicePlan::measure(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
-  if (!ready(config, there)) return no_sums();
+  if (!ready(config, on_device)) return no_sums();
   check(engine_->measure(args_, device().index(), stream()));
   return layer_sums_.clone();
 }
 
-void DevicePlan::apply(const StepConfig& config, const There& there, const at::Tensor& sums) {
+void DevicePlan::apply(const StepConfig& config, const OnDevice& on_device,
+                       const at::Tensor& sums) {
   const c10::DeviceGuard guard(device());
-  if (ready(config, there)) {
+  if (ready(config, on_device)) {
     layer_sums_.copy_(sums);
     check(engine_->apply(args_, device().index(), stream()));
   }
   finish();
 }
 
-at::Tensor DevicePlan::norms(const StepConfig& config, const There& there) {
+at::Tensor DevicePlan::norms(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
-  if (!ready(config, there)) return no_sums().select(1, 0).contiguous();
+  if (!ready(config, on_device)) return no_sums().select(1, 0).contiguous();
   StepArgs args = args_;  // whose rule and decay look at the gradients alone
   args.rule = {};
   args.raw = true;
@@ -266,12 +266,12 @@ at::Tensor DevicePlan::no_sums() {
                    at::TensorOptions().dtype(at::kDouble).device(device()));
 }
 
-void DevicePlan::refresh(const StepConfig& config, const There& there) {
+void DevicePlan::refresh(const StepConfig& config, const OnDevice& on_device) {
   if (!args_.layers) return;  // there was no step
   const c10::DeviceGuard guard(device());
-  fill_config(config, there);
+  fill_config(config, on_device);
   upload(0, spans_at_, true, stream());
-  copy(there);
+  copy(on_device);
 }
 
 }  // namespace layerlr

@@ -1,6 +1,8 @@
 // A plan whose tables lie in a GPU's memory.
 #pragma once
 
+#include <map>
+
 #include "cuda/schedule.h"
 #include "live_plan.h"
 
@@ -11,31 +13,32 @@ class DevicePlan : public LivePlan {
   /// `engine` runs the kernels; `tuning` is what results do not depend on.
   DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
 
-  /// lr, sign and found_inf on the device (none: in the config); they are read there: nobody waits.
-  using There = std::array<std::optional<at::Tensor>, 3>;
+  /// Numbers of the config, by place, that are tensors on the device: they are read there, and
+  /// nobody waits.
+  using OnDevice = std::map<int, at::Tensor>;
 
-  void step(const StepConfig& config, const There& there);
+  void step(const StepConfig& config, const OnDevice& on_device);
 
   /// The same in two halves: the sums of each layer [layers, 4], and what follows from them.
-  at::Tensor measure(const StepConfig& config, const There& there);
-  void apply(const StepConfig& config, const There& there, const at::Tensor& sums);
+  at::Tensor measure(const StepConfig& config, const OnDevice& on_device);
+  void apply(const StepConfig& config, const OnDevice& on_device, const at::Tensor& sums);
 
   /// g.g of each layer [layers], before L2 decay.
-  at::Tensor norms(const StepConfig& config, const There& there);
+  at::Tensor norms(const StepConfig& config, const OnDevice& on_device);
 
   /// Bring the numbers to the device, for steps that have been captured.
-  void refresh(const StepConfig& config, const There& there);
+  void refresh(const StepConfig& config, const OnDevice& on_device);
 
   /// Bytes of device memory that the plan keeps.
   int64_t memory() const { return fixed_.nbytes() + scratch_.nbytes() + fresh_.nbytes(); }
 
  private:
-  bool ready(const StepConfig& config, const There& there);
+  bool ready(const StepConfig& config, const OnDevice& on_device);
   at::Tensor no_sums();
   void build(bool measured);
-  void fill_config(const StepConfig& config, const There& there);
+  void fill_config(const StepConfig& config, const OnDevice& on_device);
   void fill_tables();
-  void copy(const There& there);
+  void copy(const OnDevice& on_device);
   void upload(void* stream);
   void upload(size_t begin, size_t end, bool all, void* stream);
   void* stream() const;

@@ -33,8 +33,8 @@ bool same_objects(const py::list& x, const py::list& y) {
 LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
                    const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
                    const std::vector<double>& lr_scale, const std::string& direction,
-                   const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-                   const std::optional<std::string>& keeps, at::Tensor stats,
+                   const std::optional<std::string>& rule,
+                   const std::optional<std::string>& memory_key, at::Tensor stats,
                    const std::string& precision, const std::string& extra_key)
     : params_(std::move(params)),
       states_(std::move(states)),
@@ -42,10 +42,10 @@ LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::stri
       device_(stats_.device()),
       n_states_(static_cast<int>(keys.size())),
       held_(held_by_name(precision)) {
-  configure(plan_, direction, rule.value_or(""), rule_hyper, ruled, lr_scale, stats_);
+  configure(plan_, direction, rule.value_or(""), ruled, lr_scale, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, keeps, extra_key);
+  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, memory_key, extra_key);
   read_layouts(spans);
 }
 
@@ -56,16 +56,17 @@ int LivePlan::prepare() {
     if (answer != ready) return answer;
   }
   for (const Leader& r : leaders_) {
-    PyObject* value = tensors_[r.tensor].kept;
+    PyObject* value = tensors_[r.tensor].memory;
     if (value && THPVariable_Unpack(value).numel() <= r.place) return stale;
-    plan_.layers[r.layer].kept =
+    plan_.layers[r.layer].memory =
         value ? THPVariable_Unpack(value).data_ptr<double>() + r.place : nullptr;
   }
   return ready;
 }
 
 void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
-                           const std::optional<std::string>& keeps, const std::string& extra_key) {
+                           const std::optional<std::string>& memory_key,
+                           const std::string& extra_key) {
   Tensor& t = tensors_[i];
   t.param = PyList_GET_ITEM(params_.ptr(), i);
   t.state = PyList_GET_ITEM(states_.ptr(), i);
@@ -77,7 +78,7 @@ void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
   t.snapshot.emplace(py::reinterpret_borrow<py::dict>(t.state));
   for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
   t.step = get("step");
-  if (keeps) t.kept = get(keeps->c_str());
+  if (memory_key) t.memory = get(memory_key->c_str());
   if (held_ != Held::nearest && THPVariable_Unpack(t.param).element_size() == 2) {
     t.extra = get(extra_key.c_str());
   }
@@ -169,10 +170,10 @@ at::Tensor LivePlan::rows() const {
   return answer;
 }
 
-at::Tensor LivePlan::kept() const {
+at::Tensor LivePlan::memory_pointers() const {
   const at::Tensor answer = at::zeros({int64_t(plan_.layers.size())}, at::kLong);
   int64_t* to = answer.data_ptr<int64_t>();
-  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.kept);
+  for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.memory);
   return answer;
 }
 

@@ -34,9 +34,8 @@ class LivePlan {
   LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
            const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
            const std::vector<double>& lr_scale, const std::string& direction,
-           const std::optional<std::string>& rule, const std::vector<double>& rule_hyper,
-           const std::optional<std::string>& keeps, at::Tensor stats, const std::string& precision,
-           const std::string& extra_key);
+           const std::optional<std::string>& rule, const std::optional<std::string>& memory_key,
+           at::Tensor stats, const std::string& precision, const std::string& extra_key);
 
   /// Read gradients and data pointers into plan().
   int prepare();
@@ -50,8 +49,8 @@ class LivePlan {
   /// pointer to what is held beside the weights or the seed of their rounding, whether step is
   /// float64.
   at::Tensor rows() const;
-  /// [layers], int64 on the host: pointers of the numbers that layers keep, or 0.
-  at::Tensor kept() const;
+  /// [layers], int64 on the host: pointers of the layers' memory, or 0.
+  at::Tensor memory_pointers() const;
 
  private:
   /// The objects behind one parameter. All are kept alive by params_, states_ and the snapshot.
@@ -61,13 +60,13 @@ class LivePlan {
     std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
     PyObject* step = nullptr;
-    PyObject* kept = nullptr;   // what its parts' layers keep
-    PyObject* extra = nullptr;  // what 16-bit weights have beside them
+    PyObject* memory = nullptr;  // of the layers of its parts
+    PyObject* extra = nullptr;   // what 16-bit weights have beside them
     at::DimVector sizes, strides;
     caffe2::TypeMeta dtype, state_dtype, step_dtype;
     bool dense = true;
   };
-  /// The first part of a layer whose tensor has a state: there lies what the layer keeps.
+  /// The first part of a layer whose tensor has a state: there lies what the layer memory_key.
   struct Leader {
     int layer, tensor, place;
   };
@@ -78,7 +77,7 @@ class LivePlan {
            x.layout() == at::kStrided;
   }
   void find_values(size_t i, const std::vector<std::string>& keys,
-                   const std::optional<std::string>& keeps, const std::string& extra_key);
+                   const std::optional<std::string>& memory_key, const std::string& extra_key);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
   bool holds_extra(const Tensor& t) const;
   int look_up(size_t i);

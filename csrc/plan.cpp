@@ -33,6 +33,15 @@ std::vector<std::string> direction_names() {
   };
 }
 
+int states_of(int direction) {
+  const int states[] = {
+#define LAYERLR_STATES(D) D<float>::states,
+      LAYERLR_DIRECTIONS(LAYERLR_STATES)
+#undef LAYERLR_STATES
+  };
+  return states[direction];
+}
+
 std::vector<std::string> rule_names() {
   std::vector<std::string> names;
   for (int r = 0; r < rule_count; ++r) names.emplace_back(rule_info(static_cast<RuleId>(r)).name);

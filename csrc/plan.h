@@ -8,18 +8,21 @@
 #include "decide.h"
 #include "directions/all.h"
 #include "precision.h"
+#include "step_config.h"
 
 namespace layerlr {
 
 enum class DType : int32_t { f32, f64, bf16, f16 };
 
+/// Bytes of an element of a parameter or gradient, and of its state.
+LAYERLR_HD constexpr int param_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+LAYERLR_HD constexpr int state_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
 /// Elements a chunk has at most. Chunks start where their layer's part of a tensor starts, so the
 /// partial sums depend on the layer alone: not on threads, alignment or place in the list.
 constexpr int64_t chunk_size = int64_t(1) << 15;
-
-/// Columns of the statistics, float64, one row a layer. uu and wu are of the step that the rule
-/// saw; a and b are with respect to it.
-enum Column { ww, gg, uu, wu, scale, lr, a, b, skipped, columns };
 
 struct TensorRow {
   void* param = nullptr;
@@ -32,6 +35,19 @@ struct TensorRow {
   Held held = Held::nearest;
   void* extra = nullptr;  // the master or the compensation, one element for each
   int64_t seed = 0;       // of stochastic rounding
+
+  /// Number of steps taken.
+  double count() const {
+    return step_is_double ? *static_cast<const double*>(step)
+                          : static_cast<double>(*static_cast<const float*>(step));
+  }
+  void count_step() const {
+    if (step_is_double) {
+      *static_cast<double*>(step) += 1;
+    } else {
+      *static_cast<float*>(step) += 1;
+    }
+  }
 };
 
 /// A part of one tensor, all of it in one layer.
@@ -51,23 +67,8 @@ struct Layer {
   int32_t chunk_begin = 0, chunk_end = 0;
   bool ruled = false;
   double lr_scale = 1;
-  double* kept = nullptr;  // the number that the rule keeps, where it does
+  double* memory = nullptr;  // the number that the rule stores, where it does
   int64_t numel = 0;
-};
-
-/// What one step reads afresh.
-struct StepConfig {
-  double lr = 0;
-  double weight_decay = 0;
-  bool decoupled = false;
-  double sign = 1;       // factor on the gradient: -1 to maximize, over the scale of a scaled loss
-  double found_inf = 0;  // else nothing changes at all
-  bool skip = false;     // leave layers with a sum that is not finite alone
-  double direction_hyper[max_direction_hyper] = {};
-
-  /// Weight decay that is added to the gradient, and that which is not.
-  LAYERLR_HD double l2() const { return decoupled ? 0 : weight_decay; }
-  LAYERLR_HD double apart() const { return decoupled ? weight_decay : 0; }
 };
 
 struct Plan {
@@ -91,8 +92,9 @@ struct Plan {
   }
 };
 
-/// Names in the order of their ids.
+/// Names in the order of their ids, and the state tensors of a direction.
 std::vector<std::string> direction_names();
 std::vector<std::string> rule_names();
+int states_of(int direction);
 
 }  // namespace layerlr

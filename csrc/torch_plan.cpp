@@ -80,16 +80,15 @@ int index_of(const std::vector<std::string>& names, const std::string& name, con
 }  // namespace
 
 void configure(Plan& plan, const std::string& direction, const std::string& rule,
-               at::ArrayRef<double> rule_hyper, const std::vector<bool>& ruled,
-               at::ArrayRef<double> lr_scale, const at::Tensor& stats) {
-  TORCH_CHECK(rule_hyper.size() <= max_rule_hyper && ruled.size() == lr_scale.size());
+               const std::vector<bool>& ruled, at::ArrayRef<double> lr_scale,
+               const at::Tensor& stats) {
+  TORCH_CHECK(ruled.size() == lr_scale.size());
   TORCH_CHECK(stats.scalar_type() == at::kDouble && stats.is_contiguous() &&
               stats.numel() == int64_t(ruled.size()) * columns);
   plan.direction = index_of(direction_names(), direction, "direction");
   plan.has_rule = !rule.empty();
   if (plan.has_rule) plan.rule.rule = static_cast<RuleId>(index_of(rule_names(), rule, "rule"));
   plan.rule.update = rule_info(plan.rule.rule).update;
-  std::copy(rule_hyper.begin(), rule_hyper.end(), plan.rule.hyper);
   plan.stats = stats.data_ptr<double>();
   plan.layers.resize(ruled.size());
   for (size_t l = 0; l < ruled.size(); ++l) {

@@ -62,8 +62,8 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
 /// Give a plan its direction, rule (empty: none), layers and statistics; throws for unknown names,
 /// naming the alternatives, and for sizes that do not fit.
 void configure(Plan& plan, const std::string& direction, const std::string& rule,
-               at::ArrayRef<double> rule_hyper, const std::vector<bool>& ruled,
-               at::ArrayRef<double> lr_scale, const at::Tensor& stats);
+               const std::vector<bool>& ruled, at::ArrayRef<double> lr_scale,
+               const at::Tensor& stats);
 
 /// A precision's number; empty: to nearest.
 Held held_by_name(const std::string& precision);

@@ -100,5 +100,5 @@ def launches(
 def _of(dtype: str, blocks: Blocks, precision: str | None) -> dict[str, Any]:
     arithmetic = tl.float64 if dtype == "float64" else tl.float32
     sizes = {"TILES": blocks.tiles, "BLOCK": blocks.elements}
-    held = precision if dtype in ("bfloat16", "float16") else None
-    return {"DT": getattr(tl, dtype), "T": arithmetic, "HELD": held, **sizes}
+    of_dtype = precision if dtype in ("bfloat16", "float16") else None
+    return {"DT": getattr(tl, dtype), "T": arithmetic, "PRECISION": of_dtype, **sizes}

@@ -6,14 +6,14 @@ import triton.language as tl
 from .arithmetic import finite
 from .rules import plain
 from .tables import (
-    APART,
+    DECOUPLED_DECAY,
     DIRECTION_HYPER,
-    KEEP,
     L2,
     LR,
     RATE,
     RULE_HYPER,
     RULED,
+    SKIP_COUNT,
     SKIPPED,
     STATS,
     STEP,
@@ -113,7 +113,7 @@ def decide(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """From each layer's sums to what is applied: decay, edge rules, the kept number."""
+    """From each layer's sums to what is applied: decay, edge rules, memory."""
     if nothing(t):
         return
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -124,53 +124,54 @@ def decide(
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
     rate = tl.load(t.scalars + tensor * WIDTH + RATE)
     lr = tl.load(t.config + LR) * tl.load(t.lr_scale + layer) * rate
-    h, l2, apart = t.config + RULE_HYPER, tl.load(t.config + L2), tl.load(t.config + APART)
+    h, l2 = t.config + RULE_HYPER, tl.load(t.config + L2)
+    decay = tl.load(t.config + DECOUPLED_DECAY)
     if UPDATE:
-        keep = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
-        # the rule sees u + apart*w, whose sums follow from those of u
-        uu = uu + 2.0 * apart * wu + apart * apart * ww
+        skip = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
+        # the rule sees u + decay*w, whose sums follow from those of u
+        uu = uu + 2.0 * decay * wu + decay * decay * ww
         uu = tl.where(uu < 0, 0.0, uu)
-        wu = wu + apart * ww
-        at = tl.load(t.kept + layer)
+        wu = wu + decay * ww
+        at = tl.load(t.memory + layer)
         stored = at != 0
         if LATCHES:  # the norm of a part of the layer is no radius
             stored = stored & whole
         at = at.to(tl.pointer_type(tl.float64))
-        kept = tl.load(at, mask=stored, other=0.0)
+        memory = tl.load(at, mask=stored, other=0.0)
     else:
         good = finite(gg)
         if MEASURES_WW:
             good = good & (finite(ww) | ~ruled)
-        keep = skipped(t, good)
-        kept = 0.0
-    grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, kept, h)
-    plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, kept, h)
+        skip = skipped(t, good)
+        memory = 0.0
+    grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, memory, h)
+    plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, memory, h)
     grad = tl.where(ruled, grad, plain_grad)
     a, b = tl.where(ruled, a, plain_a), tl.where(ruled, b, plain_b)
     scale = tl.where(ruled, scale, plain_scale)
     if UPDATE:
         shown_a = a
-        a = a + b * apart
+        a = a + b * decay
         if LATCHES:
-            latch = stored & ~keep & (kept == 0) & (ww > 0) & (b != 0)
+            latch = stored & ~skip & (memory == 0) & (ww > 0) & (b != 0)
             tl.store(at, tl.sqrt(ww), mask=latch)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0
-        a = 1.0 - lr * apart
+        a = 1.0 - lr * decay
         shown_a = a
     to = t.scales + layer * WIDTH
     tl.store(to, grad)
     tl.store(to + 1, a)
     tl.store(to + 2, b)
-    tl.store(to + KEEP, keep.to(tl.float64))
+    tl.store(to + SKIPPED, skip.to(tl.float64))
     if MEASURED:
         to = t.stats + layer * STATS
         values = (ww, gg, uu, wu, scale, lr * scale, shown_a, b)
         for k in tl.static_range(8):
-            tl.store(to + k, values[k], mask=takes_part & ~keep)
-        skip = takes_part & keep
-        tl.store(to + SKIPPED, tl.load(to + SKIPPED, mask=skip, other=0.0) + 1.0, mask=skip)
+            tl.store(to + k, values[k], mask=takes_part & ~skip)
+        more = takes_part & skip
+        tl.store(to + SKIP_COUNT, tl.load(to + SKIP_COUNT, mask=more, other=0.0) + 1.0, mask=more)
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     if TELLS:
         layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         ww, _, uu, wu, _, takes_part, _ = _gather(t, layer, SLOTS)
-        moved = takes_part & (tl.load(t.scales + layer * WIDTH + KEEP) == 0)
+        moved = takes_part & (tl.load(t.scales + layer * WIDTH + SKIPPED) == 0)
         to = t.stats + layer * STATS
         tl.store(to, ww, mask=moved)
         tl.store(to + 2, uu, mask=moved)
@@ -192,8 +193,8 @@ def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     counts = tensor < 0
     while tl.max(last - part) > 0:  # a count stands still where all layers were left alone
         owner = tl.load(t.owners + part, mask=part < last, other=0)
-        keep = tl.load(t.scales + owner * WIDTH + KEEP, mask=part < last, other=1.0)
-        counts = counts | (keep == 0)
+        skip = tl.load(t.scales + owner * WIDTH + SKIPPED, mask=part < last, other=1.0)
+        counts = counts | (skip == 0)
         part += 1
     counts = counts & is_active(t, tensor)
     at, wide, count = count_steps(t, tensor, counts)

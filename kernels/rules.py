@@ -1,6 +1,6 @@
 """Rules: the sums of each layer in, its scale out; all numbers float64, one entry a layer.
 
-Each is ``(ww, gg, uu, wu, lr, l2, kept, h) -> (grad, a, b, scale)`` for ``u = direction(grad*g)``
+Each is ``(ww, gg, uu, wu, lr, l2, memory, h) -> (grad, a, b, scale)`` for ``u = direction(grad*g)``
 and ``w <- a*w + b*u``; ``h`` points to the rule's hyper-parameters.
 """
 
@@ -23,13 +23,13 @@ class Rule(NamedTuple):
 
 
 @triton.jit
-def plain(ww, gg, uu, wu, lr, l2, kept, h):
+def plain(ww, gg, uu, wu, lr, l2, memory, h):
     """``f = 1``, or ``b = -lr``."""
     return 1.0, 1.0, -lr, 1.0
 
 
 @triton.jit
-def _singh(ww, gg, uu, wu, lr, l2, kept, h):
+def _singh(ww, gg, uu, wu, lr, l2, memory, h):
     """``f = 1 + log(1 + 1/|g|)``, 0 for a zero gradient."""
     n = tl.sqrt(gg)
     f = tl.where(n > 0, 1.0 + tl.log((1.0 + n) / n), 0.0)
@@ -37,7 +37,7 @@ def _singh(ww, gg, uu, wu, lr, l2, kept, h):
 
 
 @triton.jit
-def _lars(ww, gg, uu, wu, lr, l2, kept, h):
+def _lars(ww, gg, uu, wu, lr, l2, memory, h):
     """``f = trust*|w| / (|g| + l2*|w| + eps)``; h: trust, eps, clip (``f = min(f/lr, 1)``)."""
     w, g = tl.sqrt(ww), tl.sqrt(gg)
     f = tl.load(h) * w / (g + l2 * w + tl.load(h + 1))
@@ -47,7 +47,7 @@ def _lars(ww, gg, uu, wu, lr, l2, kept, h):
 
 
 @triton.jit
-def _lamb(ww, gg, uu, wu, lr, l2, kept, h):
+def _lamb(ww, gg, uu, wu, lr, l2, memory, h):
     """``b = -lr*r``, ``r = min(|w|, clip)/|u|``; h: clip, limit r to 1."""
     norm, u, clip = tl.sqrt(ww), tl.sqrt(uu), tl.load(h)
     w = tl.where(norm < clip, norm, clip)
@@ -57,13 +57,13 @@ def _lamb(ww, gg, uu, wu, lr, l2, kept, h):
 
 
 @triton.jit
-def _layca(ww, gg, uu, wu, lr, l2, kept, h):
-    """Rotation by atan(lr) on the sphere of radius kept (0: the present norm); h: eps."""
+def _layca(ww, gg, uu, wu, lr, l2, memory, h):
+    """Rotation by atan(lr) on the sphere of the radius in memory (0: the present norm); h: eps."""
     norm, eps = tl.sqrt(ww), tl.load(h)
     perp2 = uu - wu * wu / ww
     rotates = perp2 > eps * eps * uu  # else nothing orthogonal is left
     perp = tl.sqrt(tl.where(rotates, perp2, 1.0))
-    k = 1.0 / tl.sqrt(1.0 + lr * lr) * tl.where(kept > 0, kept / norm, 1.0)
+    k = 1.0 / tl.sqrt(1.0 + lr * lr) * tl.where(memory > 0, memory / norm, 1.0)
     c = lr * norm / perp
     moves = (norm > 0) & rotates & (lr > 0)
     a = tl.where(moves, k * (1.0 + c * wu / ww), 1.0)
@@ -72,9 +72,9 @@ def _layca(ww, gg, uu, wu, lr, l2, kept, h):
 
 
 @triton.jit
-def _rated(ww, gg, uu, wu, lr, l2, kept, h):
-    """``b = -lr*kept``."""
-    return 1.0, 1.0, -(lr * kept), kept
+def _rated(ww, gg, uu, wu, lr, l2, memory, h):
+    """``b = -lr*memory``."""
+    return 1.0, 1.0, -(lr * memory), memory
 
 
 #: name -> rule, in the order of the C++ engine's

@@ -17,7 +17,7 @@ class Tables(NamedTuple):
     """
 
     #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states,
-    #: count of steps, what is held beside the weights (or the seed of their rounding); then whether
+    #: count of steps, what lies beside the weights (or the seed of their rounding); then whether
     #: the count is float64
     tensors: Any
     #: int64, by layer: tensor, layer, first element, number of elements
@@ -30,8 +30,8 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
-    #: int64, one a layer: address of the number that it keeps, or 0
-    kept: Any
+    #: int64, one a layer: address of its memory, or 0
+    memory: Any
     #: the numbers of the step, at the places below
     config: Any
     #: each tensor's scalars of the coming step, and the factor on lr
@@ -40,7 +40,7 @@ class Tables(NamedTuple):
     sums: Any
     #: rows of 4, of each layer: ww, gg, uu, wu, perhaps with those of other processes
     totals: Any
-    #: of each layer: grad, a, b, keep
+    #: of each layer: grad, a, b, skip
     scales: Any
     #: rows of 9, of each layer: ww, gg, uu, wu, scale, lr, a, b, skipped
     stats: Any
@@ -53,17 +53,17 @@ TOTALS = tl.constexpr(4)
 GRAD = tl.constexpr(1)
 STATE = tl.constexpr(2)
 STEP = tl.constexpr(5)
-EXTRA = tl.constexpr(6)
+AUX = tl.constexpr(6)
 STEP_IS_DOUBLE = tl.constexpr(7)
 RULED = tl.constexpr(2)
 RATE = tl.constexpr(7)
-KEEP = tl.constexpr(3)
-SKIPPED = tl.constexpr(8)
+SKIPPED = tl.constexpr(3)
+SKIP_COUNT = tl.constexpr(8)
 # places in config
 LR = tl.constexpr(0)
 L2 = tl.constexpr(1)  # weight decay that is added to the gradient
-APART = tl.constexpr(2)  # weight decay that is not
-SIGN = tl.constexpr(3)  # factor on the gradient
+DECOUPLED_DECAY = tl.constexpr(2)  # weight decay that is not
+GRAD_FACTOR = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
 FOUND_INF = tl.constexpr(5)  # else nothing changes at all
 DIRECTION_HYPER = tl.constexpr(6)  # 5 numbers
@@ -84,5 +84,5 @@ def nothing(t):
 
 @triton.jit
 def skipped(t, good):
-    """What is left alone: nothing, unless what is not finite is to be skipped."""
+    """What is left alone, of what is not finite: all of it, or nothing if nothing is skipped."""
     return tl.where(tl.load(t.config + SKIP) != 0, ~good, False)

@@ -1,9 +1,9 @@
 """The passes over the elements; a program for each tile of one dtype.
 
-``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic, ``HELD`` the
-precision of the weights, or None. In Triton's
-interpreter, which takes its time for each operation, a program takes several tiles side by side:
-what is a number for each tile is a column then.
+``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic, ``PRECISION`` how
+16-bit weights are stored (None: rounded). In Triton's interpreter, which takes its time for each
+operation, a program takes several tiles side by side: what is a number for each tile is a column
+then.
 """
 
 import triton
@@ -11,7 +11,19 @@ import triton.language as tl
 
 from .arithmetic import add_step, at_random, finite, narrow, nearest, rounding_key, widen
 from .rows import count_steps
-from .tables import EXTRA, GRAD, KEEP, L2, RULED, SIGN, STATE, WIDTH, is_active, nothing, skipped
+from .tables import (
+    AUX,
+    GRAD,
+    GRAD_FACTOR,
+    L2,
+    RULED,
+    SKIPPED,
+    STATE,
+    WIDTH,
+    is_active,
+    nothing,
+    skipped,
+)
 
 
 @triton.jit
@@ -35,12 +47,12 @@ def _addresses(
     begin,
     count,
     STATES: tl.constexpr,
-    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Addresses of weights, gradient, states and of what is held beside the weights.
+    """Addresses of weights, gradient, states and of what lies beside the weights.
 
     The last is the seed where weights are rounded by it. Then: whether all can be read 16 bytes at
     a time.
@@ -54,13 +66,13 @@ def _addresses(
         state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
         s = s + (state,)
         bits = bits | state
-    extra = w
-    if HELD is not None:
-        extra = tl.load(row + EXTRA)
-    if HELD == "master" or HELD == "kahan":
-        extra += begin * ((T if HELD == "master" else DT).primitive_bitwidth // 8)
-        bits = bits | extra
-    return w, g, s, extra, (count == BLOCK) & (bits % 16 == 0)
+    aux = w
+    if PRECISION is not None:
+        aux = tl.load(row + AUX)
+    if PRECISION == "master" or PRECISION == "kahan":
+        aux += begin * ((T if PRECISION == "master" else DT).primitive_bitwidth // 8)
+        bits = bits | aux
+    return w, g, s, aux, (count == BLOCK) & (bits % 16 == 0)
 
 
 @triton.jit
@@ -94,15 +106,15 @@ def _store(address, x, lane, inside, full, DT: tl.constexpr):
 
 @triton.jit
 def _load_weights(
-    address, extra, lane, inside, full, HELD: tl.constexpr, DT: tl.constexpr, T: tl.constexpr
+    address, aux, lane, inside, full, PRECISION: tl.constexpr, DT: tl.constexpr, T: tl.constexpr
 ):
     """The arithmetic weights."""
     w = _load(address, lane, inside, full, DT, T)
-    if HELD == "master":
-        x = _load(extra, lane, inside, full, T, T)
+    if PRECISION == "master":
+        x = _load(aux, lane, inside, full, T, T)
         w = tl.where(nearest(x, DT) == w, x, w)
-    if HELD == "kahan":
-        rest = _load(extra, lane, inside, full, DT, T)
+    if PRECISION == "kahan":
+        rest = _load(aux, lane, inside, full, DT, T)
         w = tl.where(nearest(w + rest * 0.5, DT) == w, w + rest, w)
     return w
 
@@ -113,28 +125,28 @@ def _store_weights(
     tensor,
     begin,
     address,
-    extra,
+    aux,
     w,
     x,
     lane,
     inside,
     full,
-    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Hold x where there was w."""
-    if HELD == "master":
-        _store(extra, x, lane, inside, full, T)
-    if HELD == "kahan":  # a weight can be held by two pairs
+    """Store x where there was w."""
+    if PRECISION == "master":
+        _store(aux, x, lane, inside, full, T)
+    if PRECISION == "kahan":  # two pairs of numbers can have one sum
         rest = x - nearest(x, DT)
         rest = tl.where(finite(rest), rest, 0.0)
-        rest = tl.where(x == w, _load(extra, lane, inside, full, DT, T), rest)
-        _store(extra, rest, lane, inside, full, DT)
+        rest = tl.where(x == w, _load(aux, lane, inside, full, DT, T), rest)
+        _store(aux, rest, lane, inside, full, DT)
         x = tl.where(x == w, _load(address, lane, inside, full, DT, T), x)
-    if HELD == "stochastic":
+    if PRECISION == "stochastic":
         _, _, count = count_steps(t, tensor, is_active(t, tensor))
-        x = at_random(x, rounding_key(extra, count + 1.0), (begin + lane).to(tl.uint32))
+        x = at_random(x, rounding_key(aux, count + 1.0), (begin + lane).to(tl.uint32))
     _store(address, x, lane, inside, full, DT)
 
 
@@ -159,7 +171,7 @@ def measure(
     MEASURES_WW: tl.constexpr,
     RAW: tl.constexpr,
     BARE: tl.constexpr,
-    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -169,15 +181,15 @@ def measure(
     if nothing(t):
         return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, _, extra, full = _addresses(t, tensor, begin, count, 0, HELD, DT, T, BLOCK)
+    w_at, g_at, _, aux, full = _addresses(t, tensor, begin, count, 0, PRECISION, DT, T, BLOCK)
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
     sums = t.sums + tile * WIDTH
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     if not BARE:
         l2 = tl.load(t.config + L2)
         if MEASURES_WW or l2 != 0:
-            w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
+            w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
             if RAW:  # parameters outside the layers are measured as they are used
                 l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
             g = _decayed(g, w, l2)
@@ -194,7 +206,7 @@ def advance(
     ADVANCE: tl.constexpr,
     DIRECTION: tl.constexpr,
     STATES: tl.constexpr,
-    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -204,19 +216,21 @@ def advance(
     if nothing(t):
         return
     tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, s_at, extra, full = _addresses(t, tensor, begin, count, STATES, HELD, DT, T, BLOCK)
+    w_at, g_at, s_at, aux, full = _addresses(
+        t, tensor, begin, count, STATES, PRECISION, DT, T, BLOCK
+    )
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
-    w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
-    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
+    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     old = _load_states(s_at, lane, inside, full, T)
     g = _decayed(raw, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH
     new = ADVANCE(g, old, c)
-    keep = skipped(t, finite(raw))
+    skip = skipped(t, finite(raw))
     s = ()
     for k in tl.static_range(STATES):  # an element with a bad gradient keeps its state
-        s = s + (tl.where(keep, old[k], new[k]),)
+        s = s + (tl.where(skip, old[k], new[k]),)
         _store(s_at[k], s[k], lane, inside, full, T)
     u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
     w, g = w.to(tl.float64), g.to(tl.float64)
@@ -236,7 +250,7 @@ def apply(
     STATES: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURED: tl.constexpr,
-    HELD: tl.constexpr,
+    PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
     TILES: tl.constexpr,
@@ -248,12 +262,14 @@ def apply(
     last_first = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in cache
     tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH
-    count = tl.where(tl.load(scale + KEEP) == 0, count, 0)
-    w_at, g_at, s_at, extra, full = _addresses(t, tensor, begin, count, STATES, HELD, DT, T, BLOCK)
+    count = tl.where(tl.load(scale + SKIPPED) == 0, count, 0)
+    w_at, g_at, s_at, aux, full = _addresses(
+        t, tensor, begin, count, STATES, PRECISION, DT, T, BLOCK
+    )
     lane = tl.arange(0, BLOCK)[None, :]
     inside = lane < count
-    w = _load_weights(w_at, extra, lane, inside, full, HELD, DT, T)
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + SIGN).to(T)
+    w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
+    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     s = _load_states(s_at, lane, inside, full, T)
     g = _decayed(g, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH
@@ -264,7 +280,7 @@ def apply(
             _store(s_at[k], s[k], lane, inside, full, T)
     u = DIRECTION(g, s, c)
     moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
-    _store_weights(t, tensor, begin, w_at, extra, w, moved, lane, inside, full, HELD, DT, T)
+    _store_weights(t, tensor, begin, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
     if MEASURED and not UPDATE:
         w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
         sums = t.sums + tile * WIDTH

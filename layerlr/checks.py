@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import precision as precisions
-from . import rules, shards
+from . import dtensor, rules
 from .layers import names_of
 
 
@@ -23,6 +22,47 @@ def flags(defaults: dict[str, Any]) -> None:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+def lr(value: float | Tensor) -> None:
+    """Refuse a learning rate below 0, in torch's words, as the following do."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not value >= 0.0:
+        raise ValueError(f"Invalid learning rate: {value}")
+
+
+def at_least_zero(name: str, value: Any) -> None:
+    """Refuse a number below 0."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {name} value: {value}")
+
+
+def eps(value: float) -> None:
+    """Refuse an epsilon below 0."""
+    if not value >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {value}")
+
+
+def betas(
+    given: tuple[float | Tensor, float | Tensor], foreach: bool | None, capturable: bool
+) -> tuple[float, float]:
+    """The betas as numbers, where they are in [0, 1) and both of one kind."""
+    for i, beta in enumerate(given):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    kinds = {isinstance(beta, Tensor) for beta in given}
+    if len(kinds) != 1 or not all(isinstance(beta, (float, Tensor)) for beta in given):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(given):
+        if isinstance(beta, Tensor):
+            if foreach and not capturable:
+                raise ValueError(
+                    f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+    return float(given[0]), float(given[1])
+
+
 def params(group: dict[str, Any], index: int) -> None:
     """Refuse parameters that no backend can step, naming them."""
     for name, p in zip(names_of(group, index), group["params"], strict=True):
@@ -33,7 +73,7 @@ def params(group: dict[str, Any], index: int) -> None:
                 f"parameter {name!r} has dtype {p.dtype}, which cannot be optimized: keep it out "
                 "of the optimizer or convert it to a floating-point dtype of 16 bits or more"
             )
-        if shards.is_sharded(p):
+        if dtensor.is_sharded(p):
             _sharded(name, p, group)
         elif is_traceable_wrapper_subclass(p):
             raise ValueError(
@@ -46,7 +86,7 @@ def params(group: dict[str, Any], index: int) -> None:
                 "layers cannot be had: shard with torch.distributed.fsdp.fully_shard, or use "
                 "rule=None"
             )
-        if torch._debug_has_internal_overlap(shards.local_part(p)) == 1:
+        if torch._debug_has_internal_overlap(dtensor.local_part(p)) == 1:
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "
                 "be stepped one by one: make it contiguous (an expanded tensor's .clone())"
@@ -55,7 +95,7 @@ def params(group: dict[str, Any], index: int) -> None:
 
 def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
     """Refuse DTensors that cannot be stepped, naming them."""
-    reason = shards.refusal(p)
+    reason = dtensor.refusal(p)
     if reason:
         raise ValueError(f"parameter {name!r} {reason}")
     rule = group["rule"]
@@ -66,84 +106,3 @@ def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
         )
     if group["differentiable"]:
         raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
-
-
-def max_grad_norm(group: dict[str, Any]) -> float | None:
-    """A group's bound on the norm of all gradients.
-
-    Raises
-    ------
-    ValueError
-        For a bound that is not above 0, and where it does not go with the rule.
-    """
-    limit = group.get("max_grad_norm")
-    if limit is None:
-        return None
-    if not limit > 0.0:
-        raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number above 0")
-    if isinstance(group["rule"], rules.Estimated):
-        raise ValueError(
-            f"max_grad_norm does not go with rule {group['rule'].name!r}, whose rates are those of "
-            "the unclipped step: call torch.nn.utils.clip_grad_norm_ before it"
-        )
-    return float(limit)
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched there is recorded for a CUDA graph, not run."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def capture(group: dict[str, Any], index: int) -> None:
-    """Refuse to capture a step that replays could not take whole, saying why."""
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if not capturing(p.device):
-            raise RuntimeError(
-                f"parameter {name!r} is on {p.device}, where nothing is captured: a CUDA graph of "
-                "the step would not update it; give it to an optimizer of its own"
-            )
-        if p.requires_grad and p.grad is None:
-            raise RuntimeError(
-                f"parameter {name!r} has no gradient, and the CUDA graph that is captured would "
-                "never update it: capture a step after backward(), or within the graph, or freeze "
-                "the parameter with requires_grad_(False)"
-            )
-    rule = rules.resolve(group["rule"])
-    if isinstance(rule, rules.Estimated):
-        raise RuntimeError(
-            f"the step of param group {index} cannot be captured in a CUDA graph: its rule looks "
-            "at the model"
-        )
-
-
-def precision(group: dict[str, Any], index: int) -> None:
-    """Refuse a ``precision`` that is unknown, or not for a parameter of the group."""
-    wanted, seed = group["precision"], group.get("seed")
-    if wanted is not None and wanted not in precisions.KEYS:
-        raise ValueError(
-            f"Invalid precision: {wanted!r}, wanted None, 'master', 'stochastic' or 'kahan'"
-        )
-    if seed is not None and not isinstance(seed, int):
-        raise ValueError(f"Invalid seed: {seed!r}, wanted None or an integer")
-    if wanted is not None and group["differentiable"]:
-        raise ValueError("precision does not work with differentiable=True, which cannot round")
-    for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if wanted == "stochastic" and p.dtype == torch.float16:
-            raise ValueError(
-                f"precision='stochastic' rounds to bfloat16, parameter {name!r} is {p.dtype}: use "
-                "precision='master' or precision='kahan'"
-            )
-
-
-def capturable(group: dict[str, Any]) -> None:
-    """Refuse ``capturable=True`` where nothing can be captured, in torch's words."""
-    if group.get("capturable") and not torch.compiler.is_compiling():
-        for p in group["params"]:
-            if p.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on supported devices: "
-                    "['cuda', 'xpu', 'hpu', 'privateuseone', 'xla']."
-                )

@@ -17,9 +17,9 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     """
     lines: list[tuple[str, ...]] = [_HEADER]
     for index, group in enumerate(optimizer.param_groups):
-        plans = optimizer.plans(index)
         rows: dict[str, list[tuple[str, ...]]] = {}
-        for table, backend in zip(plans.tables, plans.backends, strict=True):
+        for of_table in optimizer.plans.fitting(index).tables:
+            table, backend = of_table.table, of_table.backend
             for span in table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]

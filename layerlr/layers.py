@@ -51,7 +51,7 @@ class LayerTable:
 
     @property
     def device(self) -> torch.device:
-        """Device of every parameter here."""
+        """Device of every parameter of the table."""
         return self.params[0].device
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class LayerTable:
     def leaders(self, states: Sequence[object | None]) -> list[tuple[int, int, int]]:
         """(layer, tensor, place among its parts) of each layer's first part with a state.
 
-        There lies what a rule keeps of the layer.
+        The state of that parameter holds the layer's memory.
         """
         seen: dict[int, tuple[int, int]] = {}
         for i, spans in enumerate(self.parts):
@@ -120,34 +120,6 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     if callable(adapt):
         return bool(adapt(name, p))
     return adapt == "all" or p.dim() >= 2
-
-
-def validate(group: dict[str, Any]) -> None:
-    """Check a param group's ``layers``, ``adapt``, ``split`` and ``lr_scale``.
-
-    Raises
-    ------
-    ValueError
-        Naming the key, and the parameter where it is about one.
-    """
-    layers, adapt = group["layers"], group["adapt"]
-    if not (callable(layers) or layers in ("tensor", "module")):
-        raise ValueError(
-            f"Invalid layers: {layers!r}, wanted 'tensor', 'module' or a callable (name, param)"
-        )
-    if layers == "module" and group.get("param_names") is None:
-        raise ValueError(
-            "layers='module' needs parameter names: pass model.named_parameters() instead of "
-            "model.parameters()"
-        )
-    if not (adapt is None or callable(adapt) or adapt in ("all", "kernels")):
-        raise ValueError(
-            f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels' or a callable (name, param)"
-        )
-    if group["on_nonfinite"] not in (None, "skip", "propagate"):
-        raise ValueError(
-            f"Invalid on_nonfinite: {group['on_nonfinite']!r}, wanted None, 'skip' or 'propagate'"
-        )
 
 
 def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:

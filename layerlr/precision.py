@@ -91,31 +91,31 @@ def store(
     x: Tensor,
     t: float | Tensor,
     place: Tensor,
-    keep: Tensor,
+    skip: Tensor,
 ) -> None:
-    """Hold x where w was loaded from; ``keep``: leave these alone."""
+    """Store x where w was loaded from; ``skip``: leave these elements alone."""
     if precision == "stochastic":
         x = _random(x, splitmix64(state["rounding_seed"], torch.as_tensor(t).long()), place)
     elif precision == "master":
-        _put(state["master"], x, keep)
+        _put(state["master"], x, skip)
     elif precision == "kahan":
-        keep = keep | (x == w)  # a weight can be held by two pairs
+        skip = skip | (x == w)  # two pairs of numbers can have one sum
         rest = x - _nearest(x, p)
         rest = torch.where(torch.isfinite(rest), rest, 0.0)  # p has overflowed
-        _put(state["compensation"], rest, keep)
-    _put(p, x, keep)
+        _put(state["compensation"], rest, skip)
+    _put(p, x, skip)
 
 
 def places(p: Tensor, split: bool) -> Tensor:
-    """Place of each element in memory; ``split``: rows of p are taken apart."""
+    """Place of each element in memory; ``split``: rows of p belong to several layers."""
     count = torch.arange(p.numel(), device=p.device)
     if _C.is_dense(p, split):
         return count.as_strided(p.shape, p.stride())
     return count.view(p.shape)
 
 
-def _put(target: Tensor, value: Tensor, keep: Tensor) -> None:
-    target.copy_(torch.where(keep, target, value.to(target.dtype)))
+def _put(target: Tensor, value: Tensor, skip: Tensor) -> None:
+    target.copy_(torch.where(skip, target, value.to(target.dtype)))
 
 
 def _nearest(x: Tensor, p: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def splitmix64(seed: Tensor, n: Tensor) -> Tensor:
 
 
 def _fmix32(x: Tensor) -> Tensor:
-    """MurmurHash3's finaliser of 32-bit numbers, which are kept as int64."""
+    """MurmurHash3's finaliser of 32-bit numbers, each in an int64."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
     return x ^ (x >> 16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import precision, rules, shards
+from . import dtensor, options, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -26,15 +26,15 @@ def complete(
     name: str,
     group: dict[str, Any],
     direction: Direction,
-    keeps: Mapping[str, float],
+    memory: Mapping[str, float],
     parts: int,
     number: int,
 ) -> None:
     """Create what is missing in one parameter's state, and check what is there.
 
-    ``keeps``: keys and first values of what the rule keeps of each of the parameter's ``parts``
-    that it governs; ``number``: the parameter's in the optimizer. State moves to its parameter's
-    device; its dtype is left alone once a step was taken.
+    ``memory``: keys and first values of the numbers that the rule stores for each of the
+    parameter's ``parts`` that it governs; ``number``: the parameter's in the optimizer. State moves
+    to its parameter's device; its dtype is left alone once a step was taken.
 
     Raises
     ------
@@ -53,10 +53,10 @@ def complete(
         _check_shape(key, value, tuple(p.shape), name)
         if value.device != p.device:
             value = value.to(p.device)
-        state[key] = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+        state[key] = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
     step = state.get("step")
     if not isinstance(step, Tensor):
-        # torch's SGD keeps no count; a buffer that is there has seen a step
+        # torch's SGD has no count; a buffer that is there has seen a step
         count = float(bool(present)) if step is None else float(step)
         # on the device: whether a step is skipped is decided there
         state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=p.device)
@@ -64,18 +64,18 @@ def complete(
         _check_shape("step", step, (), name)
     elif step.device != p.device:
         state["step"] = step.to(p.device)
-    for key, initial in keeps.items() if parts else ():
-        kept = state.get(key)
-        if kept is None or kept.numel() != parts:
-            kept = torch.full((parts,), initial, dtype=torch.float64)
-        state[key] = kept.to(p.device, torch.float64)
+    for key, initial in memory.items() if parts else ():
+        stored = state.get(key)
+        if stored is None or stored.numel() != parts:
+            stored = torch.full((parts,), initial, dtype=torch.float64)
+        state[key] = stored.to(p.device, torch.float64)
     if group["precision"] is not None and precision.applies(p):
         key, value = precision.complete(state, p, group["precision"], group.get("seed"), number)
         if key == "rounding_seed":
             _check_shape(key, value, (), name)
         else:
             _check_shape(key, value, tuple(p.shape), name)
-            value = shards.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = value
 
 
@@ -115,7 +115,7 @@ def complete_table(
     ``first``: number of the group's first parameter in the optimizer.
     """
     numbers = {id(p): first + k for k, p in enumerate(group["params"])}
-    keeps: Mapping[str, float] = {} if group["rule"] is None else group["rule"].keeps
+    memory: Mapping[str, float] = {} if group["rule"] is None else group["rule"].memory
     parts = [0] * len(table.params)
     for span in table.spans:
         parts[span.tensor] += table.ruled[span.layer]
@@ -124,7 +124,7 @@ def complete_table(
         if not p.requires_grad and p.grad is None and not optimizer_state.get(p):
             states.append(None)
             continue
-        complete(optimizer_state[p], p, name, group, direction, keeps, n, numbers[id(p)])
+        complete(optimizer_state[p], p, name, group, direction, memory, n, numbers[id(p)])
         states.append(optimizer_state[p])
     return states
 
@@ -150,7 +150,7 @@ def unpack_groups(
                 del group[key]
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
-        for key in ("split", "lr_scale", "seed"):
+        for key in options.GROUP_ONLY:
             if key in old:
                 group.setdefault(key, old[key])
         group["rule"] = rules.resolve(group["rule"])

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from . import checks, rules
-from .optimizer import LayerwiseOptimizer, _GroupPlans
-from .units import Unit, units
+from . import devices, rules
+from .graphs import check_capturable
+from .optimizer import LayerwiseOptimizer
+from .plans import GroupPlans
+from .steppable import Unit, units
 
 _taken: weakref.WeakSet[LayerwiseOptimizer] = weakref.WeakSet()  # they have a handle
 
@@ -105,7 +107,7 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
 
 
 class StepInBackward:
-    """What `step_in_backward` returns; made there."""
+    """The handle that `step_in_backward` makes and returns."""
 
     def __init__(self, model: nn.Module, optimizer: LayerwiseOptimizer) -> None:
         self._model = model
@@ -113,7 +115,7 @@ class StepInBackward:
         # be collected
         self._optimizer = optimizer
         self._lock = threading.RLock()  # autograd has a thread for each device
-        self._built: list[_GroupPlans] = []
+        self._built: list[GroupPlans] = []
         self._params: list[Tensor] = []  # the optimizer's that are the model's
         self._units: dict[int, Unit] = {}  # by id of parameter
         self._hooks: dict[int, tuple[Tensor, RemovableHandle]] = {}
@@ -146,7 +148,7 @@ class StepInBackward:
             self._accumulating -= 1
 
     def remove(self) -> None:
-        """Step in ``optimizer.step()`` again; gradients that are there stay."""
+        """Step in ``optimizer.step()`` again; gradients stay as they are."""
         for _, hook in self._hooks.values():
             hook.remove()
         for hook in self._of_step:
@@ -173,14 +175,13 @@ class StepInBackward:
 
     def _step(self, unit: Unit) -> None:
         if not unit.prepare():
-            index = unit.group
-            self._optimizer._plans[index] = self._optimizer._build(index)
+            self._optimizer.plans.rebuild(unit.group)
             self._sync()
             unit = self._units[id(unit.spec.table.params[0])]
             if not unit.prepare():
                 raise RuntimeError("optimizer.state changed while a step was prepared")
-        group = self._optimizer.param_groups[unit.group]
-        unit.step(self._optimizer._hyper(group, unit.spec.direction))
+        cache = self._optimizer.plans
+        unit.step(cache.config(cache.groups[unit.group]))
         for p in unit.spec.table.params:
             p.grad = None
 
@@ -199,8 +200,7 @@ class StepInBackward:
         """Bring the units up to date with the optimizer's groups and state."""
         optimizer = self._optimizer
         _refuse(optimizer)
-        optimizer._notice()
-        built = [optimizer._fitting(i) for i in range(len(optimizer.param_groups))]
+        built = optimizer.plans.every()
         if [id(x) for x in built] != [id(x) for x in self._built]:
             of_model = {id(p) for p in self._model.parameters()}
             every = (p for group in optimizer.param_groups for p in group["params"])
@@ -230,12 +230,13 @@ class _Hook:
 
 
 def _refuse(optimizer: LayerwiseOptimizer) -> None:
+    check_capturable(optimizer.param_groups)
     for group in optimizer.param_groups:
         rule = rules.resolve(group["rule"])
         if isinstance(rule, rules.Estimated):
             raise ValueError(
                 f"step_in_backward does not work with rule {rule.name!r}, which looks at the model "
-                "once all gradients are there"
+                "once all gradients are complete"
             )
         if group.get("max_grad_norm") is not None:
             raise ValueError(
@@ -244,8 +245,7 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
             )
         if group["differentiable"]:
             raise ValueError("step_in_backward does not work with differentiable=True")
-        checks.capturable(group)
-        if any(checks.capturing(p.device) for p in group["params"][:1]):
+        if any(devices.capturing(p.device) for p in group["params"][:1]):
             raise RuntimeError(
                 "step_in_backward cannot be captured in a CUDA graph: remove() the handle first"
             )

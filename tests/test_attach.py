@@ -181,10 +181,10 @@ def test_the_pass_that_looks_is_not_remembered():
     opt.attach(model)
     x = data()
     backward(model, x)
-    seen = opt._watch._seen
+    seen = opt._estimation.replay._seen
     assert seen[0][0] is x and seen[1] == {}
     opt.step()
-    assert opt._watch._seen is seen
+    assert opt._estimation.replay._seen is seen
 
 
 # -- what stays as it is -------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_an_error_in_the_pass_leaves_all_as_it_was():
     model.fails = False
     x = data(1, n=8)
     backward(model, x)
-    assert opt._watch._seen[0][0] is x  # it watches on
+    assert opt._estimation.replay._seen[0][0] is x  # it watches on
     opt.step()
 
 
@@ -384,9 +384,9 @@ def test_a_copy_of_the_model_is_not_watched(way):
     backward(model, x)
     other = way(model)  # as of an average of the weights
     assert same_bits(model.parameters(), other.parameters())
-    assert all(hook.watch is None for hook in hooks(other))
+    assert all(hook.replay is None for hook in hooks(other))
     other(data(1))
-    assert opt._watch._seen[0][0] is x
+    assert opt._estimation.replay._seen[0][0] is x
     opt.step()
     assert torch.equal(rates(opt), rates_for(x))
 
@@ -416,7 +416,7 @@ def test_a_copy_of_the_optimizer_has_no_model(way, rule):
         backward(model, data(step))
         opt.step()
     other, moved = way((opt, model))
-    assert other._watch is None and opt._watch is not None
+    assert other._estimation.replay is None and opt._estimation.replay is not None
     backward(moved, data(2))
     with pytest.raises(RuntimeError, match="attach"):
         other.step()

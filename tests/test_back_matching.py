@@ -14,8 +14,8 @@ from cases import copies, same_bits, same_state, state_of
 from torch import nn
 
 import layerlr
-from layerlr.estimators import back_matching
-from layerlr.estimators import probe as probing
+from layerlr.estimators.back_matching import probe as probing
+from layerlr.estimators.back_matching import rates as finding
 from layerlr.rules import BackMatching, Curvature, Rated
 
 ESTIMATORS = ("structural", "probe")
@@ -229,8 +229,8 @@ def grouped(model, first_rule, **second):
 def test_groups_of_one_rule_share_an_estimate(estimator, monkeypatch):
     runs = []
     find = f"_{estimator}" if estimator == "structural" else "_probe"
-    real = getattr(back_matching, find)
-    monkeypatch.setattr(back_matching, find, lambda *a: runs.append(1) or real(*a))
+    real = getattr(finding, find)
+    monkeypatch.setattr(finding, find, lambda *a: runs.append(1) or real(*a))
     model, twin = mlp(), mlp()
     several, one = grouped(model, BackMatching(estimator)), make(twin, estimator)
     train(several, model, 1)

@@ -13,11 +13,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from layerlr.estimators import fisher as mod
-from layerlr.estimators import taps
-from layerlr.estimators.fisher import products
-from layerlr.estimators.taps import Tangent
-from layerlr.estimators.watch import ModelWatch
+from layerlr.estimators.curvature import fisher as mod
+from layerlr.estimators.curvature import forward_products, module_products
+from layerlr.estimators.curvature.fisher import products
+from layerlr.estimators.curvature.module_products import Tangent
+from layerlr.estimators.replay import ModelReplay
 
 N = 3
 
@@ -175,8 +175,8 @@ ALL = list(
 @pytest.mark.parametrize("plain", [True, False])
 def test_products(net, plain, monkeypatch):
     if not plain:  # forward mode gives the same
-        monkeypatch.setattr(taps, "_LAST", ())
-        monkeypatch.setattr(taps, "_CHANNELS", ())
+        monkeypatch.setattr(module_products, "LAST", ())
+        monkeypatch.setattr(module_products, "CHANNELS", ())
     model, data = NETS[net][0](), NETS[net][1]()
     check(model, (data,), each(model), monkeypatch)
     check(model, (data,), each(model, lambda i, name: i // 2), monkeypatch)
@@ -620,7 +620,7 @@ def test_nothing_is_touched(generator):
         nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), Scale(4, 0.5), nn.Linear(4, 3)
     )
     model[0].bias.requires_grad_(False)
-    watch = ModelWatch(model)
+    watch = ModelReplay(model)
     before = hooks(model)
     model(torch.randn(N, 4))
     for p in model.parameters():
@@ -641,7 +641,7 @@ def test_dropout_is_replayed(monkeypatch):
     model = nn.Sequential(
         nn.Linear(4, 8), nn.Dropout(0.5), Scale(8, 0.5), nn.Linear(8, 8), nn.Dropout(0.5)
     )
-    watch = ModelWatch(model)
+    watch = ModelReplay(model)
     data, r = torch.randn(N, 4), torch.randn(N, 8)
     state = torch.get_rng_state()
     out = model(data)
@@ -692,7 +692,7 @@ def test_hooks_are_removed_after_an_exception(where, monkeypatch):
         def boom(*_):
             raise FloatingPointError("boom")
 
-        monkeypatch.setattr(taps, "_plain_product", boom)
+        monkeypatch.setattr(forward_products, "plain_product", boom)
     before, was = hooks(model), snapshot(model)
     with pytest.raises(FloatingPointError):
         run(model, (torch.randn(N, 4),), each(model))

@@ -14,7 +14,7 @@ from cases import BY_ID, copies, same_bits, set_grads
 from torch.nn import Parameter
 
 import layerlr
-from layerlr import checks
+from layerlr import devices
 from layerlr.backends import BACKENDS
 
 missing = simt_engine.unavailable()
@@ -29,7 +29,7 @@ def capture(monkeypatch):
     """A context in which launches are recorded; parameters of the host stand for a GPU's."""
     library = BACKENDS["simt"].library()
     here = []
-    monkeypatch.setattr(checks, "capturing", lambda device: bool(here))
+    monkeypatch.setattr(devices, "capturing", lambda device: bool(here))
 
     @contextlib.contextmanager
     def capture():
@@ -167,7 +167,7 @@ def test_a_first_step_is_refused(capture):
         opt.step()
     with capture(), pytest.raises(RuntimeError, match="param group 1 is new or has changed"):
         opt.add_param_group({"params": [Parameter(torch.ones(3))]})
-    assert len(opt.param_groups) == len(opt._plans) == 1
+    assert len(opt.param_groups) == len(opt.plans.groups) == 1
 
 
 def test_the_reference_is_refused(capture):
@@ -267,7 +267,7 @@ def test_freezing_and_thawing(capture):
 def test_release(backend):
     (opt, params), (twin, same) = two("adamw-layca", backends=(backend, backend))
     opt.release()
-    assert not any(plans.plans for plans in opt._plans) and not opt._captured
+    assert not any(plans.plans for plans in opt.plans) and not opt._graphs.plans
     mine, theirs = opt.layer_stats(), twin.layer_stats()
     for key in mine.keys() - {"names"}:
         assert torch.equal(mine[key], theirs[key]), key
@@ -283,7 +283,7 @@ def test_released_plans_are_gone(capture):
     (opt, _), _ = two("adamw-layca")
     with capture():
         opt.step()
-    plans = [weakref.ref(plan) for group in opt._plans for plan in group.plans]
+    plans = [weakref.ref(plan) for group in opt.plans for plan in group.plans]
     opt.release()
     assert plans and not any(ref() for ref in plans)
     with pytest.raises(RuntimeError, match="param group 0 is new or has changed"):
@@ -305,7 +305,7 @@ def test_triton_keeps_the_tables_of_graphs_apart(capture):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton runs on the GPU here, and not on tensors of the host")
     (opt, params), _ = two("mom-singh", backends=("triton", "triton"))
-    plan = opt._plans[0].plans[0]
+    plan = opt.plans.groups[0].plans[0]
     with capture():
         opt.step()
     of_graph = plan._tables

@@ -10,31 +10,39 @@ from cases import BY_ID, CASES, SHORT, copies, ids, random, same_bits, set_grads
 from contract_helpers import photograph, same
 
 import layerlr
+from layerlr import _C
 
 
-def halve(opts, between=lambda sums: sums, **hyper):
+def config(opt, plans, **numbers):
+    found = opt.plans.config(plans)
+    for name, value in numbers.items():
+        found.put(_C.CONFIG[name], value)
+    return found
+
+
+def halve(opts, between=lambda sums: sums, **numbers):
     """``opt.step()`` of optimizers side by side; ``between`` maps the sums of each, stacked."""
-    prepared = [opt._prepared() for opt in opts]
+    prepared = [opt.plans.prepared() for opt in opts]
     with torch.no_grad():
         for rows in zip(*prepared, strict=True):
-            h = [o._hyper(g, p.key[0])._replace(**hyper) for o, (g, p) in zip(opts, rows)]
-            for plans in zip(*(p.plans for _, p in rows), strict=True):
+            h = [config(o, p, **numbers) for o, p in zip(opts, rows)]
+            for plans in zip(*(p.plans for p in rows), strict=True):
                 sums = torch.stack([plan.measure(x) for plan, x in zip(plans, h)])
                 for plan, x, mine in zip(plans, h, between(sums)):
                     plan.apply(x, mine)
 
 
-def norms(opt, **hyper):
+def norms(opt, **numbers):
     found = []
     with torch.no_grad():
-        for group, plans in opt._prepared():
-            h = opt._hyper(group, plans.key[0])._replace(**hyper)
+        for plans in opt.plans.prepared():
+            h = config(opt, plans, **numbers)
             found += [plan.norms(h) for plan in plans.plans]
     return torch.cat(found)
 
 
 def stats(opt):
-    return [s for plans in opt._plans for s in plans.stats]
+    return [table.stats for plans in opt.plans for table in plans.tables]
 
 
 ALL = [(c, torch.float32) for c in CASES] + [(c, d) for c in SHORT for d in cases.DTYPES[1:]]
@@ -43,8 +51,6 @@ ALL = [(c, torch.float32) for c in CASES] + [(c, d) for c in SHORT for d in case
 @pytest.mark.parametrize(("case", "dtype"), ALL, ids=lambda x: getattr(x, "id", str(x)))
 def test_halves_are_the_step(engine, case, dtype):
     """Also where they take turns with it, some gradients are missing and some are bad."""
-    if engine.backend == "triton" and (case not in SHORT or dtype.itemsize > 4):
-        pytest.skip("interpreted: a part of the table")
     ours, twins = (engine.params(random(cases.SHAPES, seed=3), dtype) for _ in range(2))
     opt, twin = (engine.make(case, p, on_nonfinite="skip") for p in (ours, twins))
     for seed in range(3):
@@ -162,7 +168,7 @@ def test_norms(engine, case, skip):
                 params[-1].grad = None
             before = photograph(opt)
             for sign in (-0.5, torch.tensor(0.5, device=engine.device)):
-                found = norms(opt, sign=sign)
+                found = norms(opt, grad_factor=sign)
                 grads = [p.grad.double() * sign for p in ours[:-1] if opt.state.get(p)]
                 expected = [*(float((g**2).sum()) for g in grads), 0.0]  # none of the frozen
                 assert found.dtype == torch.float64 and found.device == ours[0].device

@@ -1,11 +1,13 @@
 """The C++ engine under sanitizers, and its registries against Python's."""
 
+import itertools
 import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import proofs
 import pytest
 import torch
 
@@ -33,8 +35,24 @@ ISA_FLAGS = {
 
 def test_registries_agree():
     assert _C.directions() == list(DIRECTIONS)
-    assert _C.rules() == list(RULES)
+    assert list(_C.rules()) == list(RULES)
+    for name, flags in _C.rules().items():
+        rule = RULES[name]
+        update = rule.order == "update"
+        assert flags == {
+            "update": update,
+            "measures_ww": update or "ww" in rule.measures,  # an update rule takes every sum
+            "raw_gradient": rule.raw_gradient,
+            "latches": rule.latches,
+        }, name
     assert _C.columns() == len(COLUMNS)
+
+
+def test_places_of_the_numbers():
+    """As declared, without gaps: what is written by name is read by name."""
+    sizes = [1, 1, 1, 1, 1, 1, 5, 3]
+    names = "lr l2 decoupled_decay grad_factor skip found_inf direction rule size".split()
+    assert dict(_C.CONFIG) == dict(zip(names, itertools.accumulate([0, *sizes])))
 
 
 def instruction_sets():
@@ -88,7 +106,7 @@ def test_unknown_instruction_set():
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, tmp_path):
+def test_sanitizers(sanitizer, tmp_path, proof):
     """Every rule, dtype and instruction set over awkward sizes, on one thread and on three."""
     compiler = shutil.which("c++")
     if compiler is None:
@@ -96,6 +114,8 @@ def test_sanitizers(sanitizer, tmp_path):
     sources = [ROOT / "csrc/plan.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     sources = [s for s in sources if X86 or s.stem not in ISA_FLAGS]
     sources.append(ROOT / "tests/native/engine_driver.cpp")
+    if proof(sanitizer, instruction_sets(), ISA_FLAGS, proofs.compiled(FLAGS, *sources)):
+        return
     sanitize = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
 
     def build(source):

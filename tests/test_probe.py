@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from layerlr.estimators import probe as mod
-from layerlr.estimators.probe import output_tensor, probe
+from layerlr.estimators.back_matching import probe as mod
+from layerlr.estimators.back_matching.probe import probe
+from layerlr.estimators.replay import output_tensor
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from contract_helpers import same as same_photograph
 from torch.nn import Parameter
 
 from bench import roofline
-from layerlr.backends import BACKENDS, cuda
+from layerlr import _C
+from layerlr.backends import BACKENDS
 from layerlr.backends.cuda import Tuning, tuning
 
 missing = simt_engine.unavailable()
@@ -235,14 +236,14 @@ def test_found_inf_that_the_host_does_not_know(case):
     params = [Parameter(v) for v in cases.random(((3, 700), (5,)), torch.float32)]
     opt = BY_ID[case].make(params, backend="simt")
     cases.train(opt, params, 1)
-    ((group, plans),) = opt._prepared()
-    numbers, _ = cuda._numbers(opt._hyper(group, plans.key[0]))
-    numbers[-1][2] = torch.ones((), dtype=torch.float64)
+    (plans,) = opt.plans.prepared()
+    on_device = {_C.CONFIG["found_inf"]: torch.ones((), dtype=torch.float64)}
+    numbers = opt.plans.config(plans).values, on_device
     native = plans.plans[0]._native
-    before = photograph(opt), bits(plans.stats[0])
+    before = photograph(opt), bits(plans.tables[0].stats)
     native.step(*numbers)
     native.apply(*numbers, native.measure(*numbers))
-    assert same_photograph((photograph(opt), bits(plans.stats[0])), before)
+    assert same_photograph((photograph(opt), bits(plans.tables[0].stats)), before)
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def memory(shapes):
     params = [Parameter(v) for v in cases.random(shapes, torch.float32)]
     opt = BY_ID["adamw-lamb"].make(params, backend="simt")
     cases.train(opt, params, 1)
-    return sum(plan.memory for plans in opt._plans for plan in plans.plans)
+    return sum(plan.memory for plans in opt.plans for plan in plans.plans)
 
 
 def test_memory_of_a_plan():

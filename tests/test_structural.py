@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layerlr.estimators.structural import Structure
-from layerlr.estimators.watch import ModelWatch
+from layerlr.estimators.back_matching.structural import Structure
+from layerlr.estimators.replay import ModelReplay
 
 
 class Fn(nn.Module):
@@ -453,7 +453,7 @@ def test_replay_sees_the_same_masks_and_leaves_the_model_as_it_was(inplace):
     net = nn.Sequential(
         nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace), nn.Dropout(0.5), nn.Linear(8, 3)
     )
-    structure, watch = Structure(net), ModelWatch(net)
+    structure, watch = Structure(net), ModelReplay(net)
     x, seen = torch.randn(6, 4), []
     net[4].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     net(x).sum().backward()

@@ -11,18 +11,12 @@ namespace {
 /// Layers above this many elements are shared out chunk by chunk, smaller ones whole.
 constexpr int64_t share_above = 8 * chunk_size;
 
-double count(const TensorRow& t) {
-  return t.step_is_double ? *static_cast<const double*>(t.step)
-                          : static_cast<double>(*static_cast<const float*>(t.step));
-}
-
-int param_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 class Step {
  public:
   Step(Plan& plan, const StepConfig& config, const Threads& threads)
       : plan_(plan), config_(config), threads_(threads) {
-    measured_ = plan.has_rule || config.skip;
+    std::copy(std::begin(config.rule), std::end(config.rule), plan.rule.hyper);
+    measured_ = plan.has_rule || config.skip != 0;
     tensors_.resize(plan.tensors.size());
     for (size_t i = 0; i < plan.tensors.size(); ++i) {
       if (plan.tensors[i].active) prepare(i);
@@ -82,7 +76,7 @@ class Step {
   /// Scalars of a tensor's coming step; tensors of one dtype at the same step share them.
   void prepare(size_t i) {
     const TensorRow& row = plan_.tensors[i];
-    const double t = count(row) + 1;
+    const double t = row.count() + 1;
     const bool plain = row.held == Held::nearest;
     for (const Made& made : made_) {
       if (made.t == t && made.dtype == row.dtype && made.plain == plain) {
@@ -92,8 +86,8 @@ class Step {
     }
     const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
     scalars_.push_back(std::make_unique<Scalars>());
-    k.make(scalars_.back()->room, config_.direction_hyper, t);
-    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction_hyper, t)};
+    k.make(scalars_.back()->room, config_.direction, t);
+    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t)};
     made_.push_back({t, row.dtype, plain, tensors_[i]});
   }
 
@@ -109,15 +103,15 @@ class Step {
     }
     p.n = chunk.count;
     p.direction = t.direction;
-    p.sign = config_.sign;
-    p.l2 = config_.l2();
-    p.skip = config_.skip;
+    p.grad_factor = config_.grad_factor;
+    p.l2 = config_.l2;
+    p.skip = config_.skip != 0;
     p.held = row.held;
     if (row.extra) {
       const int64_t each = row.held == Held::master ? sizeof(float) : param_bytes(row.dtype);
       p.extra = static_cast<char*>(row.extra) + chunk.begin * each;
     }
-    if (row.held == Held::stochastic) p.key = rounding_key(row.seed, count(row) + 1);
+    if (row.held == Held::stochastic) p.key = rounding_key(row.seed, row.count() + 1);
     p.place = static_cast<uint32_t>(chunk.begin);
     return p;
   }
@@ -194,7 +188,7 @@ class Step {
   template <class Parts>
   LAYERLR_HD void second_pass(int64_t l, const Gathered& found, const Parts& parts) {
     const Verdict v = conclude(l, found);
-    if (v.keep) return;
+    if (v.skip) return;
     const bool tells = measured_ && !plan_.rule.update;
     const auto chunk = [&](int32_t c) {
       const Piece p = piece(plan_.chunks[c]);
@@ -209,10 +203,7 @@ class Step {
     over_chunks(l, parts, chunk, true);  // the last one is still in cache
     if (!tells || !found.first) return;
     const LayerStats step = gather(l).sums;  // a gradient rule's is known now only
-    double* row = plan_.stats + l * columns;
-    row[Column::ww] = step.ww;
-    row[Column::uu] = step.uu;
-    row[Column::wu] = step.wu;
+    write_step(plan_.stats + l * columns, step);
   }
 
   /// Ask the rule, start the layer's statistics.
@@ -221,35 +212,22 @@ class Step {
     const Tensor* const first = found.first;
     const double lr = config_.lr * layer.lr_scale * (first ? first->rate : 1);
     const bool first_order = !first || first->kernels->first_order;
-    const LayerConfig of{layer.ruled, lr,           config_.l2(), config_.apart(),
-                         first_order, config_.skip, layer.kept,   found.whole};
+    const LayerConfig of{
+        layer.ruled,       lr,           config_.l2, config_.decoupled_decay, first_order,
+        config_.skip != 0, layer.memory, found.whole};
     const Verdict v = decide(plan_.rule, of, measured_ ? found.sums : LayerStats());
-    plan_.skips[l] = v.keep;
-    if (measured_ && first) {
-      double* row = plan_.stats + l * columns;
-      if (v.keep) {
-        row[Column::skipped] += 1;
-      } else {
-        const double values[] = {v.seen.ww,     v.seen.gg,          v.seen.uu, v.seen.wu,
-                                 v.scale.scale, lr * v.scale.scale, v.shown_a, v.scale.b};
-        std::copy(std::begin(values), std::end(values), row);
-      }
-    }
+    plan_.skips[l] = v.skip;
+    if (measured_ && first) write_row(plan_.stats + l * columns, v, lr);
     return v;
   }
 
   /// A tensor's count stands still where all of its layers were left alone.
   void advance_counts() {
-    std::vector<char> kept(plan_.tensors.size(), 1);
-    for (const Span& span : plan_.spans) kept[span.tensor] &= plan_.skips[span.layer];
+    std::vector<char> skipped(plan_.tensors.size(), 1);
+    for (const Span& span : plan_.spans) skipped[span.tensor] &= plan_.skips[span.layer];
     for (size_t i = 0; i < plan_.tensors.size(); ++i) {
-      TensorRow& row = plan_.tensors[i];
-      if (!row.active || kept[i]) continue;
-      if (row.step_is_double) {
-        *static_cast<double*>(row.step) += 1;
-      } else {
-        *static_cast<float*>(row.step) += 1;
-      }
+      const TensorRow& row = plan_.tensors[i];
+      if (row.active && !skipped[i]) row.count_step();
     }
   }
 

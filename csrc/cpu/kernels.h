@@ -12,7 +12,7 @@ struct Piece {
   void* s[max_states];
   int64_t n;
   const void* direction;  // the direction's scalars
-  double sign;            // factor on the gradient
+  double grad_factor;     // on the gradient
   double l2;
   bool skip;  // an element with a bad gradient keeps its state
   Held held = Held::nearest;

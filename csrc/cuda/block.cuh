@@ -45,7 +45,7 @@ struct Shared {
 /// The barrier of all threads of the block.
 LAYERLR_DEVICE void meet() { __syncthreads(); }
 
-// -- workers ----------------------------------------------------------------------------------------
+// -- workers --
 
 /// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something beside).
 template <class P, bool may_be_coded>
@@ -109,7 +109,7 @@ LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
   }
 }
 
-// -- the warp that takes tickets ----------------------------------------------------------------------
+// -- the warp that takes tickets --
 
 /// Makes item k + 1 ready while the workers are at item k. All lanes do the same but for what only
 /// one may do.
@@ -131,7 +131,7 @@ struct Dispatcher {
         shared(shared),
         epoch(args.sync->epoch + 1),
         info(rule_info(args.rule.rule)),
-        sign(args.config->sign),
+        sign(args.config->grad_factor),
         l2(l2_of(args)),
         skip(args.config->skip != 0),
         asked(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
@@ -155,7 +155,7 @@ struct Dispatcher {
     }
   }
 
-  // -- tickets ----------------------------------------------------------------------------------------
+  // -- tickets --
 
   /// Ask for a ticket. Where both passes are in one launch tickets come from a counter: an item
   /// waits for nothing but items before it, and the blocks that took those are running.
@@ -181,7 +181,7 @@ struct Dispatcher {
     }
   }
 
-  // -- an item to come --------------------------------------------------------------------------------
+  // -- an item to come --
 
   LAYERLR_DEVICE void prepare(Work& work, const Item& item) {
     if (item.span < 0) {
@@ -255,14 +255,14 @@ struct Dispatcher {
     return latest;
   }
 
-  // -- verdicts ---------------------------------------------------------------------------------------
+  // -- verdicts --
 
   /// Nothing is measured: the step of the direction itself.
   LAYERLR_DEVICE void fill_plain(Work& w, double lr_scale, double t) {
     const DeviceConfig& c = *args.config;
     const double lr = c.lr * lr_scale * D<float>::rate(c.direction, t);
-    const double decoupled = c.decoupled != 0 ? c.weight_decay : 0;
-    const LayerConfig layer{false, lr, l2, decoupled, D<float>::first_order, false, nullptr, true};
+    const LayerConfig layer{false, lr,      l2,  c.decoupled_decay, D<float>::first_order,
+                            false, nullptr, true};
     const Verdict v = decide({}, layer, {});
     w.a = v.scale.a;
     w.b = v.scale.b;
@@ -289,7 +289,7 @@ struct Dispatcher {
   }
 };
 
-// -- the warp that adds sums --------------------------------------------------------------------------
+// -- the warp that adds sums --
 
 /// Adds the sums of item k - 1 while the workers are at item k, and decides on layers. All lanes do
 /// the same but for what only one may do.
@@ -332,12 +332,10 @@ struct Adder {
     }
     if (!add_layer(layer, done, sums) || lane != 0) return;
     if (decides) {
-      const Verdict v = decide(args.rule, config, sums);
-      args.verdicts[done.layer] = device_verdict(v);
+      conclude(args, config, done.layer, sums);
       device::store_release(args.ready + done.layer, epoch);
-      record(args, config, done.layer, v);
     } else if (done.second) {
-      record_step(args, done.layer, sums);
+      conclude_step(args, done.layer, sums);
     } else {
       args.layer_sums[done.layer] = sums;
     }

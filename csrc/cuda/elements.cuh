@@ -149,7 +149,7 @@ struct Elements {
     store<use>(whole, w() + e, n, x);
   }
 
-  // -- the passes -----------------------------------------------------------------------------------
+  // -- the passes --
 
   /// Gradient rules, first pass.
   LAYERLR_DEVICE LayerStats measure() const {

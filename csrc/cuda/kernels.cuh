@@ -66,10 +66,7 @@ template <template <class> class D>
 LAYERLR_KERNEL void decide_kernel(const StepArgs args) {
   const int l = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (args.config->found_inf != 0 || l >= args.layers) return;
-  const LayerConfig config = layer_config<D<float>>(args, args.layer[l], l);
-  const Verdict v = decide(args.rule, config, args.layer_sums[l]);
-  args.verdicts[l] = device_verdict(v);
-  record(args, config, l, v);
+  conclude(args, layer_config<D<float>>(args, args.layer[l], l), l, args.layer_sums[l]);
 }
 
 typedef void (*Kernel)(StepArgs);

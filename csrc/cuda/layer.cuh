@@ -12,9 +12,7 @@ LAYERLR_DEVICE double coming_step(const void* count, bool is_double) {
                         : double(device::read(static_cast<const float*>(count))));
 }
 
-LAYERLR_DEVICE double l2_of(const StepArgs& args) {
-  return args.raw || args.config->decoupled != 0 ? 0 : args.config->weight_decay;
-}
+LAYERLR_DEVICE double l2_of(const StepArgs& args) { return args.raw ? 0 : args.config->l2; }
 
 /// What decide() wants to know of layer l. D: any type of the direction.
 template <class D>
@@ -27,40 +25,19 @@ LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer&
     t = coming_step(span.step, span.step_is_double);
   }
   const double lr = config.lr * layer.lr_scale * D::rate(config.direction, t);
-  const double decoupled = config.decoupled != 0 ? config.weight_decay : 0;
-  return {layer.ruled != 0,  lr, l2_of(args), decoupled, D::first_order, config.skip != 0,
-          args.kept[l],      present.whole != 0};
+  return {layer.ruled != 0, lr,           l2_of(args),       config.decoupled_decay, D::first_order,
+          config.skip != 0, args.kept[l], present.whole != 0};
 }
 
-LAYERLR_DEVICE DeviceVerdict device_verdict(const Verdict& v) {
-  return {v.scale.grad, v.scale.a, v.scale.b, v.keep};
+/// Decide on layer l: its verdict, and its row of statistics.
+LAYERLR_DEVICE void conclude(const StepArgs& args, const LayerConfig& c, int l,
+                             const LayerStats& sums) {
+  const Verdict v = decide(args.rule, c, sums);
+  args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
+  if (args.presence[l].first >= 0) write_row(args.stats + int64_t(l) * columns, v, c.lr);
 }
-
-/// The row of statistics of layer l. Of a gradient rule's step the rest is known after the second
-/// pass only.
-LAYERLR_DEVICE void record(const StepArgs& args, const LayerConfig& c, int l, const Verdict& v) {
-  if (args.presence[l].first < 0) return;
-  double* row = args.stats + int64_t(l) * columns;
-  if (v.keep) {
-    row[Column::skipped] += 1;
-    return;
-  }
-  row[Column::gg] = v.seen.gg;
-  row[Column::scale] = v.scale.scale;
-  row[Column::lr] = c.lr * v.scale.scale;
-  row[Column::a] = v.shown_a;
-  row[Column::b] = v.scale.b;
-  if (!args.rule.update) return;
-  row[Column::ww] = v.seen.ww;
-  row[Column::uu] = v.seen.uu;
-  row[Column::wu] = v.seen.wu;
-}
-LAYERLR_DEVICE void record_step(const StepArgs& args, int l, const LayerStats& sums) {
-  if (args.presence[l].first < 0) return;
-  double* row = args.stats + int64_t(l) * columns;
-  row[Column::ww] = sums.ww;
-  row[Column::uu] = sums.uu;
-  row[Column::wu] = sums.wu;
+LAYERLR_DEVICE void conclude_step(const StepArgs& args, int l, const LayerStats& sums) {
+  if (args.presence[l].first >= 0) write_step(args.stats + int64_t(l) * columns, sums);
 }
 
 }  // namespace layerlr

@@ -28,10 +28,6 @@ LAYERLR_HD constexpr int item_tiles(bool measured) { return measured ? 4 : 2; }
 #endif
 constexpr int segment_items = LAYERLR_SEGMENT_ITEMS;
 
-LAYERLR_HD constexpr int param_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-LAYERLR_HD constexpr int state_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 LAYERLR_HD constexpr int aux_bytes(DType dtype, Held held) {
   return held == Held::master ? state_bytes(dtype) : param_bytes(dtype);
 }
@@ -47,12 +43,8 @@ enum Phase : int32_t { first_pass, second_pass, whole_step };
 
 // -- read afresh by every step ------------------------------------------------------------------
 
-struct DeviceConfig {
-  double lr, sign, found_inf;  // may come from tensors on the device
-  double weight_decay, decoupled, skip;
-  double direction[max_direction_hyper];
-  double rule[max_rule_hyper];
-};
+/// Some of the numbers may come from tensors on the device.
+using DeviceConfig = StepConfig;
 
 /// An array of a span, from where the span begins.
 struct DeviceArray {

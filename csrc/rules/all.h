@@ -1,5 +1,5 @@
-// Every rule, in the order of their ids: scale(stats, lr, L2 decay, kept, h), kept being the
-// number that the layer keeps from step to step (0: none).
+// Every rule, in the order of their ids: R(hyper-parameters).scale(sums, lr, L2 decay, memory), the
+// memory being the number that the layer stores from step to step (0: none).
 #pragma once
 
 #include "rules/lamb.h"
@@ -49,12 +49,12 @@ LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
   return {};
 }
 
-LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& s, double lr, double l2, double kept,
-                               const double* h) {
+LAYERLR_HD LayerScale evaluate(RuleId rule, const LayerStats& sums, double lr, double l2,
+                               double memory, const double* hyper) {
   switch (rule) {
 #define LAYERLR_CASE(R) \
   case RuleId::R:       \
-    return R::scale(s, lr, l2, kept, h);
+    return R(hyper).scale(sums, lr, l2, memory);
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }

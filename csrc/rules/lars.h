@@ -1,26 +1,25 @@
 #pragma once
 
-#include "core.h"
+#include "rules/base.h"
 
 namespace layerlr {
 
-/// f = trust*|w| / (|g| + decay*|w| + eps), g before L2 decay. You et al. 2017,
-/// arXiv:1708.03888. h: trust, eps, clip (f = min(f/lr, 1)).
-struct Lars {
+/// f = trust*|w| / (|g| + decay*|w| + eps), g before L2 decay; trust_clip: f = min(f/lr, 1). You et
+/// al. 2017, arXiv:1708.03888.
+struct Lars : GradientRule {
   static constexpr const char* name = "lars";
-  static constexpr bool update = false;
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = true;
-  static constexpr bool latches = false;
-  LAYERLR_HD static LayerScale scale(const LayerStats& s, double lr, double decay, double,
-                                     const double* h) {
+  double trust, eps;
+  bool trust_clip;
+
+  LAYERLR_HD explicit Lars(const double* h) : trust(h[0]), eps(h[1]), trust_clip(h[2] != 0) {}
+  LAYERLR_HD LayerScale scale(const LayerStats& s, double lr, double decay, double) const {
     const double w = sqrt(s.ww), g = sqrt(s.gg);
-    double f = 1;
-    if (w > 0 && g > 0) {
-      f = h[0] * w / (g + decay * w + h[1]);
-      if (h[2] != 0) f = f < lr ? f / lr : 1;
-    }
-    return {f, 1, 0, f};
+    if (!(w > 0 && g > 0)) return factor(1);
+    const double f = trust * w / (g + decay * w + eps);
+    if (trust_clip) return factor(f < lr ? f / lr : 1);
+    return factor(f);
   }
 };
 

@@ -1,19 +1,16 @@
 #pragma once
 
-#include "core.h"
+#include "rules/base.h"
 
 namespace layerlr {
 
-/// b = -lr*rate, the rate being the number that the layer keeps: somebody else sets it.
-struct Rated {
+/// b = -lr*rate, the rate being the layer's memory: somebody else sets it.
+struct Rated : UpdateRule {
   static constexpr const char* name = "rated";
-  static constexpr bool update = true;
-  static constexpr bool measures_ww = true;
-  static constexpr bool raw_gradient = false;
-  static constexpr bool latches = false;
-  LAYERLR_HD static LayerScale scale(const LayerStats&, double lr, double, double rate,
-                                     const double*) {
-    return {1, 1, -(lr * rate), rate};
+
+  LAYERLR_HD explicit Rated(const double*) {}
+  LAYERLR_HD LayerScale scale(const LayerStats&, double lr, double, double rate) const {
+    return step(-(lr * rate), rate);
   }
 };
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import COLUMNS, Backend, Hyper, Plan, PlanSpec
+from .base import COLUMNS, Backend, Plan, PlanSpec
+from .config import StepConfig
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
@@ -39,4 +40,4 @@ def choose(name: str, spec: PlanSpec) -> Backend:
     return BACKENDS[name]
 
 
-__all__ = ["BACKENDS", "COLUMNS", "Backend", "Hyper", "Plan", "PlanSpec", "choose", "validate"]
+__all__ = ["BACKENDS", "COLUMNS", "Backend", "Plan", "PlanSpec", "StepConfig", "choose", "validate"]

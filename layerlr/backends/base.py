@@ -12,20 +12,10 @@ from layerlr.layers import LayerTable
 from layerlr.precision import Precision
 from layerlr.rules import LayerRule
 
+from .config import StepConfig
+
 #: columns of a plan's ``stats`` tensor, float64 [layers, columns]
 COLUMNS = ("ww", "gg", "uu", "wu", "scale", "lr", "a", "b", "skipped")
-
-
-class Hyper(NamedTuple):
-    """What a step reads afresh from its param group."""
-
-    lr: float | Tensor
-    weight_decay: float
-    decoupled: bool
-    sign: float | Tensor  # factor on the gradient: -1 to maximize, over the scale of a scaled loss
-    skip: bool  # leave layers with a non-finite gradient alone
-    direction: tuple[float, ...]
-    found_inf: float | Tensor = 0.0  # else nothing changes at all
 
 
 class PlanSpec(NamedTuple):
@@ -44,36 +34,35 @@ class Plan(Protocol):
     """The cached multi-tensor table of one group on one device."""
 
     spec: PlanSpec
-    traceable: bool  # `ops.step_` does the same under ``torch.compile``; else the graph breaks
 
     def prepare(self) -> bool:
         """Read the gradients and check them, changing nothing; False: the plan is out of date."""
 
-    def step(self, hyper: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One step with the gradients that `prepare` read."""
 
-    def norms(self, h: Hyper) -> Tensor:
-        """``sum((sign*g)**2)`` of each layer, before L2 decay; float64 [layers].
+    def norms(self, config: StepConfig) -> Tensor:
+        """``sum((grad_factor*g)**2)`` of each layer, before L2 decay; float64 [layers].
 
         Over the tensors that have a gradient, in every layer of the table; changes nothing.
         """
 
-    def measure(self, h: Hyper) -> Tensor:
+    def measure(self, config: StepConfig) -> Tensor:
         """``ww gg uu wu`` of each layer; float64 [layers, 4]: the first half of a step.
 
-        Sums over what is here of the layers, as the first pass takes them, which advances the
-        state where the rule scales updates. Only where there is something to measure.
+        The sums are over the table's own parameters, as the first pass takes them, which advances
+        the state where the rule scales updates. Only where there is something to measure.
         """
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
         """The second half of a step: all that follows from ``sums``, those of the whole layers.
 
         After `measure` with the same numbers, and with its very answer, the same bits as `step`.
-        Of a rule that scales gradients, ``uu`` and ``wu`` in the statistics, and ``ww``, are of
-        what is here.
+        Of a rule that scales gradients, ``ww uu wu`` in the statistics are sums over the table's
+        own parameters.
         """
 
-    def refresh(self, hyper: Hyper) -> None:
+    def refresh(self, config: StepConfig) -> None:
         """Bring the numbers to where captured steps read them."""
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from layerlr import _C
 
 from . import native
-from .base import Hyper, PlanSpec
+from .base import PlanSpec
+from .config import StepConfig
 
 
 class CpuBackend:
@@ -31,36 +32,27 @@ class CpuPlan:
 
     def __init__(self, spec: PlanSpec) -> None:
         self.spec = spec
-        self.traceable = spec.precision is None  # the op knows weights that are held as they are
         self._native = _C.CpuPlan(native.live_plan(spec))
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh."""
         return native.prepare(self._native, self.spec, "cpu")
 
-    def step(self, h: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One pass, or two where there is something to measure."""
-        if not float(h.found_inf):
-            self._native.step(*_numbers(h))
+        self._native.step(config.on_host())
 
-    def norms(self, h: Hyper) -> Tensor:
+    def norms(self, config: StepConfig) -> Tensor:
         """One pass over the gradients."""
-        return self._native.norms(*_numbers(h))
+        return self._native.norms(config.on_host())
 
-    def measure(self, h: Hyper) -> Tensor:
+    def measure(self, config: StepConfig) -> Tensor:
         """The first pass."""
-        if float(h.found_inf):
-            return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
-        return self._native.measure(*_numbers(h))
+        return self._native.measure(config.on_host())
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
         """The second pass."""
-        if not float(h.found_inf):
-            self._native.apply(*_numbers(h), sums)
+        self._native.apply(config.on_host(), sums)
 
-    def refresh(self, h: Hyper) -> None:
+    def refresh(self, config: StepConfig) -> None:
         """Nothing is captured here."""
-
-
-def _numbers(h: Hyper) -> tuple[float, float, bool, float, bool, tuple[float, ...]]:
-    return float(h.lr), h.weight_decay, h.decoupled, float(h.sign), h.skip, h.direction

@@ -13,7 +13,8 @@ from torch import Tensor
 from layerlr import _C
 
 from . import native
-from .base import Hyper, PlanSpec
+from .base import PlanSpec
+from .config import StepConfig
 
 
 class Tuning(NamedTuple):
@@ -22,9 +23,6 @@ class Tuning(NamedTuple):
     blocks: int = 0  # of the grid, at most
     distance: int = 0  # items between a layer's last first-pass item and its first second-pass one
 
-
-#: of a step, and those among lr, sign and found_inf that are on the device
-_Numbers = tuple[float, float, bool, float, bool, tuple[float, ...], list[Tensor | None]]
 
 _tuning = Tuning()
 
@@ -80,8 +78,6 @@ class CudaBackend:
 class CudaPlan:
     """A plan with tables in device memory, built at its first step."""
 
-    traceable = False
-
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
         self.spec, self.name = spec, backend.name
         self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)
@@ -95,40 +91,26 @@ class CudaPlan:
         """Read gradients and data pointers afresh; nothing reaches the device yet."""
         return native.prepare(self._native, self.spec, self.name)
 
-    def step(self, h: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One launch, and one more for what changed since the last step."""
-        numbers, found_inf = _numbers(h)
-        if not found_inf:
-            self._native.step(*numbers)
+        if not config.changes_nothing:
+            self._native.step(config.values, config.tensors)
 
-    def norms(self, h: Hyper) -> Tensor:
+    def norms(self, config: StepConfig) -> Tensor:
         """One launch."""
-        numbers, _ = _numbers(h)
-        return self._native.norms(*numbers)
+        return self._native.norms(config.values, config.tensors)
 
-    def measure(self, h: Hyper) -> Tensor:
+    def measure(self, config: StepConfig) -> Tensor:
         """One launch."""
-        numbers, found_inf = _numbers(h)
-        if found_inf:
+        if config.changes_nothing:
             return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
-        return self._native.measure(*numbers)
+        return self._native.measure(config.values, config.tensors)
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
         """Two launches: the layers, the elements."""
-        numbers, found_inf = _numbers(h)
-        if not found_inf:
-            self._native.apply(*numbers, sums)
+        if not config.changes_nothing:
+            self._native.apply(config.values, config.tensors, sums)
 
-    def refresh(self, h: Hyper) -> None:
+    def refresh(self, config: StepConfig) -> None:
         """A launch, where there was a step."""
-        numbers, _ = _numbers(h)
-        self._native.refresh(*numbers)
-
-
-def _numbers(h: Hyper) -> tuple[_Numbers, float]:
-    """What the native methods take, and the host's found_inf."""
-    numbers = h.lr, h.sign, h.found_inf
-    there = [x if isinstance(x, Tensor) and x.device.type != "cpu" else None for x in numbers]
-    here = [float(x) if y is None else 0.0 for x, y in zip(numbers, there, strict=True)]
-    lr, sign, found_inf = here
-    return (lr, h.weight_decay, h.decoupled, sign, h.skip, h.direction, there), found_inf
+        self._native.refresh(config.values, config.tensors)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerlr import checks
+from layerlr import _C, devices
 from layerlr.layers import Span, rows
 
 from . import native
-from .base import Hyper, PlanSpec
+from .base import PlanSpec
+from .config import UNREAD, StepConfig
 
 
 def _interpreted() -> bool:
@@ -44,8 +44,6 @@ class TritonBackend:
 
 class TritonPlan:
     """Tables in device memory, of which a step writes again what changed."""
-
-    traceable = False
 
     def __init__(self, spec: PlanSpec) -> None:
         kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
@@ -89,25 +87,25 @@ class TritonPlan:
         """Read gradients and data pointers afresh; nothing reaches the device yet."""
         return native.prepare(self._native, self.spec, "triton")
 
-    def step(self, h: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """Write the tables where they changed, and launch; the host does not wait."""
-        self._launch("step", h)
+        self._launch("step", config)
         self._native.finish()
 
-    def norms(self, h: Hyper) -> Tensor:
-        """The tiles, then the layers."""
-        self._launch("norms", h)
+    def norms(self, config: StepConfig) -> Tensor:
+        """Two launches: over the tiles, then over the layers."""
+        self._launch("norms", config)
         return self._totals[:, 1].clone()
 
-    def measure(self, h: Hyper) -> Tensor:
-        """As `step`, up to the sums."""
-        self._launch("measure", h)
+    def measure(self, config: StepConfig) -> Tensor:
+        """The launches of a step up to the sums of each layer."""
+        self._launch("measure", config)
         return self._totals.clone()
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
-        """As `step`, from there."""
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
+        """The launches of a step that follow the sums."""
         self._totals.copy_(sums)
-        self._launch("apply", h)
+        self._launch("apply", config)
         self._native.finish()
 
     @property
@@ -115,45 +113,34 @@ class TritonPlan:
         totals: Tensor = self._tables.totals[: len(self.spec.table.layers)]
         return totals
 
-    def _launch(self, method: str, h: Hyper) -> None:
+    def _launch(self, method: str, config: StepConfig) -> None:
         with torch.accelerator.device_index(self.spec.table.device.index):
             self._write("tensors", self._native.rows())
-            self._write("kept", self._native.kept())
-            self._configure(h)
-            measured = self.spec.rule is not None or h.skip
+            self._write("memory", self._native.memory_pointers())
+            self._configure(config)
+            measured = self.spec.rule is not None or config.skips
             for kernel, arguments, constants in self._launches[measured][method]:
                 kernel(*arguments, **constants)
 
-    def refresh(self, h: Hyper) -> None:
+    def refresh(self, config: StepConfig) -> None:
         """Write the numbers."""
         with torch.accelerator.device_index(self.spec.table.device.index):
             self._known.pop("config", None)
-            self._configure(h)
+            self._configure(config)
 
-    def _configure(self, h: Hyper) -> None:
+    def _configure(self, config: StepConfig) -> None:
         """Write the step's numbers, in the order of ``kernels.tables``."""
-        rule = () if self.spec.rule is None else self.spec.rule.hyper()
-        decay = (0.0, h.weight_decay) if h.decoupled else (h.weight_decay, 0.0)
-        numbers = (h.lr, *decay, h.sign, float(h.skip), h.found_inf)
-        there = {
-            place: x
-            for place, x in enumerate(numbers)
-            if isinstance(x, Tensor) and x.device.type != "cpu"
-        }
-        # those are copied on the device
-        here = [-math.inf if place in there else float(x) for place, x in enumerate(numbers)]
-        values = (*here, *_fill(h.direction, 5), *_fill(rule, 3))
-        if "config" in self._known:
-            self._known["config"][list(there)] = -math.inf
-        self._write("config", torch.tensor(values, dtype=torch.float64))
-        for place, x in there.items():
+        if "config" in self._known:  # what is copied on the device differs from what is sent later
+            self._known["config"][list(config.tensors)] = UNREAD
+        self._write("config", torch.tensor(config.values, dtype=torch.float64))
+        for place, x in config.tensors.items():
             self._tables.config[place : place + 1].copy_(x.reshape(1))
 
     def _write(self, name: str, value: Tensor) -> None:
         """Bring a table up to date, in stream order; graphs share the numbers, not the pointers."""
         known, table = self._known.get(name), getattr(self._tables, name)
         same = known is not None and torch.equal(known, value)
-        if checks.capturing(self.spec.table.device):
+        if devices.capturing(self.spec.table.device):
             if not same:
                 raise RuntimeError(
                     "backend 'triton' can be captured in a CUDA graph only after a step with the "
@@ -172,10 +159,6 @@ class TritonPlan:
         self._known[name] = value
         value = value.pin_memory() if table.is_cuda else value
         table[: len(value)].copy_(value, non_blocking=True)
-
-
-def _fill(values: tuple[float, ...], n: int) -> tuple[float, ...]:
-    return (*values, *(n - len(values)) * (0.0,))
 
 
 def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
@@ -201,8 +184,8 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "parts": parts,
         "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
-        "kept": torch.zeros(n, dtype=torch.int64),
-        "config": torch.zeros(14, dtype=torch.float64),
+        "memory": torch.zeros(n, dtype=torch.int64),
+        "config": torch.zeros(_C.CONFIG["size"], dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
         "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),
         "totals": torch.zeros(n, 4, dtype=torch.float64),

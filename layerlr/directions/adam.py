@@ -29,7 +29,7 @@ class Adam(Direction):
         return beta1, beta2, float(group["eps"]), correct, average
 
     def scalars(self, hyper: Sequence[float], t: Scalar) -> tuple[Scalar, ...]:
-        beta1, beta2, eps, correct, average = hyper
+        beta1, beta2, eps, correct, average, *_ = hyper
         unbias1: Scalar = 1.0 / (1.0 - beta1**t) if correct else 1.0
         unbias2: Scalar = 1.0 / sqrt(1.0 - beta2**t) if correct else 1.0
         gain = 1.0 - beta1 if average else 1.0

@@ -26,7 +26,7 @@ class Rmsprop(Direction):
         return float(group["alpha"]), float(group["eps"]), float(group["momentum"])
 
     def scalars(self, hyper: Sequence[float], t: Scalar) -> tuple[Scalar, ...]:
-        alpha, eps, momentum = hyper
+        alpha, eps, momentum, *_ = hyper
         return alpha, 1.0 - alpha, eps, momentum
 
     def advance(self, g: Tensor, s: Sequence[Tensor], c: Sequence[Scalar]) -> tuple[Tensor, ...]:

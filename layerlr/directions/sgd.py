@@ -31,7 +31,7 @@ class Momentum(Direction):
         return float(group["momentum"]), float(group["dampening"])
 
     def scalars(self, hyper: Sequence[float], t: Scalar) -> tuple[Scalar, ...]:
-        mu, dampening = hyper
+        mu, dampening, *_ = hyper
         first = t == 1
         # a host scalar, or 0/1 on the device: no synchronisation either way
         return mu, 1.0 if first is True else (1.0 - dampening) + dampening * first

@@ -1,31 +1,33 @@
 """What rules look at the model for: `layerlr.rules.Curvature` and `layerlr.rules.BackMatching`.
 
+Imported with the first optimizer that has such a rule, each of the packages with its rule.
+
 | file | what it holds |
 |---|---|
-| `watch.py` | the model that was attached, and its last batch, to be run once more |
-| `layers.py` | the layers of a plan: sums, what they keep, the coming step |
-| `curvature.py` | step sizes from products with the Hessian, differences, or `fisher.py` |
-| `fisher.py`, `taps.py` | products of each sample; hooks that take them from the modules |
-| `back_matching.py` | rates: `structural.py` or `probe.py` |
-| `structural.py`, `grams.py` | factors along the traced graph; a formula for each operation |
+| `replay.py` | the model that was attached, and its last batch, to be run once more |
+| `layers.py` | the layers of a plan: sums, memory, the coming step |
+| `curvature/` | step sizes from the curvature along each layer's step |
+| `back_matching/` | rates from the Jacobians above each layer |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from layerlr.rules import BackMatching, Curvature, Estimated
 
-from . import back_matching, curvature
-from .curvature import Again
-from .layers import Joined, Layers
-from .watch import ModelWatch, random_state
+from .layers import Layers, LayerSet
+from .replay import ModelReplay, random_state
 
 
-def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | None) -> None:
+def estimate(
+    views: Sequence[Layers], model: ModelReplay | None, again: Callable[[], object] | None
+) -> None:
     """Write the rates of every layer whose estimate is due.
+
+    ``again`` evaluates the closure once more, as it was evaluated for this step.
 
     Raises
     ------
@@ -37,16 +39,20 @@ def estimate(views: Sequence[Layers], watch: ModelWatch | None, again: Again | N
         if view.active and view.rule.due(view.step):
             by_rule.setdefault(view.rule, []).append(view)
     for rule, those in by_rule.items():
-        if watch is None and not rule.second_order:  # those look at the gradients' graph alone
+        if model is None and not rule.second_order:  # those look at the gradients' graph alone
             raise RuntimeError(
                 f"rule {rule.name!r} looks at the model: call optimizer.attach(model) before the "
                 "first step"
             )
         if isinstance(rule, Curvature):
-            curvature.estimate(rule, Joined(rule, those), watch, again)
+            from . import curvature
+
+            curvature.estimate(rule, LayerSet(rule, those), model, again)
         elif isinstance(rule, BackMatching):
-            assert watch is not None
-            back_matching.estimate(rule, Joined(rule, those), watch)
+            from . import back_matching
+
+            assert model is not None
+            back_matching.estimate(rule, LayerSet(rule, those), model)
 
 
 def release(params: Iterable[Tensor]) -> None:
@@ -60,4 +66,4 @@ def release(params: Iterable[Tensor]) -> None:
             p.grad.detach_()
 
 
-__all__ = ["Layers", "ModelWatch", "estimate", "random_state", "release"]
+__all__ = ["Layers", "ModelReplay", "estimate", "random_state", "release"]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr.backends import Hyper, PlanSpec
-from layerlr.backends.reference import ReferencePlan, accumulator
+from layerlr.backends import PlanSpec, StepConfig
+from layerlr.backends.base import accumulator
+from layerlr.backends.reference import ReferencePlan
 from layerlr.layers import rows
 from layerlr.rules import Estimated
 
 
 class Layers:
-    """The governed layers of a plan: what they keep, and the coming step.
+    """The governed layers of a plan: their memory, and the coming step.
 
     Values of layers are float64 tensors with an entry for each row of the plan's table, parameters
     outside the rule included. Nothing here waits for the device.
@@ -41,9 +42,9 @@ class Layers:
                     "leave it out with adapt=, or use another rule"
                 )
 
-    def begin(self, step: int, hyper: Hyper) -> None:
+    def begin(self, step: int, config: StepConfig) -> None:
         """Look at the gradients of the coming step, the step-th since the rule was set."""
-        self.step, self.hyper = step, hyper
+        self.step, self.config = step, config
         self._plan.prepare()
         ruled, parts = self.table.ruled, self.table.parts
         #: tensors that take part: governed, with a gradient
@@ -56,16 +57,16 @@ class Layers:
         return self.table.device
 
     def restart(self) -> None:
-        """Forget what was kept for another rule."""
+        """Set the memory, which another rule has written, to its first values."""
         for state in self.spec.states:
-            for key, value in self.rule.keeps.items():
+            for key, value in self.rule.memory.items():
                 if state is not None and key in state:
                     state[key].fill_(value)
 
     @functools.cached_property
     def moves(self) -> list[tuple[Tensor, Tensor]]:
         """(gradient with L2 decay, u) of what takes part, as the coming step will form them."""
-        found = self._plan.directions(self.hyper, self.active)
+        found = self._plan.directions(self.config, self.active)
         return [(g.detach(), u.detach()) for g, u in found]
 
     def scaled(self, values: Tensor, xs: list[Tensor]) -> list[Tensor]:
@@ -74,15 +75,15 @@ class Layers:
         return [x * spread(i, values, x) for i, x in zip(self.active, xs, strict=True)]
 
     def read(self, key: str) -> Tensor:
-        """What the layers keep under a key of ``rule.keeps``."""
+        """The numbers of the layers under a key of ``rule.memory``."""
         values = torch.zeros(len(self.table.layers), dtype=torch.float64, device=self.device)
         if self._leading:
-            kept = torch.cat([self._state(i)[key] for i in self._leading])
-            values[self._rows] = kept[self._places]
+            stored = torch.cat([self._state(i)[key] for i in self._leading])
+            values[self._rows] = stored[self._places]
         return values
 
     def write(self, key: str, values: Tensor) -> None:
-        """Keep other values."""
+        """Write the numbers of the layers."""
         if not self._leading:
             return
         stored = [self._state(i)[key] for i in self._leading]
@@ -96,7 +97,7 @@ class Layers:
         return state
 
 
-class Joined:
+class LayerSet:
     """All layers that follow one rule, over several groups and devices.
 
     Values of layers are concatenated, on the device of the first ones; lists of tensors run over
@@ -168,19 +169,19 @@ class Joined:
             first += len(view.table.layers)
         return found
 
-    def of_groups(self, value: Callable[[Hyper], float]) -> Tensor:
+    def of_groups(self, value: Callable[[StepConfig], float]) -> Tensor:
         """A hyper-parameter of each layer's group."""
         sizes = [len(view.table.layers) for view in self.views]
-        values = [value(view.hyper) for view in self.views]
+        values = [value(view.config) for view in self.views]
         listed = [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
         return torch.tensor(listed, dtype=torch.float64, device=self.device)
 
     def read(self, key: str) -> Tensor:
-        """What the layers keep."""
+        """The numbers of the layers under a key of ``rule.memory``."""
         return self.join([view.read(key) for view in self.views])
 
     def write(self, key: str, values: Tensor) -> None:
-        """Keep other values."""
+        """Write the numbers of the layers."""
         for view, value in zip(self.views, self.split(values), strict=True):
             view.write(key, value)
 
@@ -189,9 +190,9 @@ class Joined:
         new = {"estimate": torch.where(good, value, 0.0), "estimate_weight": torch.ones_like(value)}
         means = []
         for key, x in new.items():
-            kept = self.read(key)
-            mean = self.rule.ema * kept + (1.0 - self.rule.ema) * x
-            means.append(torch.where(good, mean, kept))
+            stored = self.read(key)
+            mean = self.rule.ema * stored + (1.0 - self.rule.ema) * x
+            means.append(torch.where(good, mean, stored))
             self.write(key, means[-1])
         return means[0] / means[1]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr import shards
+from layerlr import dtensor
 
 # Elements converted to float64 at a time. On the host a piece stays in cache (one thread: 4 ns per
 # element at 2^17, 21 ns at 2^22); elsewhere launches of 2^22 cost less than their work, and each
@@ -20,7 +20,7 @@ _PIECE_LAUNCHED = 1 << 22
 
 def local(weight: Tensor) -> Tensor:
     """Return what this rank holds of a parameter, complex numbers as pairs of real ones."""
-    weight = shards.local_part(weight.detach())
+    weight = dtensor.local_part(weight.detach())
     return torch.view_as_real(weight) if weight.is_complex() else weight
 
 
@@ -106,11 +106,11 @@ def _squares(pieces: Iterable[Tensor], weight: Tensor) -> Tensor:
 
 def _across_ranks(sums: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """Complete the sums of sharded layers: one all-reduce for each process group."""
-    of_weights = [shards.groups(w) for w in weights]
+    of_weights = [dtensor.groups(w) for w in weights]
     groups: dict[str, Any] = functools.reduce(dict.__or__, of_weights, {})
     for name, group in groups.items():
         members = [i for i, of in enumerate(of_weights) if name in of]
-        totals = shards.sum_over(group, [sums[i] for i in members])
+        totals = dtensor.sum_over(group, [sums[i] for i in members])
         for i, total in zip(members, totals, strict=True):
             sums[i] = total
     return sums

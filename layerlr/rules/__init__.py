@@ -20,6 +20,9 @@ RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lam
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
 
+#: what stands for a rule: its name, the rule itself, or none
+Rule = str | LayerRule | None
+
 
 def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
     """Rule from a name, a rule, the plain dict of a state dict, or None.
@@ -42,6 +45,11 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
         f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}"
         + (" (an instance is wanted, not the class)" if isinstance(rule, type) else "")
     )
+
+
+def is_estimated(rule: str | LayerRule | Mapping[str, Any] | None) -> bool:
+    """Whether a rule looks at the model for its rates."""
+    return isinstance(rule if isinstance(rule, LayerRule) else resolve(rule), Estimated)
 
 
 def _lookup(name: str) -> type[LayerRule]:
@@ -67,6 +75,8 @@ __all__ = [
     "LayerStats",
     "Plain",
     "Rated",
+    "Rule",
     "Singh",
+    "is_estimated",
     "resolve",
 ]

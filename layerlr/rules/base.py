@@ -59,10 +59,10 @@ class LayerRule:
     adapts: ClassVar[Literal["all", "kernels"]] = "kernels"
     #: whether parameters that the rule does not govern stay where they are
     freezes: ClassVar[bool] = False
-    #: state keys of the float64 numbers that the rule keeps for each layer, and what they are at
-    #: first; engines read the first of them
-    keeps: ClassVar[Mapping[str, float]] = MappingProxyType({})
-    #: whether what it keeps is the norm at the layer's first step
+    #: state keys of the float64 numbers that the rule stores for each layer, and their first
+    #: values; engines read the first of them
+    memory: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    #: whether that number is the norm of the layer's weights at its first step
     latches: ClassVar[bool] = False
     #: name under which the engines know the formula, where it is another's
     kernel: ClassVar[str]
@@ -72,9 +72,9 @@ class LayerRule:
             cls.kernel = cls.name
 
     @property
-    def kept(self) -> str | None:
+    def memory_key(self) -> str | None:
         """State key of the number that engines read."""
-        return next(iter(self.keeps), None)
+        return next(iter(self.memory), None)
 
     def hyper(self) -> tuple[float, ...]:
         """Hyper-parameters in the order of the C++ function."""
@@ -84,8 +84,8 @@ class LayerRule:
         """Factor on the gradient, [layers]; ``weight_decay`` is the L2 coefficient."""
         raise NotImplementedError
 
-    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
-        """Scale of an update rule; the sums are over ``u + weight_decay*w``, kept 0 is none."""
+    def scale(self, s: LayerStats, lr: Tensor, memory: Tensor) -> LayerScale:
+        """Scale of an update rule; the sums are over ``u + weight_decay*w``, memory 0 is none."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Lamb(LayerRule):
     def hyper(self) -> tuple[float, ...]:
         return math.inf if self.clip is None else float(self.clip), float(self.trust_clip)
 
-    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
+    def scale(self, s: LayerStats, lr: Tensor, memory: Tensor) -> LayerScale:
         w, u = s.ww.sqrt(), s.uu.sqrt()
         if self.clip is not None:
             w = w.clamp(max=self.clip)

@@ -24,8 +24,9 @@ class Layca(LayerRule):
     Parameters
     ----------
     radius
-        ``"initial"``: R is the norm at the layer's first step, kept in the state key ``radius``,
-        so rounding cannot drift. ``"current"``: R is the present norm, as in the authors' code.
+        ``"initial"``: R is the norm at the layer's first step, stored under the state key
+        ``radius``, so rounding cannot drift. ``"current"``: R is the present norm, as in the
+        authors' code.
     eps
         Relative size below which nothing orthogonal is left: where ``perp <= eps*|u|`` the weights
         keep their bits. >= 0.
@@ -67,20 +68,20 @@ class Layca(LayerRule):
         return self.others == "freeze"
 
     @property
-    def keeps(self) -> dict[str, float]:  # type: ignore[override]
+    def memory(self) -> dict[str, float]:  # type: ignore[override]
         """The radius, unless it is the present norm."""
         return {"radius": 0.0} if self.radius == "initial" else {}
 
     def hyper(self) -> tuple[float, ...]:
         return (float(self.eps),)
 
-    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
+    def scale(self, s: LayerStats, lr: Tensor, memory: Tensor) -> LayerScale:
         norm = s.ww.sqrt()
         perp2 = s.uu - s.wu * s.wu / s.ww
         perp = perp2.clamp(min=0.0).sqrt()
         rotates = (norm > 0) & (perp2 > self.eps * self.eps * s.uu)
         cos = 1.0 / (1.0 + lr * lr).sqrt()
-        k = cos * torch.where(kept > 0, kept / norm, 1.0)
+        k = cos * torch.where(memory > 0, memory / norm, 1.0)
         c = lr * norm / perp
         one = constant(1.0, lr)
         a = torch.where(rotates & (lr > 0), k * (1.0 + c * s.wu / s.ww), one)

@@ -23,6 +23,6 @@ class Plain(LayerRule):
     def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         return constant(1.0, s.gg)
 
-    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
+    def scale(self, s: LayerStats, lr: Tensor, memory: Tensor) -> LayerScale:
         one = constant(1.0, lr)
         return LayerScale(one, one, -lr, one)

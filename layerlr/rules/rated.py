@@ -32,18 +32,18 @@ class Rated(LayerRule):
     name = "rated"
     order: ClassVar[Literal["gradient", "update"]] = "update"
     adapts: ClassVar[Literal["all", "kernels"]] = "all"
-    keeps: ClassVar[Mapping[str, float]] = MappingProxyType({"rate": 1.0})
+    memory: ClassVar[Mapping[str, float]] = MappingProxyType({"rate": 1.0})
 
-    def scale(self, s: LayerStats, lr: Tensor, kept: Tensor) -> LayerScale:
+    def scale(self, s: LayerStats, lr: Tensor, memory: Tensor) -> LayerScale:
         one = constant(1.0, lr)
-        return LayerScale(one, one, -(lr * kept), kept)
+        return LayerScale(one, one, -(lr * memory), memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimated(Rated):
     """A rule whose rates `layerlr.estimators` finds before the step, every ``refresh`` steps.
 
-    The state keeps each layer's rate (0 before the first estimate: a parameter that is unfrozen
+    The state holds each layer's rate (0 before the first estimate: a parameter that is unfrozen
     waits for the next one), the running mean of the number that it comes from, and the weight of
     that mean, which corrects its bias. The param-group key ``estimated`` counts the steps since the
     rule was set; with ``seed`` it determines every random draw, so that a resumed run draws what an
@@ -59,7 +59,7 @@ class Estimated(Rated):
         Of the random signs and labels.
     """
 
-    keeps: ClassVar[Mapping[str, float]] = MappingProxyType(
+    memory: ClassVar[Mapping[str, float]] = MappingProxyType(
         {"rate": 0.0, "estimate": 0.0, "estimate_weight": 0.0}
     )
     #: whether gradients must carry their graph where an estimate is due

@@ -69,15 +69,15 @@ Model make(const Case& c) {
 }
 
 /// Of the last step but one nothing may show.
-StepConfig config_of(const Case& c, int step) {
-  StepConfig config;
+StepConfig config_of(const Model& m, const Case& c, int step) {
+  StepConfig config = m.config();
   config.lr = 0.01 * (1 + step);
-  config.weight_decay = 0.1;
-  config.decoupled = config.skip = c.options;
-  config.sign = c.options ? -1 : 1;
+  (c.options ? config.decoupled_decay : config.l2) = 0.1;
+  config.skip = c.options;
+  config.grad_factor = c.options ? -1 : 1;
   config.found_inf = step == 2;
   const double hyper[] = {0.9 - 0.1 * step, 0.99, 1e-8, 1, 1};
-  std::copy(std::begin(hyper), std::end(hyper), config.direction_hyper);
+  std::copy(std::begin(hyper), std::end(hyper), config.direction);
   return config;
 }
 constexpr int steps = 4;
@@ -119,7 +119,7 @@ struct Tables {
         layer_arrivals(p.layers.size()),
         ready(p.layers.size()),
         verdicts(p.layers.size()) {
-    for (const Layer& layer : p.layers) kept.push_back(layer.kept);
+    for (const Layer& layer : p.layers) kept.push_back(layer.memory);
     for (size_t i = 0; i < p.spans.size(); ++i) {
       const Span& span = p.spans[i];
       const bool active = p.tensors[span.tensor].active;
@@ -165,13 +165,13 @@ struct Tables {
   }
 
   void step(const StepConfig& c) {
-    fill_config(c);
+    config = c;
     cuda_engine().step(args, 0, nullptr);
   }
 
   /// The same in two launches, after one that measures gradients alone: false where that is wrong.
   bool step_in_halves(const StepConfig& c) {
-    fill_config(c);
+    config = c;
     StepArgs gradients = args;
     gradients.rule = {};
     gradients.raw = true;
@@ -188,13 +188,6 @@ struct Tables {
     cuda_engine().apply(args, 0, nullptr);
     return right;
   }
-
- private:
-  void fill_config(const StepConfig& c) {
-    config = {c.lr,           c.sign, c.found_inf, c.weight_decay, double(c.decoupled),
-              double(c.skip), {},     {}};
-    std::copy(std::begin(c.direction_hyper), std::end(c.direction_hyper), config.direction);
-  }
 };
 
 /// The model after all steps, and whether what was measured alone was right.
@@ -205,9 +198,9 @@ std::pair<Model, bool> on_gpu(const Case& c, const Variant& how) {
   bool right = true;
   for (int i = 0; i < steps; ++i) {
     if (how.halves && i != 1) {
-      right = tables.step_in_halves(config_of(c, i)) && right;
+      right = tables.step_in_halves(config_of(m, c, i)) && right;
     } else {
-      tables.step(config_of(c, i));
+      tables.step(config_of(m, c, i));
     }
   }
   return {std::move(m), right};
@@ -215,7 +208,7 @@ std::pair<Model, bool> on_gpu(const Case& c, const Variant& how) {
 
 Model on_cpu(const Case& c) {
   Model m = make(c);
-  for (int i = 0; i < steps; ++i) step(m.plan, config_of(c, i), {1, serial});
+  for (int i = 0; i < steps; ++i) step(m.plan, config_of(m, c, i), {1, serial});
   return m;
 }
 

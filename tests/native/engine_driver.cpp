@@ -24,12 +24,12 @@ Model make(int direction, int rule, DType dtype) {
 }
 
 void run(Model& m, int threads, bool skip) {
-  StepConfig config;
+  StepConfig config = m.config();
   config.lr = 0.01;
-  config.weight_decay = 0.1;
+  config.l2 = 0.1;
   config.skip = skip;
   const double hyper[] = {0.9, 0.99, 1e-8, 1, 1};
-  std::copy(std::begin(hyper), std::end(hyper), config.direction_hyper);
+  std::copy(std::begin(hyper), std::end(hyper), config.direction);
   const ParallelFor parallel = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     std::vector<std::thread> pool;
     for (int t = 0; t < threads; ++t) {

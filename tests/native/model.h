@@ -11,7 +11,6 @@
 
 namespace layerlr {
 
-inline int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 inline DType state_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 /// n zeros that end where their allocation ends, so that one read too far is seen; the odd start
@@ -22,12 +21,12 @@ struct Buffer {
   size_t size;  // in bytes
   DType dtype;
 
-  Buffer(int64_t n, DType dtype, bool odd) : size(n * bytes_of(dtype)), dtype(dtype) {
-    const size_t shift = odd ? bytes_of(dtype) : 0;
+  Buffer(int64_t n, DType dtype, bool odd) : size(n * param_bytes(dtype)), dtype(dtype) {
+    const size_t shift = odd ? param_bytes(dtype) : 0;
     memory.reset(new char[size + shift]());
     data = memory.get() + shift;
   }
-  int64_t numel() const { return size / bytes_of(dtype); }
+  int64_t numel() const { return size / param_bytes(dtype); }
 
   double get(int64_t i) const {
     switch (dtype) {
@@ -66,15 +65,6 @@ struct Buffer {
   }
 };
 
-inline int states_of(int direction) {
-  const int states[] = {
-#define LAYERLR_STATES(D) D<float>::states,
-      LAYERLR_DIRECTIONS(LAYERLR_STATES)
-#undef LAYERLR_STATES
-  };
-  return states[direction];
-}
-
 struct Shape {
   int64_t size;
   DType dtype;
@@ -109,11 +99,18 @@ struct Model {
     radii.assign(8, plan.rule.rule == RuleId::Rated ? 0.7 : 0);
     for (int l = 0; l < 8; ++l) {
       plan.layers[l].ruled = rule >= 0 && l != 6;
-      plan.layers[l].kept = &radii[l];
+      plan.layers[l].memory = &radii[l];
     }
     stats.assign(8 * columns, 0);
     plan.stats = stats.data();
     plan.finish();
+  }
+
+  /// A step's numbers, of which the rule's are set.
+  StepConfig config() const {
+    StepConfig config;
+    std::copy(std::begin(plan.rule.hyper), std::end(plan.rule.hyper), config.rule);
+    return config;
   }
 
   /// What a step may change, to be compared.
@@ -150,7 +147,7 @@ struct Model {
     count.set(0, i % 3);
     row.step = count.data;
     row.dtype = shape.dtype;
-    if (bytes_of(shape.dtype) == 2) {  // every way to hold weights; float16 is not for the last
+    if (param_bytes(shape.dtype) == 2) {  // every way to hold weights; float16 is not for the last
       row.held = static_cast<Held>(i % (shape.dtype == DType::bf16 ? 4 : 3));
       row.seed = static_cast<int64_t>(i);
       const DType extra = row.held == Held::master ? DType::f32 : shape.dtype;

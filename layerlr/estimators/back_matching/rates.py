@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layerlr.estimators.layers import LayerSet, generator
+from layerlr.estimators.replay import ModelReplay, output_tensor
 from layerlr.rules import BackMatching
 
-from .layers import Joined, generator
-from .probe import output_tensor, probe
-from .structural import Structure
-from .watch import ModelWatch
+from .probe import probe
 
 _LEAST = 1e-12  # of c_W*m
 _NOISE = 1e-10  # of the largest c_W*m: rounding of what is 0 (a bias before a batch norm)
 
 
-def estimate(rule: BackMatching, layers: Joined, watch: ModelWatch) -> None:
+def estimate(rule: BackMatching, layers: LayerSet, model: ModelReplay) -> None:
     """Write the rates of all layers under one rule."""
     find = _structural if rule.estimator == "structural" else _probe
-    value = find(rule, layers, watch)
+    value = find(rule, layers, model)
     finite = torch.isfinite(value)
     most = torch.where(finite, value, 0.0).max()
     mean = layers.average(value, finite & (value > _NOISE * most)).clamp(min=_LEAST)
@@ -35,10 +34,12 @@ def estimate(rule: BackMatching, layers: Joined, watch: ModelWatch) -> None:
     layers.write("rate", rate.clamp(rule.min_factor, rule.max_factor))
 
 
-def _structural(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor:
+def _structural(rule: BackMatching, layers: LayerSet, model: ModelReplay) -> Tensor:
     """Mean over each layer's elements of the factors of its parameters."""
-    with watch.replay() as (args, kwargs):
-        structure = watch.once(Structure, rank=rule.dimension == "rank")  # runs forward too
+    from .structural import Structure
+
+    with model.replay() as (args, kwargs):
+        structure = model.once(Structure, rank=rule.dimension == "rank")  # runs forward too
         factors = structure.factors(args, kwargs)
     for p, name in zip(layers.params(), layers.names(), strict=True):
         if p not in factors:
@@ -49,12 +50,12 @@ def _structural(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor
     return layers.mean([factors[p] for p in layers.params()])
 
 
-def _probe(rule: BackMatching, layers: Joined, watch: ModelWatch) -> Tensor:
+def _probe(rule: BackMatching, layers: LayerSet, model: ModelReplay) -> Tensor:
     """``||J^T v||^2/(batch*dim)`` of each layer."""
     params = layers.params()
     draw = generator(rule.seed, layers.step, layers.device)
-    with watch.replay() as (args, kwargs), torch.enable_grad():
-        output = output_tensor(watch.model(*args, **kwargs))
+    with model.replay() as (args, kwargs), torch.enable_grad():
+        output = output_tensor(model.model(*args, **kwargs))
         found = probe(output, params, draw)
     back = [torch.zeros_like(p) if x is None else x for p, x in zip(params, found, strict=True)]
     return layers.dot(back, back) / (len(output) * layers.count())

@@ -5,64 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .probe import output_tensor
-from .watch import random_state, set_random_state
+from layerlr.estimators.replay import output_tensor, random_state, set_random_state
 
-Key = tuple[nn.Module, str]  # the module that owns a parameter, and the parameter's name there
-
-#: Linear in weight and bias together, the bias added along the last dims, or along dim 1.
-_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
-_CHANNELS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm),
+from .module_products import (
+    Key,
+    Tangent,
+    differentiable,
+    is_plain,
+    plain_product,
+    twice_backward,
 )
-
-
-class Tangent(NamedTuple):
-    """Direction of one parameter in one layer: of its shape, zero outside the layer's part."""
-
-    param: Tensor
-    value: Tensor
-    layer: int
-
-
-def owned_by(
-    model: nn.Module, tangents: Sequence[Tangent]
-) -> dict[nn.Module, dict[str, list[Tangent]]]:
-    """Tangents by the modules that own their parameters (tied ones have several)."""
-    of: dict[Tensor, list[Tangent]] = {}
-    for t in tangents:
-        if t.value.shape != t.param.shape:
-            raise ValueError(
-                f"a tangent of layer {t.layer} has shape {tuple(t.value.shape)}, its parameter "
-                f"{tuple(t.param.shape)}"
-            )
-        of.setdefault(t.param, []).append(t)
-    owned = {}
-    for module in model.modules():
-        mine = {n: of[p] for n, p in module._parameters.items() if p is not None and p in of}
-        if mine:
-            owned[module] = mine
-    found = {p for m, mine in owned.items() for p in (m._parameters[n] for n in mine)}
-    for t in tangents:
-        if t.param not in found:
-            raise ValueError(
-                f"a tangent of layer {t.layer}, of shape {tuple(t.param.shape)}, belongs to no "
-                "parameter of the model"
-            )
-    return owned
 
 
 class _Tap(torch.autograd.Function):
@@ -101,7 +62,7 @@ class _Frame:
     left: set[Key] = dataclasses.field(default_factory=set)
 
 
-class Taps:
+class ForwardProducts:
     """Hooks for one run of the model, with a leaf for each layer that gathers s over the samples.
 
     While a module runs, its own parameters take no gradient. Where the output still depends on one
@@ -119,7 +80,7 @@ class Taps:
         self.model, self.owned, self.n = model, owned, n
         self.keys: dict[nn.Module, dict[Key, str]] = {}
         self.names = {m: name for name, m in model.named_modules()}
-        self.plain = {m for m in owned if _is_plain(m)}
+        self.plain = {m for m in owned if is_plain(m)}
         self.frames: list[_Frame] = []
         self.stand_ins: set[Tensor] = set()  # parameters that another module answers for
         self.running = False
@@ -256,7 +217,7 @@ class Taps:
         try:
             for layer, values in by_layer.items():
                 dy = (
-                    _plain_product(module, values, args, kwargs, y)
+                    plain_product(module, values, args, kwargs, y)
                     if module in self.plain
                     else self._run_again(module, values, args, kwargs, frame, pick)
                 )
@@ -286,14 +247,14 @@ class Taps:
         params = {name: module.get_parameter(name).detach().requires_grad_() for name in values}
         try:
             # with gradients: torch.nn's fused inference paths have no forward mode
-            with torch.enable_grad(), _differentiable(module):
+            with torch.enable_grad(), differentiable(module):
                 try:
                     with fwd.dual_level():
                         y = again({n: fwd.make_dual(p, values[n]) for n, p in params.items()})
                         dy = fwd.unpack_dual(y).tangent
                         return dy if dy is None else dy.detach()
                 except NotImplementedError:
-                    return _twice_backward(again(params), list(params.values()), values.values())
+                    return twice_backward(again(params), list(params.values()), values.values())
         except RuntimeError as error:
             raise NotImplementedError(
                 f"module {self.names[module] or '(root)'!r}, which answers for the parameters "
@@ -330,58 +291,3 @@ class Taps:
             f"parameter {' = '.join(names)!r} is used by the module that owns it and also past it "
             "(tied by hand): give the other use a module of its own that shares the parameter"
         )
-
-
-def _is_plain(module: nn.Module) -> bool:
-    if type(module) not in (*_LAST, *_CHANNELS) or getattr(module, "max_norm", None) is not None:
-        return False
-    hooks = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-    return module._parameters.keys() <= {"weight", "bias"} and not hooks
-
-
-def _plain_product(
-    module: nn.Module,
-    values: dict[str, Tensor],
-    args: Any,
-    kwargs: Any,
-    y: Tensor,
-) -> Tensor:
-    """The module itself, with the direction in the place of its parameters."""
-    if values.keys() == {"bias"}:
-        bias = values["bias"].to(y.dtype)
-        if type(module) in _CHANNELS:
-            bias = bias.reshape(-1, *[1] * (y.dim() - 2))
-        return bias.expand_as(y)
-    given = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    given |= values | buffers
-    with torch.no_grad():
-        return functional_call(module, given, args, kwargs, tie_weights=False)
-
-
-def _twice_backward(y: Tensor, params: Sequence[Tensor], values: Iterable[Tensor]) -> Tensor | None:
-    """``J d`` as the derivative of ``(J^T u).d`` in u: the double backward of one module."""
-    u = torch.zeros_like(y, requires_grad=True)
-    back = torch.autograd.grad(y, params, u, create_graph=True, allow_unused=True)
-    used = [(g, v) for g, v in zip(back, values, strict=True) if g is not None]
-    if not used:
-        return None
-    (dy,) = torch.autograd.grad([g for g, _ in used], u, [v for _, v in used])
-    return dy
-
-
-@contextlib.contextmanager
-def _differentiable(module: nn.Module) -> Iterator[None]:
-    """Kernels that PyTorch can differentiate in forward mode, or at least twice."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
-
-
-def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Without compiled code, which ignores hooks."""
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()

@@ -9,11 +9,43 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from layerlr.estimators.layers import LayerSet, generator
+from layerlr.estimators.replay import (
+    ModelReplay,
+    output_tensor,
+    random_state,
+    set_random_state,
+)
+from layerlr.rules import Curvature
 from layerlr.rules.curvature import Likelihood, Reduction
 
-from .probe import output_tensor
-from .taps import Tangent, Taps, eager, owned_by
-from .watch import random_state, set_random_state
+from .forward_products import ForwardProducts
+from .module_products import Tangent, eager, owned_by
+
+
+def matrix(rule: Curvature, layers: LayerSet, model: ModelReplay) -> Tensor:
+    """``u_l^T F u_m`` of all layers, from the products of each sample."""
+    steps = {p: u for p, u in zip(layers.params(), layers.steps, strict=True)}
+    tangents = []
+    for p, begin, end, layer in layers.parts():
+        value = steps[p].to(p.dtype)
+        if p.dim() and end - begin < p.shape[0]:
+            value = torch.zeros_like(p)
+            value[begin:end] = steps[p][begin:end]
+        tangents.append(Tangent(p, value, layer))
+    draw = generator(rule.seed, layers.step, layers.device)
+    with model.replay() as (args, kwargs):
+        rows = products(
+            model.model,
+            args,
+            kwargs,
+            tangents,
+            len(layers),
+            rule.likelihood,
+            rule.reduction,
+            draw,
+        ).to(layers.device)
+    return rows @ rows.mT
 
 
 def products(
@@ -47,7 +79,7 @@ def products(
     Parameters
     ----------
     model, args, kwargs
-        What to run again, within `ModelWatch.replay`: the pass moves buffers and random states.
+        What to run again, within `ModelReplay.replay`: the pass moves buffers and random states.
     tangents
         The directions. Several may share a parameter, in one layer or in several.
     layers
@@ -118,7 +150,7 @@ def products(
     state = random_state()
     with torch.enable_grad(), eager(model):
         while True:
-            taps = Taps(model, owned, tangents, layers, n)
+            taps = ForwardProducts(model, owned, tangents, layers, n)
             with taps.installed():
                 frame = taps.enter(model, args, kwargs)
                 output = output_tensor(model(*args, **kwargs))

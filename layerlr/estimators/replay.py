@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,24 +16,24 @@ T = TypeVar("T")
 class _Hook:
     """A forward pre-hook of one model only: a copy of the model, or one read back, has none."""
 
-    def __init__(self, watch: ModelWatch | None) -> None:
+    def __init__(self, replay: ModelReplay | None) -> None:
         # weak: when the optimizer is gone, so is the batch
-        self.watch = None if watch is None else weakref.ref(watch)
+        self.replay = None if replay is None else weakref.ref(replay)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch = None if self.watch is None else self.watch()
-        if watch is not None and torch.is_grad_enabled():
-            watch.see(args, kwargs)
+        replay = None if self.replay is None else self.replay()
+        if replay is not None and torch.is_grad_enabled():
+            replay.see(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None,)
 
 
-class ModelWatch:
+class ModelReplay:
     """Remembers the arguments, the random state and the autocast of a model's last forward pass.
 
     Passes without gradients (evaluation) are not remembered. The arguments are held by reference:
-    a batch that is overwritten in place is seen as it is now. The hook goes with the watch.
+    a batch that is overwritten in place is seen as it is now. The hook goes with this object.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,6 +110,31 @@ class ModelWatch:
             self._made[key] = make(self.model, **options)
         made: T = self._made[key]
         return made
+
+
+def output_tensor(output: object) -> Tensor:
+    """The floating-point tensor that a model returned, alone or as ``logits``.
+
+    Raises
+    ------
+    TypeError
+        Where there is none, or it has no batch dimension.
+    """
+    found = output
+    if not isinstance(output, Tensor):
+        found = output.get("logits") if isinstance(output, Mapping) else None
+        found = getattr(output, "logits", None) if found is None else found
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returned {type(output).__name__}, wanted one tensor, or an object or "
+            "mapping with a tensor 'logits'"
+        )
+    if not found.is_floating_point() or not found.dim():
+        raise TypeError(
+            f"the model's output is {found.dtype} of shape {tuple(found.shape)}, wanted floating "
+            "point with the batch in dim 0"
+        )
+    return found
 
 
 def random_state() -> list[Tensor]:

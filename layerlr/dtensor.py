@@ -1,4 +1,4 @@
-"""What a process holds of a `torch.distributed.tensor.DTensor`."""
+"""The shard that a process holds of a `torch.distributed.tensor.DTensor`."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def index(p: Any) -> int:
 
 
 def local_part(x: Any) -> Any:
-    """The part of a DTensor that lies here, a tensor of its own over the same memory."""
+    """Shard of a DTensor that this process holds, a tensor of its own over the same memory."""
     return x._local_tensor.detach() if is_sharded(x) else x
 
 
 def local_gradient(p: Any) -> Tensor | None:
-    """The part of ``p.grad`` that belongs to the part of p that lies here.
+    """The part of ``p.grad`` that belongs to this process's shard of p.
 
     A gradient that is placed otherwise (not reduced yet, say) is brought into p's placement.
     """
@@ -87,17 +87,17 @@ def local_gradient(p: Any) -> Tensor | None:
 
 
 def local_rows(p: Any, parts: Sequence[Span]) -> list[tuple[int, int]]:
-    """Rows of the local part that belong to each part of p; empty ranges where there are none."""
+    """Rows of this process's shard that belong to each span of p; empty ranges for none."""
     if not is_sharded(p):
         return [(span.begin, span.end) for span in parts]
     if len(parts) == 1:
         return [(0, rows(p._local_tensor))]
-    held = _held_rows(p)
-    return [(int((held < s.begin).sum()), int((held < s.end).sum())) for s in parts]
+    rows_here = _local_row_numbers(p)
+    return [(int((rows_here < s.begin).sum()), int((rows_here < s.end).sum())) for s in parts]
 
 
-def _held_rows(p: Any) -> Tensor:
-    """Numbers of the rows of dim 0 that lie here, ascending; found without communication."""
+def _local_row_numbers(p: Any) -> Tensor:
+    """Numbers of the rows of dim 0 in this process's shard, ascending; nothing is sent."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     placements = [q if getattr(q, "dim", None) == 0 else Replicate() for q in p.placements]

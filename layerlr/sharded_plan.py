@@ -1,4 +1,4 @@
-"""Steps of sharded parameters: each process its part, with the sums of whole layers."""
+"""Plans of sharded parameters: each process steps its shard, with the sums of whole layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, shards
-from .backends import COLUMNS, Backend, Hyper, Plan, PlanSpec
+from . import _C, dtensor
+from .backends import COLUMNS, Backend, PlanSpec, StepConfig
 from .layers import LayerTable, Span
 from .precision import splitmix64
 
@@ -18,77 +18,45 @@ from .precision import splitmix64
 _OF_STEP = [COLUMNS.index(c) for c in ("ww", "uu", "wu")]
 
 
-def plan(backend: Backend, spec: PlanSpec) -> Plan:
-    """Plan for a supported case, whose parameters may be DTensors."""
-    sharded = any(map(shards.is_sharded, spec.table.params))
-    return ShardedPlan(backend, spec) if sharded else backend.plan(spec)
-
-
-def step(steps: Sequence[tuple[Plan, Hyper]]) -> None:
-    """Step plans side by side: one all-reduce for each process group in which layers lie."""
-    measured = []
-    for plan, h in steps:
-        if isinstance(plan, ShardedPlan) and plan.measures(h):
-            measured.append((plan, h, plan.measure(h)))
-        else:
-            plan.step(h)
-    _reduce([(plan, sums) for plan, _, sums in measured])
-    for plan, h, sums in measured:
-        plan.apply(h, sums)
-
-
-def norms(steps: Sequence[tuple[Plan, Hyper]]) -> list[Tensor]:
-    """Sums of squares of the gradients of each plan's layers, over all processes."""
-    sums = [plan.norms(h) for plan, h in steps]
-    plans = [plan for plan, _ in steps]
-    _reduce(
-        [
-            (plan, x[:, None])
-            for plan, x in zip(plans, sums, strict=True)
-            if isinstance(plan, ShardedPlan)
-        ]
-    )
-    return sums
-
-
-def _reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
-    """Sum [layers, k] of plans over processes, in place: one message a process group.
+def reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
+    """Sum values of layers [layers, k] over processes, in place: one message a process group.
 
     A layer that is spread over several groups (a mesh of several dimensions) is summed over one
-    after another, which comes out the same, to the bit, wherever it is held.
+    after another, which gives the same bits on every process.
     """
     groups: dict[str, Any] = {}
     for plan, _ in sums:
-        groups |= plan.spread.groups
+        groups |= plan.layout.groups
     for name, group in groups.items():
-        places = [(x, p.spread.within[name]) for p, x in sums if name in p.spread.groups]
-        totals = shards.sum_over(group, [x[at] for x, at in places])
-        for (x, at), total in zip(places, totals, strict=True):
+        parts = [(x, p.layout.within[name]) for p, x in sums if name in p.layout.groups]
+        totals = dtensor.sum_over(group, [x[at] for x, at in parts])
+        for (x, at), total in zip(parts, totals, strict=True):
             x[at] = total
 
 
-class Spread:
-    """How the layers of a table lie over processes, and the table of what lies here.
+class ShardLayout:
+    """How the layers of a table lie over processes, and the table of this process's shards.
 
-    That has a row for each way in which tensors of a layer are spread; where those are several,
-    what all processes of a group hold is counted by each of them in part.
+    The table has a row for each way in which tensors of a layer are spread. Where a layer has
+    several, each process of a group that holds the same values counts a share of them.
 
     Attributes
     ----------
     groups, within
-        Process groups over which layers are summed, by name, and the layers that are.
+        By name: the process groups, and the layers that are summed over each of them.
     table
-        Of the parts that lie here, a row for each layer and way.
+        The table of this process's shards: a row for each layer and each way of being spread.
     mixed
         Whether there are more rows than layers.
     layer_of, first_row
-        Of each row its layer, of each layer its first row.
+        The layer of each row, and the first row of each layer.
     parts
-        What there is of each row over all processes, if every process counts 1.
+        How many times the row's sums are counted over all processes, each process counting its
+        share.
     """
 
     def __init__(self, whole: LayerTable) -> None:
-        of_tensors = [shards.groups(p) for p in whole.params]
+        of_tensors = [dtensor.groups(p) for p in whole.params]
         of_layers: list[dict[str, Any]] = [{} for _ in whole.layers]
         rows: dict[tuple[int, tuple[str, ...]], int] = {}
         for span in whole.spans:
@@ -102,10 +70,10 @@ class Spread:
             at = inside.nonzero().flatten().to(whole.device)
             self.within[name] = slice(None) if bool(inside.all()) else at
 
-        local = [shards.local_part(p) for p in whole.params]
+        local = [dtensor.local_part(p) for p in whole.params]
         spans = []
         for i, of_tensor in enumerate(whole.parts):
-            ranges = shards.local_rows(whole.params[i], of_tensor)
+            ranges = dtensor.local_rows(whole.params[i], of_tensor)
             for (begin, end), span in zip(ranges, of_tensor, strict=True):
                 spans.append(Span(i, begin, end, rows[span.layer, tuple(of_tensors[i])]))
         self.table = LayerTable(
@@ -146,10 +114,10 @@ def _processes(groups: Iterable[Any]) -> int:
 
 
 def _local_state(p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """State of the part of p that lies here; parts round with random bits of their own."""
-    local = {key: shards.local_part(value) for key, value in state.items()}
-    if "rounding_seed" in local and shards.index(p):
-        number = torch.tensor(shards.index(p))
+    """State of this process's shard of p; shards round with random bits of their own."""
+    local = {key: dtensor.local_part(value) for key, value in state.items()}
+    if "rounding_seed" in local and dtensor.index(p):
+        number = torch.tensor(dtensor.index(p))
         local["rounding_seed"] = splitmix64(local["rounding_seed"], number)
     return local
 
@@ -161,36 +129,34 @@ class ShardedPlan:
     its second pass only is summed with the next step's message.
     """
 
-    traceable = False
-
     def __init__(self, backend: Backend, spec: PlanSpec) -> None:
         self.spec = spec
-        self.spread = Spread(spec.table)
+        self.layout = ShardLayout(spec.table)
         self._update = spec.rule is not None and spec.rule.order == "update"
         self._known = [None if s is None else _C.Snapshot(s) for s in spec.states]
         states = [
             None if s is None else _local_state(p, s)
             for p, s in zip(spec.table.params, spec.states, strict=True)
         ]
-        # statistics of the rows; a gradient rule's sums among them are of what lies here
-        self._own = self.spread.mixed or not self._update
-        self._stats = spec.stats[self.spread.layer_of] if self._own else spec.stats
+        # statistics of the rows; those of a gradient rule are of this process's shards
+        self._own = self.layout.mixed or not self._update
+        self._stats = spec.stats[self.layout.layer_of] if self._own else spec.stats
         self._adopt()
         self._waiting = self._late()  # to be summed
         self._took: slice | Tensor = slice(None)  # layers that have a gradient
         self._plan = backend.plan(
-            spec._replace(table=self.spread.table, states=states, stats=self._stats)
+            spec._replace(table=self.layout.table, states=states, stats=self._stats)
         )
 
-    def measures(self, h: Hyper) -> bool:
+    def measures(self, config: StepConfig) -> bool:
         """Whether there are sums to take."""
-        return self.spec.rule is not None or h.skip
+        return self.spec.rule is not None or config.skips
 
     def prepare(self) -> bool:
         """Read gradients and data pointers afresh."""
         table = self.spec.table
         for p, local, state, known in zip(
-            table.params, self.spread.table.params, self.spec.states, self._known, strict=True
+            table.params, self.layout.table.params, self.spec.states, self._known, strict=True
         ):
             if p is local:
                 continue
@@ -198,7 +164,7 @@ class ShardedPlan:
             moved = now.data_ptr() != local.data_ptr() or now.shape != local.shape
             if moved or not (state is None or known is None or known.matches(state)):
                 return False
-            local.grad = shards.local_gradient(p)
+            local.grad = dtensor.local_gradient(p)
         active = [p.grad is not None for p in table.params]
         self._took = slice(None)
         if not all(active):
@@ -206,54 +172,56 @@ class ShardedPlan:
             self._took = torch.tensor(sorted(found), dtype=torch.long, device=table.device)
         return self._plan.prepare()
 
-    def norms(self, h: Hyper) -> Tensor:
-        """Of this process's part."""
-        return self.spread.of_layers(self._plan.norms(h)[:, None])[:, 0]
+    def norms(self, config: StepConfig) -> Tensor:
+        """Sums over this process's shards; `reduce` adds those of the others."""
+        return self.layout.of_layers(self._plan.norms(config)[:, None])[:, 0]
 
-    def measure(self, h: Hyper) -> Tensor:
-        """Of this process's part; with them, what waits to be summed."""
+    def measure(self, config: StepConfig) -> Tensor:
+        """Sums over this process's shards, and what the last step left to be summed."""
         self._adopt()
-        sums = self.spread.of_layers(self._plan.measure(h))
+        sums = self.layout.of_layers(self._plan.measure(config))
         return sums if self._update else torch.cat([sums, self._waiting], 1)
 
-    def apply(self, h: Hyper, sums: Tensor) -> None:
-        """The rest of the step, with the sums of whole layers."""
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
+        """The second pass, with the sums of whole layers."""
         whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
-        self._plan.apply(h, whole[self.spread.layer_of] if self.spread.mixed else whole)
+        self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
         self._finish()
         if self._own:
-            rows = self._stats[self.spread.first_row]
+            rows = self._stats[self.layout.first_row]
             if not self._update:
                 self._waiting[self._took] = self._late()[self._took]
                 rows[:, _OF_STEP] = of_last
             self.spec.stats[self._took] = rows[self._took]
 
-    def step(self, h: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One step, with a message of its own."""
-        if self.measures(h):
-            step([(self, h)])
+        if self.measures(config):
+            sums = self.measure(config)
+            reduce([(self, sums)])
+            self.apply(config, sums)
         else:
-            self._plan.step(h)
+            self._plan.step(config)
             self._finish()
 
-    def refresh(self, h: Hyper) -> None:
-        """Of this process's part."""
-        self._plan.refresh(h)
+    def refresh(self, config: StepConfig) -> None:
+        """Bring the numbers to where captured steps of this process's shards read them."""
+        self._plan.refresh(config)
 
     def _adopt(self) -> None:
-        """Have the layers' statistics in the rows, sums cut into as many parts as there are."""
+        """Copy the layers' statistics into the rows; sums are divided by how often they count."""
         if self._own:
-            self._stats.copy_(self.spec.stats[self.spread.layer_of])
+            self._stats.copy_(self.spec.stats[self.layout.layer_of])
             if not self._update:
-                self._stats[:, _OF_STEP] /= self.spread.parts
+                self._stats[:, _OF_STEP] /= self.layout.parts
 
     def _late(self) -> Tensor:
-        return self.spread.of_layers(self._stats[:, _OF_STEP])
+        return self.layout.of_layers(self._stats[:, _OF_STEP])
 
     def _finish(self) -> None:
         """Let go of the gradients, and tell autograd what changed."""
         changed = []
-        for p, local in zip(self.spec.table.params, self.spread.table.params, strict=True):
+        for p, local in zip(self.spec.table.params, self.layout.table.params, strict=True):
             if p is not local and local.grad is not None:
                 changed.append(p)
                 local.grad = None

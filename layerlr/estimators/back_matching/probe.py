@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-
-def output_tensor(output: object) -> Tensor:
-    """The floating-point tensor that a model returned, alone or as ``logits``.
-
-    Raises
-    ------
-    TypeError
-        Where there is none, or it has no batch dimension.
-    """
-    found = output
-    if not isinstance(output, Tensor):
-        found = output.get("logits") if isinstance(output, Mapping) else None
-        found = getattr(output, "logits", None) if found is None else found
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"the model returned {type(output).__name__}, wanted one tensor, or an object or "
-            "mapping with a tensor 'logits'"
-        )
-    if not found.is_floating_point() or not found.dim():
-        raise TypeError(
-            f"the model's output is {found.dtype} of shape {tuple(found.shape)}, wanted floating "
-            "point with the batch in dim 0"
-        )
-    return found
+from layerlr.estimators.replay import output_tensor
 
 
 def probe(

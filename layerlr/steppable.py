@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import sharding
-from .backends import BACKENDS, Hyper, Plan, PlanSpec
+from .backends import BACKENDS, Plan, PlanSpec, StepConfig
 from .layers import LayerTable, Span
-from .optimizer import _GroupPlans
+from .plans import GroupPlans, make_plan
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,41 +44,39 @@ class Unit:
     def prepare(self) -> bool:
         """Read the gradients and check them; False: the group's plans are out of date."""
         if self.plan is None:
-            self.plan = sharding.plan(BACKENDS[self.backend], self.spec)
+            self.plan = make_plan(BACKENDS[self.backend], self.spec)
         return self.plan.prepare()
 
-    def step(self, hyper: Hyper) -> None:
+    def step(self, config: StepConfig) -> None:
         """One step with the gradients that `prepare` read, on the current stream."""
         assert self.plan is not None
         self._join()
-        self.plan.step(hyper)
+        self.plan.step(config)
 
     def _join(self) -> None:
         """Where gradients came in on several streams: wait for them, tell the allocator."""
-        here = self.streams[-1:]
-        if any(s != here[0] for s in self.streams):
+        now = self.streams[-1:]
+        if any(s != now[0] for s in self.streams):
             for stream in self.streams:
-                here[0].wait_stream(stream)
+                now[0].wait_stream(stream)
             for p in self.spec.table.params:
                 if p.grad is not None:
-                    p.grad.record_stream(here[0])
+                    p.grad.record_stream(now[0])
         self.streams = []
 
 
-def units(group: int, plans: _GroupPlans) -> Iterator[Unit]:
+def units(group: int, plans: GroupPlans) -> Iterator[Unit]:
     """The units of a param group, in the order of its tensors."""
-    direction, rule = plans.key[:2]
-    for table, backend, stats, plan in zip(
-        plans.tables, plans.backends, plans.stats, plans.plans, strict=True
-    ):
-        for tensors, layers in _components(table):
-            states = [plan.spec.states[i] for i in tensors]
-            rows = stats[layers[0] : layers[-1] + 1]
+    for of_table in plans.tables:
+        assert of_table.plan is not None
+        whole = of_table.plan.spec
+        for tensors, layers in _components(whole.table):
+            states = [whole.states[i] for i in tensors]
+            rows = whole.stats[layers[0] : layers[-1] + 1]
             assert len(rows) == len(layers), "blocks of a key are layers in a row"
-            part = _part(table, tensors, layers)
-            precision = plan.spec.precision
-            spec = PlanSpec(part, direction, rule, states, rows, False, precision)
-            yield Unit(group, backend, spec, layers)
+            table = _part(whole.table, tensors, layers)
+            spec = whole._replace(table=table, states=states, stats=rows)
+            yield Unit(group, of_table.backend, spec, layers)
 
 
 def _components(table: LayerTable) -> list[tuple[list[int], list[int]]]:
@@ -104,7 +101,7 @@ def _components(table: LayerTable) -> list[tuple[list[int], list[int]]]:
 
 def _part(table: LayerTable, tensors: list[int], layers: list[int]) -> LayerTable:
     """The table of some tensors and of all their layers."""
-    place, row = ({old: new for new, old in enumerate(kept)} for kept in (tensors, layers))
+    place, row = ({old: new for new, old in enumerate(taken)} for taken in (tensors, layers))
     return LayerTable(
         [table.params[i] for i in tensors],
         [table.names[i] for i in tensors],

@@ -1,0 +1,288 @@
+"""The cache of plans: what an optimizer's param groups were turned into, and whether it still fits.
+
+A plan is built once and stepped many times. It is built again when its group, the parameters or the
+optimizer's state are no longer what it was built from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _C, backends, checks, devices, options, rules, state
+from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
+from .backends.config import (
+    DECOUPLED_DECAY,
+    DIRECTION,
+    FOUND_INF,
+    GRAD_FACTOR,
+    L2,
+    LR,
+    RULE,
+    SKIP,
+)
+from .directions import Direction
+from .dtensor import is_sharded
+from .layers import LayerTable, build_tables
+from .precision import of as precision_of
+from .sharded_plan import ShardedPlan
+
+if TYPE_CHECKING:
+    from .estimators import Layers
+    from .optimizer import LayerwiseOptimizer
+
+
+@dataclasses.dataclass(eq=False)
+class TablePlan:
+    """The plan of one table: the layers of a param group on one device."""
+
+    table: LayerTable
+    states: list[dict[str, Any] | None]  # of each of its parameters; None: frozen
+    backend: str
+    stats: Tensor
+    plan: Plan | None  # None: released
+    view: Layers | None  # of a rule that looks at the model
+
+
+@dataclasses.dataclass(eq=False)
+class GroupPlans:
+    """The plans of one param group, and the key and parameters that they were built for."""
+
+    group: dict[str, Any]
+    key: tuple[Any, ...]
+    params: list[Tensor]
+    direction: Direction
+    tables: list[TablePlan]
+
+    def __post_init__(self) -> None:
+        #: the plan of each table; none after a release
+        self.plans = [t.plan for t in self.tables if t.plan is not None]
+
+    @property
+    def views(self) -> list[Layers]:
+        """What an estimator sees of each table."""
+        return [t.view for t in self.tables if t.view is not None]
+
+    def fits(self, key: tuple[Any, ...], params: list[Tensor]) -> bool:
+        """Whether the plans are those of a group with this key and these parameters."""
+        return _C.same_objects(params, self.params) and key == self.key
+
+    def expire(self) -> None:
+        """Have the plans built again before the next step."""
+        self.key = ()
+
+    def release(self) -> None:
+        """Let go of the plans and of their memory; statistics stay."""
+        self.expire()
+        self.plans = []
+        for table in self.tables:
+            table.plan = None
+
+
+class PlanCache:
+    """The plans of every param group of one optimizer, in order.
+
+    The optimizer owns its cache, which refers to it weakly: the two form no cycle.
+    """
+
+    def __init__(self, optimizer: LayerwiseOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._snapshot: _C.Snapshot | None = None  # of optimizer.state, as the plans know it
+        self.groups: list[GroupPlans] = []
+
+    def __iter__(self) -> Iterator[GroupPlans]:
+        return iter(self.groups)
+
+    @property
+    def optimizer(self) -> LayerwiseOptimizer:
+        """The optimizer whose plans these are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    # -- plans that fit ------------------------------------------------------------------------
+
+    def fitting(self, index: int) -> GroupPlans:
+        """Plans of a param group as it stands."""
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        return self._fitting(optimizer, index)
+
+    def every(self) -> list[GroupPlans]:
+        """Plans of all param groups as they stand."""
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        return [self._fitting(optimizer, index) for index in range(len(optimizer.param_groups))]
+
+    def prepared(self) -> list[GroupPlans]:
+        """Plans of all param groups, which have read and checked the gradients of a step.
+
+        Raises
+        ------
+        RuntimeError
+            For a gradient that cannot be used, naming its parameter.
+        """
+        ready = self.every()
+        for index, plans in enumerate(ready):
+            if not all(plan.prepare() for plan in plans.plans):
+                ready[index] = self.rebuild(index)
+                if not all(plan.prepare() for plan in ready[index].plans):
+                    raise RuntimeError("optimizer.state changed while a step was prepared")
+        return ready
+
+    def config(self, plans: GroupPlans) -> StepConfig:
+        """What a step of a group reads afresh."""
+        optimizer, group = self.optimizer, plans.group
+        rule, on_nonfinite, lr = group["rule"], group["on_nonfinite"], group["lr"]
+        config = StepConfig()
+        values = config.values
+        if isinstance(lr, Tensor):
+            config.put(LR, lr if optimizer.defaults["differentiable"] else lr.detach())
+        else:
+            values[LR] = lr
+        values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = group["weight_decay"]
+        values[SKIP] = on_nonfinite == "skip" or (on_nonfinite is None and rule is not None)
+        values[GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        if grad_scale is not None:
+            config.put(GRAD_FACTOR, values[GRAD_FACTOR] / grad_scale.double())
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            config.put(FOUND_INF, found_inf)
+        for place, value in enumerate(plans.direction.hyper(group), DIRECTION):
+            values[place] = value
+        for place, value in enumerate(rule.hyper() if rule is not None else (), RULE):
+            values[place] = value
+        return config
+
+    def unfit(self) -> Iterator[int]:
+        """Numbers of the groups that have no plans, or plans of another step."""
+        optimizer = self.optimizer
+        self._check_state(optimizer)
+        for index in range(len(optimizer.param_groups)):
+            if not self._fits(optimizer, index):
+                yield index
+
+    # -- building ------------------------------------------------------------------------------
+
+    def rebuild(self, index: int) -> GroupPlans:
+        """Build the plans of a group, the next one's that has none included."""
+        self.groups[index : index + 1] = [self._build(index)]
+        return self.groups[index]
+
+    def rebuild_all(self) -> None:
+        """Build all plans, for a state that was read; if that fails, nothing has changed."""
+        before, self._snapshot = self._snapshot, None
+        try:
+            self.groups = [self._build(i) for i in range(len(self.optimizer.param_groups))]
+        except Exception:
+            self._snapshot = before
+            raise
+
+    def release(self) -> None:
+        """Let go of the plans and of their memory; statistics stay."""
+        for plans in self.groups:
+            plans.release()
+
+    def _check_state(self, optimizer: LayerwiseOptimizer) -> None:
+        """Expire every plan if ``optimizer.state`` is no longer what they were built from."""
+        if self._snapshot is not None and not self._snapshot.matches(optimizer.state):
+            for plans in self.groups:
+                plans.expire()
+            self._snapshot = None
+
+    def _fitting(self, optimizer: LayerwiseOptimizer, index: int) -> GroupPlans:
+        while index >= len(self.groups):  # groups that were appended by hand
+            self.rebuild(len(self.groups))
+        old = self.groups[index]
+        if self._fits(optimizer, index):
+            return old
+        new = self.rebuild(index)
+        if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
+            new.group["estimated"] = 0
+            for view in new.views:  # another rule's numbers mean something else
+                view.restart()
+        return new
+
+    def _fits(self, optimizer: LayerwiseOptimizer, index: int) -> bool:
+        """Whether a group has plans of the step that it asks for."""
+        if index >= len(self.groups):
+            return False
+        plans = self.groups[index]
+        group = plans.group = optimizer.param_groups[index]  # perhaps another dict by now
+        return plans.fits(group_key(optimizer, group), group["params"])
+
+    def _build(self, index: int) -> GroupPlans:
+        """Tables, state and plans of a group; statistics of unchanged layers are carried over."""
+        optimizer = self.optimizer
+        group = optimizer.param_groups[index]
+        if any(map(devices.capturing, {p.device for p in group["params"]})):
+            raise RuntimeError(
+                f"param group {index} is new or has changed: take a step before capturing one in a "
+                "CUDA graph"
+            )
+        group["rule"] = rules.resolve(group["rule"])
+        options.check(group, index)
+        checks.params(group, index)
+        direction = optimizer.direction(group)
+        first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
+        old = self.groups[index].tables if index < len(self.groups) else []
+        carried = {(t.table.device, tuple(t.table.layers)): t.stats for t in old}
+        self._check_state(optimizer)
+        tables = []
+        for table in build_tables(group, index):
+            states = state.complete_table(optimizer.state, table, group, direction, first)
+            stats = carried.get((table.device, tuple(table.layers)))
+            if stats is None:
+                shape = len(table.layers), len(COLUMNS)
+                stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
+            precision = precision_of(table.params, group["precision"])
+            spec = PlanSpec(
+                table, direction, group["rule"], states, stats, group["differentiable"], precision
+            )
+            backend = backends.choose(optimizer.backend, spec)
+            plan, view = make_plan(backend, spec), _view(spec)
+            tables.append(TablePlan(table, states, backend.name, stats, plan, view))
+        self._snapshot = _C.Snapshot(optimizer.state)
+        key = group_key(optimizer, group)
+        return GroupPlans(group, key, list(group["params"]), direction, tables)
+
+
+def make_plan(backend: Backend, spec: PlanSpec) -> Plan:
+    """Plan for a supported case, whose parameters may be DTensors."""
+    sharded = any(map(is_sharded, spec.table.params))
+    return ShardedPlan(backend, spec) if sharded else backend.plan(spec)
+
+
+def _view(spec: PlanSpec) -> Layers | None:
+    """What an estimator sees of a table, where the rule has one."""
+    if not isinstance(spec.rule, rules.Estimated):
+        return None
+    from .estimators import Layers  # which optimizers without such a rule never import
+
+    return Layers(spec)
+
+
+def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a plan is built from, but for parameters and their state."""
+    return (
+        optimizer.direction(group),
+        group["rule"],
+        group["layers"],
+        group["adapt"],
+        group["on_nonfinite"],
+        _hashable(group.get("split")),
+        _hashable(group.get("lr_scale")),
+        group["precision"],
+    )
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, Sequence) else value

@@ -1,0 +1,45 @@
+"""Statistics of each layer's last step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import COLUMNS
+from .plans import PlanCache
+
+
+def layer_stats(cache: PlanCache) -> dict[str, Any]:
+    """Statistics of the layers of all groups; see `LayerwiseOptimizer.layer_stats`."""
+    names: list[str] = []
+    rows: list[Tensor] = []
+    for plans in cache.every():
+        if plans.group["rule"] is None and plans.group["on_nonfinite"] != "skip":
+            continue  # nothing is measured
+        for of_table in plans.tables:
+            names += of_table.table.layers
+            rows.append(of_table.stats)
+    # not to the host, if there is a device: a copy there would have to be waited for
+    device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
+    all_rows = (
+        torch.cat([r.to(device, non_blocking=True) for r in rows])
+        if rows
+        else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+    )
+    column = dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
+    shown = {c: column[c].clone() for c in ("ww", "gg", "uu", "wu", "scale", "lr")}
+    return {
+        "names": names,
+        **shown,
+        "angle": _angle(*(column[c] for c in ("ww", "uu", "wu", "a", "b"))),
+        "skipped": column["skipped"].long(),
+    }
+
+
+def _angle(ww: Tensor, uu: Tensor, wu: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Angle between w and ``a*w + b*u``; 0 where w is zero."""
+    cross = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
+    angle = torch.atan2(b.abs() * cross, a * ww + b * wu)
+    return torch.where(ww > 0, angle, 0.0)
