@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -149,7 +150,7 @@ def each_kernel(**wanted):
 class Instruction(NamedTuple):
     address: int
     name: str
-    jump: int | None  # where a branch goes
+    to: int | None  # where a branch or a call goes
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +171,8 @@ def listings(cuda):
         for line in process.stdout:
             if found := instruction.match(line):
                 address, name, target = found.groups()
-                jump = int(target, 16) if target and name.startswith("BRA") else None
-                current.append(Instruction(int(address, 16), name, jump))
+                to = int(target, 16) if target and name[:4] in ("BRA", "BRA.", "CALL") else None
+                current.append(Instruction(int(address, 16), name, to))
             elif line.startswith("arch = sm_"):
                 arch = line.split("_")[1].strip()
             elif "Function : " in line:
@@ -201,6 +202,67 @@ def test_vectors_move_in_16_bytes(key, listings):
     assert matching(listings[key], r"LDG\.E\.(\w+\.)*128(\..*)?")
     assert matching(listings[key], r"STG\.E\.(\w+\.)*128(\..*)?")
     assert not matching(listings[key], r"LDGSTS.*")
+
+
+def tile_loops(code):
+    """The loops over full tiles: innermost ones that move vectors and nothing else."""
+    ends = [i for i in code if i.name.startswith("BRA") and i.to and i.to < i.address]
+    for end in ends:
+        if sum(end.to <= other.address <= end.address for other in ends) > 1:
+            continue
+        body = [i for i in code if end.to <= i.address <= end.address]
+        loads = [i.name for i in body if i.name.startswith("LDG")]
+        if loads and all(".128" in name for name in loads):
+            yield body
+
+
+def executed(body):
+    """Instructions of a warp whose roots and quotients are ordinary: branches pass by the calls."""
+    place = {i.address: n for n, i in enumerate(body)}
+    count = at = 0
+    while at < len(body):
+        to = place.get(body[at].to, 0)
+        past_calls = any(i.name.startswith("CALL") for i in body[at + 1 : to])
+        at = to if past_calls else at + 1
+        count += 1
+    return count
+
+
+def called(body, code):
+    """The functions that a loop calls."""
+    for call in [i for i in body if i.name.startswith("CALL")]:
+        rest = itertools.dropwhile(lambda i, to=call.to: i.address < to, code)
+        yield from itertools.takewhile(lambda i: not i.name.startswith("RET"), rest)
+
+
+@each_kernel(kernel="step", family="float32")
+def test_loops_over_tiles_are_lean(key, listings):
+    """One for each pass; no division of integers, no local memory, no call without a division."""
+    code = listings[key]
+    bodies = list(tile_loops(code))
+    assert len(bodies) == (1 if key.order == "unmeasured" else 2)
+    for body in bodies:
+        assert not matching([*body, *called(body, code)], r"I2F.*|F2I.*|LDL.*|STL.*")
+        assert matching(body, "MUFU.*") or not matching(body, "CALL.*")
+
+
+#: instructions that an element costs, over both passes; a quarter above what they were when written
+BUDGETS = {
+    "Momentum": {"unmeasured": 16, "gradient_rule": 36, "update_rule": 30},
+    "Adam": {"unmeasured": 50, "gradient_rule": 70, "update_rule": 90},
+}
+
+
+@pytest.mark.parametrize("direction", BUDGETS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_instructions_of_an_element(direction, order, listings):
+    key = Key("90", "step", direction, "float32", order)
+    if key not in listings:
+        pytest.skip("not built for sm_90")
+    elements = 2 * 4  # of a thread, in an iteration: two vectors
+    count = sum(map(executed, tile_loops(listings[key]))) / elements
+    print(f"{key.name}: {count} instructions an element")
+    assert count <= BUDGETS[direction][order]
 
 
 @pytest.mark.skipif(not REPORTS, reason="no logs of a CUDA build under build/")
