@@ -52,20 +52,23 @@ std::vector<Shape> shapes_of(const Case& c) {
   return shapes;
 }
 
-/// Options: skip layers 4 and 5, whose gradients are not finite; tensors 1 and 2 have none.
 Model make(const Case& c) {
   Model m(c.direction, c.rule, shapes_of(c));
   if (c.dtype == nearest_bf16) {
     for (TensorRow& row : m.plan.tensors) row.held = Held::nearest;
   }
-  if (!c.options) return m;
-  for (Buffer& b : m.buffers) {
-    for (const int i : {4, 5}) {
-      if (b.data == m.plan.tensors[i].grad) b.set(b.numel() - 1, NAN);
-    }
-  }
-  m.plan.tensors[1].active = m.plan.tensors[2].active = false;
   return m;
+}
+
+/// What is not as in the step before. Options: a gradient that is not finite, so that a layer is
+/// skipped, and a tensor without one; another of each from the second step on.
+void change(Model& m, const Case& c, int step) {
+  if (!c.options || step > 1) return;
+  const TensorRow& row = m.plan.tensors[step == 0 ? 4 : 5];
+  for (Buffer& b : m.buffers) {
+    if (b.data == row.grad) b.set(b.numel() - 1, NAN);
+  }
+  m.plan.tensors[step == 0 ? 1 : 2].active = false;
 }
 
 /// Of the last step but one nothing may show.
@@ -111,7 +114,7 @@ struct Tables {
         schedule(make_schedule(p, measured, {4, tile_elements}, tuning)),
         spans(p.spans.size()),
         counts(p.tensors.size()),
-        presence(p.layers.size(), DevicePresence{-1, 1}),
+        presence(p.layers.size()),
         slot_sums(schedule.slots),
         segment_sums(schedule.segments),
         layer_sums(p.layers.size()),
@@ -120,20 +123,6 @@ struct Tables {
         ready(p.layers.size()),
         verdicts(p.layers.size()) {
     for (const Layer& layer : p.layers) kept.push_back(layer.memory);
-    for (size_t i = 0; i < p.spans.size(); ++i) {
-      const Span& span = p.spans[i];
-      const bool active = p.tensors[span.tensor].active;
-      fill_span(spans[i], p, span);
-      DevicePresence& layer = presence[span.layer];
-      layer.whole &= active;
-      if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
-    }
-    for (size_t i = 0; i < p.tensors.size(); ++i) {
-      const TensorRow& row = p.tensors[i];
-      const int32_t first = schedule.first_layer[i];
-      counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
-                   schedule.first_layer[i + 1] - first, 0};
-    }
     const auto shrink = [](auto&... v) { (v.shrink_to_fit(), ...); };
     shrink(schedule.layers, schedule.items, schedule.tensor_layers, kept);
     args.direction = p.direction;
@@ -165,13 +154,13 @@ struct Tables {
   }
 
   void step(const StepConfig& c) {
-    config = c;
+    fill(c);
     cuda_engine().step(args, 0, nullptr);
   }
 
   /// The same in two launches, after one that measures gradients alone: false where that is wrong.
   bool step_in_halves(const StepConfig& c) {
-    config = c;
+    fill(c);
     StepArgs gradients = args;
     gradients.rule = {};
     gradients.raw = true;
@@ -188,6 +177,26 @@ struct Tables {
     cuda_engine().apply(args, 0, nullptr);
     return right;
   }
+
+ private:
+  void fill(const StepConfig& c) {
+    config = c;
+    std::fill(presence.begin(), presence.end(), DevicePresence{-1, 1});
+    for (size_t i = 0; i < plan.spans.size(); ++i) {
+      const Span& span = plan.spans[i];
+      const bool active = plan.tensors[span.tensor].active;
+      fill_span(spans[i], plan, span);
+      DevicePresence& layer = presence[span.layer];
+      layer.whole &= active;
+      if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
+    }
+    for (size_t i = 0; i < plan.tensors.size(); ++i) {
+      const TensorRow& row = plan.tensors[i];
+      const int32_t first = schedule.first_layer[i];
+      counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
+                   schedule.first_layer[i + 1] - first, 0};
+    }
+  }
 };
 
 /// The model after all steps, and whether what was measured alone was right.
@@ -197,6 +206,7 @@ std::pair<Model, bool> on_gpu(const Case& c, const Variant& how) {
   simt::seed = how.seed;
   bool right = true;
   for (int i = 0; i < steps; ++i) {
+    change(m, c, i);
     if (how.halves && i != 1) {
       right = tables.step_in_halves(config_of(m, c, i)) && right;
     } else {
@@ -209,6 +219,7 @@ std::pair<Model, bool> on_gpu(const Case& c, const Variant& how) {
 Model on_cpu(const Case& c) {
   Model m = make(c);
   for (int i = 0; i < steps; ++i) {
+    change(m, c, i);
     const StepConfig config = config_of(m, c, i);
     if (config.found_inf == 0) step(m.plan, config, {1, serial});
   }

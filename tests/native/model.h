@@ -129,15 +129,16 @@ struct Model {
   void add(const Shape& shape, std::mt19937& random) {
     const size_t i = plan.tensors.size();
     std::normal_distribution<double> normal;
+    TensorRow row;
     const auto buffer = [&](int64_t n, DType dtype) -> Buffer& {
-      return buffers.emplace_back(n, dtype, i % 2 == 1);
+      const bool odd = i % 2 == 1 && (i != 3 || !row.param);  // of 3 the weights alone
+      return buffers.emplace_back(n, dtype, odd);
     };
     const auto filled = [&] {
       Buffer& b = buffer(shape.size, shape.dtype);
       for (int64_t e = 0; e < shape.size; ++e) b.set(e, normal(random));
       return b.data;
     };
-    TensorRow row;
     row.param = filled();
     row.grad = filled();
     for (int k = 0; k < states_of(plan.direction); ++k) {

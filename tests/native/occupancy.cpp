@@ -35,10 +35,12 @@ int resident_blocks(const Gpu& gpu, int registers, int shared_bytes) {
   device.sharedMemPerBlockOptin = (gpu.shared_kib - 1) * 1024;
   device.sharedMemPerMultiprocessor = gpu.shared_kib * 1024;
   device.reservedSharedMemPerBlock = 1024;
+  device.numSms = 1;
   cudaOccFuncAttributes kernel{};
   kernel.maxThreadsPerBlock = block_threads;
   kernel.numRegs = registers;
   kernel.sharedSizeBytes = shared_bytes;
+  kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_DEFAULT;
   kernel.numBlockBarriers = 1;
   const cudaOccDeviceState state{};
   cudaOccResult result{};
