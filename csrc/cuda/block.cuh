@@ -47,7 +47,8 @@ LAYERLR_DEVICE void meet() { __syncthreads(); }
 
 // -- workers --
 
-/// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something beside).
+/// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something
+/// beside).
 template <class P, bool may_be_coded>
 struct Only {
   static constexpr bool any = false, coded = may_be_coded;

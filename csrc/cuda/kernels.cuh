@@ -80,8 +80,11 @@ struct DirectionKernels {
 /// Instantiated in one file for each family of directions.
 template <template <class> class D>
 DirectionKernels kernels_of() {
-#define LAYERLR_ORDERS(F) \
-  { step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, step_kernel<D, F, update_rule> }
+#define LAYERLR_ORDERS(F)                                            \
+  {                                                                  \
+    step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, \
+        step_kernel<D, F, update_rule>                               \
+  }
   typedef Only<float, false> Float32;
   typedef Only<BFloat16, false> Bfloat16;
   typedef Only<BFloat16, true> Coded;
