@@ -1,4 +1,5 @@
 # make demo [DATA=dir]   the demonstration          make test [ARGS="-k layca"]   the tests
+# make test-all          every test                 make proofs                   record tests/proofs.json
 # make bench             step times                 make lint                     all linters
 # make format            rewrite to our format      make clean                    remove what was built
 # make install           .venv alone               make test-torch TORCH=2.11.0   the tests, there
@@ -19,15 +20,24 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
               $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test test-torch bench lint format install clean
+.PHONY: demo test test-all test-torch proofs bench lint format install clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
 # nothing here is large enough to gain from them. The step-time benchmark sets its own.
-demo test: export OMP_NUM_THREADS = 1
-demo test: export MPLBACKEND = Agg
+demo test test-all proofs: export OMP_NUM_THREADS = 1
+demo test test-all proofs: export MPLBACKEND = Agg
 
+# Hashes of what mutants and sanitizers depend on; those whose inputs have changed are run.
+proofs: export LAYERLR_PROOFS = write
+proofs: $(VENV)/.layerlr
+	$(PY) -m pytest -q -n auto --maxprocesses 8 -k "simt_native or simt_shim or test_sanitizers"
+
+# Its last line says what the full run adds.
 test: $(VENV)/.layerlr
+	$(PY) -m pytest -q -n auto --maxprocesses 8 -m "not full" $(ARGS)
+
+test-all: $(VENV)/.layerlr
 	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 # In a copy with an environment of its own: the libraries in layerlr/ are built for one PyTorch.

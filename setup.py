@@ -9,7 +9,7 @@ compiled again.
 Environment: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS bounds the compiler processes.
 LAYERLR_CUDA: 1 builds the CUDA kernels, 0 does not, auto (the default) does if there is an nvcc in
 CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda. LAYERLR_CUDA_ARCH: what to compile for, by
-default "80;90;100"; PTX serves the GPUs after the newest. nvcc itself reads NVCC_CCBIN and
+default "80;90;100"; PTX serves the GPUs between and after them. nvcc itself reads NVCC_CCBIN and
 NVCC_APPEND_FLAGS.
 """
 
@@ -200,11 +200,15 @@ def path(name):
 
 
 def cuda_rule(nvcc):
-    """Return the ninja rule for .cu files: a cubin per architecture, PTX of the newest."""
-    architectures = cuda_architectures(nvcc)
-    codes = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
-    codes.append("arch=compute_{0},code=compute_{0}".format(architectures[-1]))
-    flags = [*NVCC_FLAGS, *(f"-gencode={code}" for code in codes), f"-I{ROOT / 'csrc'}"]
+    """Return the ninja rule for .cu files: a cubin per architecture, and PTX.
+
+    All are made from one virtual architecture, the oldest: the compiler's front end runs once. So
+    no source may ask for __CUDA_ARCH__ (tests/test_cuda_build.py).
+    """
+    oldest, *_ = architectures = cuda_architectures(nvcc)
+    codes = ",".join([*(f"sm_{a}" for a in architectures), f"compute_{oldest}"])
+    gencode = f"-gencode=arch=compute_{oldest},code=[{codes}]"
+    flags = [*NVCC_FLAGS, gencode, f"-I{ROOT / 'csrc'}"]
     return [
         "rule cuda",
         f"  command = {words([nvcc, *flags])} -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "

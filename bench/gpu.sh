@@ -2,8 +2,9 @@
 # What needs a GPU, for the minutes that there is one; every finding is written at once.
 #
 #   bench/gpu.sh check      is it right, how fast is it: most valuable first
+#   bench/gpu.sh times      is it right, and the step times of every model
 #   bench/gpu.sh tune       the tests that failed, then times under each choice of the CUDA engine
-#   bench/gpu.sh --dry-run  anywhere: prints the commands of both and checks that they would start
+#   bench/gpu.sh --dry-run  anywhere: prints the commands and checks that they would start
 #
 # TOTAL: seconds for all stages (540; 200 see what matters most). PYTHON: the interpreter (python3).
 # OUT: where the findings go (build/gpu), eight files at most. STOP=1: stop where the cuda backend
@@ -11,9 +12,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-check | tune) dry= ;;
+check | times | tune) dry= ;;
 --dry-run) dry=1 ;;
-*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 python="${PYTHON:-python3}" out="${OUT:-build/gpu}" total="${TOTAL:-540}" work=build/gpu-work
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -173,6 +174,13 @@ check() {
   steps 35 bfloat16 resnet50 vit_l
   steps 35 float32 tiny128 tiny1500
   steps 35 bfloat16 vit_b llama3_8b_16of32
+}
+
+times() {
+  load
+  stage agree-cuda 40 "$python" -m bench.agree --threads 8 --seconds 20 --shapes small large
+  steps 35 float32 resnet50 vit_b vit_l gpt2_xl tiny300 tiny1500 tiny128 llama3_8b_16of32
+  steps 35 bfloat16 resnet50 vit_b vit_l
 }
 
 tune() {

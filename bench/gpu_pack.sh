@@ -17,7 +17,7 @@ nice -n 5 "$python" setup.py -q build_ext --build-lib .gpu --build-temp build/gp
 if [ ! -d .gpu/site ]; then
   # shellcheck disable=SC2086
   "$python" -m pip install -q --no-deps --target .gpu/site.new \
-    ${GPU_SITE:-expecttest pytorch_optimizer}
+    ${GPU_SITE:-expecttest pytorch_optimizer timm}
   mv .gpu/site.new .gpu/site
 fi
 commit="$(git rev-parse --short HEAD)"

@@ -100,6 +100,7 @@ void DevicePlan::build(bool measured) {
   args_.tensors = static_cast<int32_t>(p.tensors.size());
   args_.layers = static_cast<int32_t>(n_layers);
   args_.items = static_cast<int32_t>(s.items.size());
+  args_.item_elements = s.item_elements;
   args_.blocks = tuning_.blocks;
   args_.config = at_byte<DeviceConfig>(fresh_, config);
   args_.spans = at_byte<DeviceSpan>(fresh_, spans_at_);

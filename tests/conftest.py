@@ -27,6 +27,8 @@ if _WORKER and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
 
+pytest_plugins = ["quick", "proofs", "selection"]
+
 import cases  # noqa: E402
 import simt_engine  # noqa: E402
 
@@ -42,10 +44,8 @@ _DEVICES = {
 }
 
 
-def _missing(backend: str, device: str) -> str | None:
+def _missing(backend: str) -> str | None:
     """Why an engine cannot be tried here, or None."""
-    if device == "cuda" and not _GPU:
-        return "no CUDA device"
     if backend == "triton" and not _TRITON:
         return "no Triton"
     return simt_engine.unavailable() if backend == "simt" else None
@@ -55,7 +55,9 @@ def _engines():
     for backend in BACKENDS:
         for device in _DEVICES.get(backend, ["cpu"]):
             name = backend if device in ("cpu", backend) else f"{backend}_{device}"
-            missing = _missing(backend, device)
+            if device == "cuda" and not _GPU:
+                continue
+            missing = _missing(backend)
             marks = pytest.mark.skip(reason=missing) if missing else ()
             yield pytest.param(cases.Engine(backend, device), id=name, marks=marks)
 

@@ -77,6 +77,12 @@ def test_cuda_runtime_stays_inside_the_library(cuda):
     assert not hasattr(ctypes.CDLL(cuda.__file__), "cudaLaunchKernel")
 
 
+def test_no_source_asks_for_its_architecture():
+    """setup.py compiles for the oldest alone, and assembles for the others what that gave."""
+    for file in (ROOT / "csrc").rglob("*.*"):
+        assert "__CUDA_ARCH__" not in file.read_text(), file
+
+
 def short_name(mangled):
     """(kernel, direction or '-') of a kernel's name in the object file."""
     template = re.search(r"INS_(\d+)(\w+)", mangled)

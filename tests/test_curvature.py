@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import NONE
 from torch import nn
 from torch.nn import Parameter
 
@@ -15,7 +16,11 @@ import layerlr
 from layerlr.estimators.curvature import rates as mod
 from layerlr.rules import Curvature
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
+    # the rates are Python's, and the rule that takes them is in the table
+    pytest.mark.asked(triton=NONE, simt=NONE),
+]
 
 D = torch.float64
 #: the plain formula of each layer for itself, without guards

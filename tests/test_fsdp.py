@@ -27,6 +27,8 @@ from torch.distributed.tensor.parallel import (
 
 import layerlr
 
+pytestmark = pytest.mark.full("FSDP")
+
 MAKE = {
     "singh": lambda p: layerlr.SGD(p, lr=0.01, momentum=0.9, rule="singh", layers="module"),
     "layca": lambda p: layerlr.SGD(p, lr=0.05, momentum=0.9, rule="layca"),

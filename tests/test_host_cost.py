@@ -5,6 +5,7 @@ import pytest
 from bench import host_cost
 
 
+@pytest.mark.full("host cost")
 @pytest.mark.skipif(host_cost.why_not() is not None, reason=str(host_cost.why_not()))
 def test_host_cost_does_not_creep():
     names = (host_cost.BASELINE, host_cost.GATED)

@@ -72,12 +72,16 @@ def test_angle_of_a_joined_layer(engine):
 
 
 @pytest.mark.parametrize("rule", ["singh", "lars", "lamb", "layca"])
-def test_rows_outside_every_layer(engine, rule):
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_rows_outside_every_layer(engine, rule, decay):
+    """Their gradient is measured with its L2 decay, also where the rule wants its own without."""
     params = engine.params(random(((4, 3), (5,)), seed=3))
-    opt = layerlr.SGD(params, lr=0.1, rule=rule, adapt="kernels", backend=engine.backend)
+    opt = layerlr.SGD(
+        params, lr=0.1, weight_decay=decay, rule=rule, adapt="kernels", backend=engine.backend
+    )
     set_grads(params, 0)
     before = [array(p) for p in params]
-    grad = array(params[1].grad)
+    grad = array(params[1].grad) + decay * before[1]
     opt.step()
     stats = opt.layer_stats()
     assert stats["scale"][1] == 1.0 and stats["lr"][1] == 0.1
@@ -85,6 +89,16 @@ def test_rows_outside_every_layer(engine, rule):
     # sums of five terms in another order
     assert stats["ww"][1].item() == pytest.approx(ww, rel=1e-14)
     assert stats["gg"][1].item() == pytest.approx(gg, rel=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["singh", "lamb"])
+def test_nothing_beyond_the_end_is_measured(engine, wide, rule):
+    """Without betas and eps u is the sign of g; of zeros, as in the lanes after the last, 0/0."""
+    params = engine.params(random([(3, 3)], seed=3), wide)
+    opt = layerlr.Adam(params, lr=0.1, betas=(0.0, 0.0), eps=0.0, rule=rule, backend=engine.backend)
+    cases.train(opt, params, 1)
+    stats = opt.layer_stats()
+    assert stats["skipped"].item() == 0 and stats["uu"].item() == pytest.approx(9.0, rel=1e-6)
 
 
 def test_shape_of_the_answer(engine):

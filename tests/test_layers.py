@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from cases import BY_ID, SHORT, copies, ids, random, same_bits, set_grads, state_of
+from selection import NONE
 from spec import Spec
 from torch.nn import Parameter
 
@@ -108,6 +109,7 @@ def test_frozen_others_do_not_move(engine):
 # -- rules of groups -------------------------------------------------------------------------------
 
 
+@pytest.mark.asked(triton=NONE)  # a group is a plan of its own
 @pytest.mark.parametrize("cls", cases.CLASSES)
 def test_each_group_has_its_rule(engine, cls):
     rules = ["singh", None, Layca(radius="current"), "lamb", "lars"]

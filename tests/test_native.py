@@ -7,6 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import proofs
 import pytest
 import torch
 
@@ -105,7 +106,7 @@ def test_unknown_instruction_set():
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(sanitizer, tmp_path):
+def test_sanitizers(sanitizer, tmp_path, proof):
     """Every rule, dtype and instruction set over awkward sizes, on one thread and on three."""
     compiler = shutil.which("c++")
     if compiler is None:
@@ -113,6 +114,8 @@ def test_sanitizers(sanitizer, tmp_path):
     sources = [ROOT / "csrc/plan.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     sources = [s for s in sources if X86 or s.stem not in ISA_FLAGS]
     sources.append(ROOT / "tests/native/engine_driver.cpp")
+    if proof(sanitizer, instruction_sets(), ISA_FLAGS, proofs.compiled(FLAGS, *sources)):
+        return
     sanitize = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
 
     def build(source):

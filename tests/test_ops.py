@@ -8,6 +8,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import layerlr
 
+pytestmark = pytest.mark.full("compiled steps")
+
 CASES = [
     (layerlr.SGD, dict(lr=0.1, rule="singh")),
     (layerlr.SGD, dict(lr=0.1, momentum=0.9, rule="layca", layers="module", adapt="all")),

@@ -18,6 +18,7 @@ from contract_helpers import (
     make,
     make_twin,
     named,
+    one_backend,
     photograph,
     same,
     set_grads,
@@ -261,7 +262,7 @@ def test_a_refused_constructor_names_the_parameter(ours):
 
 @each_variant
 @each_rule
-@each_backend
+@one_backend
 def test_closure(variant, rule, backend):
     params = weights()
     opt = make(variant, params, rule, backend=backend)

@@ -193,9 +193,10 @@ def test_architectures(build, monkeypatch, known, wanted, expected):
         with pytest.raises(SystemExit, match=r"LAYERLR_CUDA_ARCH=.* cannot be compiled by"):
             build.text()
         return
-    text, newest = build.text(), expected.split()[-1]
-    assert re.findall(r"code=sm_(\d+)", text) == expected.split()
-    assert re.findall(r"code=compute_(\d+)", text) == [newest]
+    ((virtual, codes),) = re.findall(r"arch=compute_(\d+),code=\[(.*?)\]", build.text())
+    oldest = expected.split()[0]
+    assert virtual == oldest
+    assert codes.split(",") == [*(f"sm_{a}" for a in expected.split()), f"compute_{oldest}"]
 
 
 def test_sources_cover_every_file(build):

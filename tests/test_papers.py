@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +44,15 @@ from bench.models import build
 from bench.papers import (
     backmatching_vgg,
     by_time,
+    cards,
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
+    evidence,
     layca_adaptive,
     layca_alpha,
     layca_toy,
+    measures,
     networks,
     runner,
     singh_cifar10,
@@ -57,6 +61,8 @@ from bench.papers import (
 )
 from bench.papers.store import Store
 from bench.trainer import Task
+
+pytestmark = pytest.mark.full("experiments")
 
 TINY = Data(
     "tiny", torch.zeros(1280, 3, 32, 32), torch.zeros(1280).long(), *[torch.zeros(2)] * 2, 10
@@ -68,10 +74,11 @@ def arms_of(module: object, data: Data = TINY, argv: tuple[str, ...] = ()) -> di
     parser = argparse.ArgumentParser()
     if hasattr(module, "arguments"):
         module.arguments(parser)
+    parser.add_argument("--scale", default="paper")
     options = parser.parse_args(argv)
     options.quick = False
     experiment = module.experiment(options)
-    budget = experiment.full
+    budget = experiment.full if options.scale == "paper" else experiment.cpu
     base = Config(data=experiment.data, batch=budget.batch, steps=budget.steps(len(data.y)))
     return {arm.name: arm.config for arm in experiment.arms(runner.Scope(data, base, options))}
 
@@ -177,7 +184,7 @@ def test_curvature_is_untuned_among_fixed_rates(module: object, ways: int, seeds
         }
         assert len({c.weight_decay for c in mine.values()}) == 1
         assert {config.factor(config.steps) for config in mine.values()} == {1}
-    assert module.experiment(argparse.Namespace(width=1)).full.seeds == seeds
+    assert module.experiment(argparse.Namespace(width=1, scale="paper")).full.seeds == seeds
     assert Config(rule="curvature").rate == 1
 
 
@@ -192,6 +199,29 @@ def test_backmatching_and_sgd_have_the_same_rates() -> None:
     )
 
 
+CPU = ("--scale", "cpu")
+
+
+def test_presets_for_a_cpu_keep_what_is_compared() -> None:
+    arms = arms_of(layca_alpha, argv=CPU)
+    assert len(arms) == 10 and {config.alpha for config in arms.values()} == {
+        -0.6,
+        -0.3,
+        0,
+        0.3,
+        0.6,
+    }
+    assert {config.drops for config in arms.values()} == {(0.8, 0.9, 0.97)}
+    assert arms["Layca, alpha 0.6"].lr == 3**-3 and arms["SGD, alpha 0"].steps == 3000
+    assert list(arms_of(singh_mnist, argv=CPU)) == list(singh_mnist.PAPER)
+    assert arms_of(layca_toy, argv=CPU)["Layca, layer 10"].steps == 4000 * 12  # 1280 examples
+    assert arms_of(curvature_gcn, argv=CPU) == arms_of(curvature_gcn)
+    names = list(arms_of(layca_adaptive, argv=CPU))
+    assert len(names) == 11 and names[:3] == ["SGD", "SGD, no weight decay", "SGD + Layca"]
+    with pytest.raises(ValueError, match="task c100 has no preset for a CPU"):
+        arms_of(layca_alpha, argv=(*CPU, "--task", "c100"))
+
+
 # --- networks ---
 
 
@@ -201,10 +231,17 @@ def test_backmatching_and_sgd_have_the_same_rates() -> None:
         (networks.cifar10_full, (3, 32, 32), 4, 89_578),
         (networks.vgg, (3, 32, 32), 25, 4_307_296),
         (layca_alpha.TINY, (3, 64, 64), 11, 4_715_360),
+        (layca_alpha.SMALL, (3, 32, 32), 9, 74_008),
         (networks.resnet32, (3, 32, 32), 34, 464_432),
         (networks.wilson, (3, 32, 32), 15, 14_977_728),
         (partial(networks.batch_vgg, stages=networks.VGG13), (3, 32, 32), 11, 9_413_066),
         (partial(networks.batch_vgg, stages=networks.VGG13, scale=1 / 8), (3, 32, 32), 11, 148_482),
+        (
+            partial(networks.batch_vgg, stages=networks.VGG13[:4], scale=1 / 8, shrink=2),
+            (3, 32, 32),
+            9,
+            74_498,
+        ),
     ],
 )
 def test_networks_have_the_published_layers(
@@ -245,7 +282,7 @@ def test_autoencoder_is_linear_at_its_code_and_output() -> None:
         f"relu{i}" for i in (1, 2, 3, 5, 6, 7)
     ]
     images = Data("images", *[torch.rand(4, 1, 28, 28), torch.zeros(4).long()] * 2, 10)
-    task = curvature_autoencoder.task(Config(), images)
+    task = curvature_autoencoder.task(False, Config(), images)
     assert task.data.y.equal(images.x.flatten(1)) and task.error is None
     output, x = torch.randn(4, 784), task.data.x
     by_hand = -(x * output.sigmoid().log() + (1 - x) * (-output).sigmoid().log()).sum(1).mean()
@@ -298,7 +335,7 @@ def toy(layer: int, frozen: bool, seed: int = 0) -> Task:
     x = torch.randn(300, 1, 4, 4, generator=generator)
     y = torch.arange(300) % 10
     data = Data("toy", x, y, x[:20], y[:20], 10)
-    return layca_toy.task(layer, frozen, Config(seed=seed), data)
+    return layca_toy.task(layer, frozen, 1, Config(seed=seed), data)
 
 
 def test_one_layer_is_trained_on_ten_of_each_class() -> None:
@@ -451,6 +488,48 @@ def test_a_diverged_arm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert store.runs("wild")[0]["final"]["diverged"] and store.settings("wild")["steps"] == 15
     assert "wild (1 of 1 diverged)" in (tmp_path / "wild.md").read_text()
     assert "100%" in capsys.readouterr().err
+
+
+def test_rates_are_searched_once_on_held_out_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, trained = cifar10_folder(tmp_path / "data"), []
+    rates = [1e30, 0.01]
+
+    def experiment(_: argparse.Namespace) -> runner.Experiment:
+        def arms(scope: runner.Scope) -> list[runner.Arm]:
+            config = scope.config(model="mlp")
+            search = runner.Search("both", config, tuple(rates))
+            found = [runner.Arm(f"alpha {a}", replace(config, alpha=a)) for a in (0.0, 0.5)]
+            return [replace(arm, search=search) for arm in found]
+
+        budget = runner.Budget(seeds=2, batch=4, iterations=3)
+        return runner.Experiment("searched", "cifar10", "mlp", budget, budget, arms)
+
+    def noted(config: Config, task: Task, **more: object) -> object:
+        trained.append((config.lr, config.holdout, len(task.data.x)))
+        return training.train(config, task, **more)
+
+    monkeypatch.setattr(runner, "train", noted)
+    argv = ["--data", str(folder), "--out", str(tmp_path)]
+    store = runner.main(None, experiment, argv)
+    whole = trained[-1][2]
+    kept = whole - whole // 3
+    assert trained[:2] == [(1e30, True, kept), (0.01, True, kept)]
+    assert trained[2:] == [(0.01, False, whole)] * 4
+    assert [store.settings(arm)["lr"] for arm in store.arms] == [0.01, 0.01]
+    assert Store.load(tmp_path / "searched_rates.json").runs("both, rate 1e+30")
+    runner.main(None, experiment, argv)
+    assert len(trained) == 6  # nothing left to do
+    rates.pop()
+    (tmp_path / "searched_rates.json").unlink()
+    for more, message in (
+        ([], "both: every rate of (1e+30,) diverged"),
+        (["--scale", "cpu"], "searched has no preset for a CPU: leave --scale away"),
+    ):
+        with pytest.raises(SystemExit):
+            runner.main(None, experiment, [*argv, *more])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("error")
@@ -665,14 +744,45 @@ EXPERIMENTS = {
 }
 
 
+# The presets for a CPU: other networks, other data, rates that are searched.
+EXPERIMENTS |= {
+    f"{name}_cpu": (module, folder, (*CPU, *argv))
+    for name, (module, folder, argv) in {
+        "singh_mnist": (singh_mnist, mnist_folder, ("--iterations", "1", "--only", "^SGD")),
+        "layca_toy": (layca_toy, mnist_folder, ("--epochs", "2")),
+        "layca_alpha_c10": (
+            layca_alpha,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--alphas", "0", "0.3"),
+        ),
+        "layca_adaptive": (
+            layca_adaptive,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--only", "^SGD"),
+        ),
+        "curvature_autoencoder": (
+            curvature_autoencoder,
+            mnist_folder,
+            ("--iterations", "2", "--only", "rate 0.001|curvature, fisher$"),
+        ),
+        "backmatching_vgg": (
+            backmatching_vgg,
+            cifar10_folder,
+            ("--iterations", "1", "--batch", "4", "--only", "rate 0.01"),
+        ),
+    }.items()
+}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     module, folder, argv = EXPERIMENTS[name]
     out = tmp_path / "out"
     where = ["--data", str(folder(tmp_path / "data")), "--out", str(out), "--quick"]
     store = module.run([*where, *argv])
+    searched = ["_rates.json"] if (out / f"{name}_rates.json").exists() else []
     assert sorted(path.name for path in out.iterdir()) == [
-        f"{name}{s}" for s in (".json", ".md", ".png")
+        f"{name}{s}" for s in (".json", ".md", ".png", *searched)
     ]
     assert store.arms and store.settings(store.arms[0])["steps"] <= 3
     assert all(len(store.runs(arm)) == 1 for arm in store.arms)
@@ -681,3 +791,105 @@ def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     # Bare and ruled arms start from the same weights and see the same examples.
     starts = {run["losses"]["loss"][0] for arm in store.arms for run in store.runs(arm)}
     assert max(starts) == pytest.approx(min(starts), rel=1e-4)
+
+
+# --- claim cards ---
+
+
+def finding(*differences: float, threshold: float = 0.0) -> evidence.Finding:
+    values = {str(seed): value for seed, value in enumerate(differences)}
+    return evidence.Finding(values, {"ours": values}, threshold)
+
+
+def test_a_verdict_needs_an_interval_on_one_side() -> None:
+    assert finding(1, 2, 3).half == pytest.approx(4.303 / 3**0.5)  # t of 2 degrees of freedom
+    assert finding(1, 2, 3).verdict == "not resolved"
+    assert finding(2, 2.1, 1.9).verdict == "confirmed"
+    assert finding(-2, -2.1, -1.9).verdict == "contradicted"
+    assert finding(0.5, 0.51, 0.49, threshold=0.6).verdict == "not resolved"
+    assert finding(0.9, 0.91, 0.89, threshold=0.6).verdict == "confirmed"
+    assert finding(-0.9, -0.91, -0.89, threshold=0.6).verdict == "contradicted"
+    with pytest.raises(ValueError, match="2 to 10 seeds, given 1"):
+        finding(1).half  # noqa: B018
+
+
+def test_values_are_paired_by_seed() -> None:
+    a, b = {"0": 1.0, "1": 5.0}, {"1": 2.0, "2": 9.0}
+    assert evidence.less(a, b) == {"1": 3.0} and evidence.mean(a, b) == {"1": 3.5}
+    assert evidence.best({"a": a, "b": b}) == "b" and evidence.least({"a": a, "b": b}) == "a"
+    assert evidence.ranks([3, 1, 3, 7]) == [2.5, 1, 2.5, 4]
+    assert evidence.rank_correlation([1, 2, 3], [9, 4, 1]) == pytest.approx(-1)
+
+
+def answered(errors: dict[str, float], seeds: int = 3) -> Store:
+    """Arms and their test errors, a little different for each seed."""
+    arms = {}
+    for arm, error in errors.items():
+        runs = {}
+        for seed in range(seeds):
+            value = error + 0.001 * seed * (1 + error)
+            runs[str(seed)] = {
+                "final": {"test_error": value, "diverged": False},
+                "records": [{"step": s, "seconds": s, "test_error": value} for s in (600, 700)],
+                "losses": {"step": [1], "loss": [value]},
+                "rotation": {"names": ["a", "b"], "steps": [9], "distance": [[value, 0.0]]},
+            }
+        rule = "curvature" if "curvature" in arm else "none"
+        alpha = float(arm.rpartition(" ")[2]) if "alpha" in arm else 0.0
+        arms[arm] = {
+            "settings": {"rule": rule, "alpha": alpha, "batch": 32, "steps": 9},
+            "runs": runs,
+        }
+    return Store(Path("answered.json"), {"experiment": "answered", "network": "none", "arms": arms})
+
+
+def mean_of(measure: Callable[[Store], evidence.Finding], errors: dict[str, float]) -> float:
+    return measure(answered(errors)).mean
+
+
+def test_claims_are_differences_of_what_they_name() -> None:
+    close = partial(pytest.approx, abs=0.3)
+    alphas = {"Layca, alpha -0.3": 0.3, "Layca, alpha 0": 0.2, "Layca, alpha 0.6": 0.5}
+    alphas |= {"SGD, alpha -0.3": 0.25, "SGD, alpha 0": 0.4, "SGD, alpha 0.6": 0.45}
+    assert mean_of(measures.uniform_is_best, alphas) == close(10)
+    assert mean_of(measures.first_layers_before_last, alphas) == close(20)
+    assert mean_of(measures.sgd_has_no_such_pattern, alphas) == close(15)
+    assert mean_of(measures.layca_before_sgd, alphas) == close(5)
+    # The rotation made up above grows with the error.
+    assert mean_of(measures.rotation_goes_with_accuracy, alphas) == pytest.approx(-1)
+    toy = {f"{t}, layer {n}": n / 20 for t in ("SGD", "Layca") for n in (1, 10)}
+    assert mean_of(measures.shallow_before_deep, toy) == close(45)
+    assert mean_of(measures.deep_before_shallow, toy) == close(-45)
+    table = {"SGD": 0.2, "SGD + singh": 0.1, "NAG": 0.3, "NAG + singh": 0.1}
+    assert mean_of(measures.singh, table) == mean_of(measures.singh_table, table) == close(15)
+    bare = {"SGD": 0.1, "SGD, no weight decay": 0.15}
+    bare |= dict(zip(measures.ADAPTIVE, (0.2, 0.3, 0.4), strict=True))
+    bare |= {f"{name} + Layca": 0.1 for name in ("SGD", *measures.ADAPTIVE)}
+    assert mean_of(measures.adaptive_methods_lose, bare) == close(20)
+    assert mean_of(measures.layca_makes_up_for_it, bare) == close(20)
+    assert mean_of(measures.sgd_needs_decay, bare) == close(5)
+    curved = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + curvature, hessian": 0.2}
+    loss = measures.train_loss("SGD", "hessian")
+    assert mean_of(loss, curved) == pytest.approx(0.69, abs=0.01)
+    assert mean_of(measures.generalisation("SGD", "hessian"), curved) == close(20)
+    rates = {"SGD, rate 1": 0.5, "SGD, rate 2": 0.4, "SGD + probe, rate 1": 0.3}
+    assert mean_of(measures.backmatching("probe"), rates) == close(10)
+
+
+def test_cards_are_made_from_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cards.main([str(tmp_path)])
+    assert "no experiment with 3 seeds" in capsys.readouterr().err
+    layers = {f"{t}, layer {n}": n / 20 for t in ("SGD", "Layca") for n in (1, 10)}
+    for name, seeds in (("layca_toy_cpu", 3), ("layca_toy_frozen_cpu", 3), ("singh_mnist", 2)):
+        content = answered(layers, seeds).content
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = cards.main([str(tmp_path)])
+    assert [card.finding.verdict for card in found] == ["confirmed", "contradicted"]
+    text = (tmp_path / "cards.md").read_text()
+    assert "| **contradicted** |" in text and "![layca_toy_cpu](layca_toy_cpu.png)" in text
+    assert "- consistently better than SGD" in text.partition("## Without a card")[2]
+    assert (tmp_path / "cards.png").read_bytes().startswith(b"\x89PNG")
+    # An arm that lacks a seed keeps the card back.
+    content["arms"]["SGD, layer 1"]["runs"].popitem()
+    assert not Store(Path(), content).complete(1)

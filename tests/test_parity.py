@@ -18,6 +18,7 @@ from cases import (
     state_of,
 )
 from layouts import channels_last, columns, plain, shifted, strided, transposed
+from selection import DTYPE_ROWS, EDGES, EVERY
 from spec import Spec, array
 from torch.nn import Parameter
 
@@ -36,6 +37,10 @@ def test_the_table_is_complete():
     assert found == set(DIRECTIONS)
     assert {c.rule.name for c in CASES if c.rule is not None} == set(RULES)
     assert len({c.id for c in CASES}) == len(CASES)
+    assert {*EDGES, *DTYPE_ROWS} <= {c.id for c in CASES}
+    # a direction beside which every rule and every option of one stands
+    for row in {**cases.RULE_ROWS, **cases.VARIANT_ROWS}:
+        assert any(c.id.endswith(f"-{row}") for c in CASES), row
 
 
 def follow(case, opt, params, steps=2, **spec):
@@ -53,6 +58,7 @@ def follow(case, opt, params, steps=2, **spec):
             assert opt.state[params[layer[0]]]["radius"].item() == pytest.approx(radius, rel=1e-14)
 
 
+@pytest.mark.asked(triton=DTYPE_ROWS)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_spec(engine, dtype, case):
     params = engine.params(random(cases.SHAPES, seed=3), dtype)
@@ -115,6 +121,7 @@ def beside(case, one, two, values, steps=2, dtype=None):
             q.copy_(p)
 
 
+@pytest.mark.asked(triton=EVERY)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_reference(other, dtype, case):
     beside(case, REFERENCE, other, random(cases.SHAPES, seed=3), dtype=dtype)

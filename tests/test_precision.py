@@ -12,6 +12,7 @@ import layouts
 import pytest
 import torch
 from cases import copies, same_bits, same_state, set_grads, state_of, train
+from selection import EVERY, NONE
 from torch.nn import Parameter
 
 import layerlr
@@ -21,6 +22,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KEYS = {"master": "master", "kahan": "compensation", "stochastic": "rounding_seed"}
 ULP = 2**-7  # of bfloat16 between 1 and 2
 
+#: the 16-bit formats of the weights meet both orders, with and without a state
+FEW = ("sgd-none", "momentum-singh", "momentum-layca", "adamw-lamb")
+few = pytest.mark.asked(triton=FEW, simt=FEW)
 each_precision = pytest.mark.parametrize("precision", KEYS)
 each_half = pytest.mark.parametrize("half", [BF16, F16], ids=["bfloat16", "float16"])
 DIRECTIONS = {
@@ -133,6 +137,7 @@ def test_vectors_of_stochastic(engine):
 # -- the arithmetic --------------------------------------------------------------------------------
 
 
+@few
 @each_case
 @each_half
 def test_a_master_is_a_run_in_float32(engine, case, half):
@@ -154,9 +159,12 @@ def test_a_master_is_a_run_in_float32(engine, case, half):
         del state["master"]
         assert same_state(state, state_of(other, q))
     mine, theirs = opt.layer_stats(), other.layer_stats()
-    assert all(torch.equal(mine[k], theirs[k]) for k in mine if k != "names")
+    # compiled, Triton lays sums out by dtype: they have other last bits
+    same = torch.allclose if engine == ("triton", "cuda") else torch.equal
+    assert all(same(mine[k], theirs[k]) for k in mine if k != "names")
 
 
+@few
 @each_case
 @each_half
 def test_kahan_stays_close_to_float32(engine, case, half):
@@ -182,6 +190,7 @@ def test_kahan_stays_close_to_float32(engine, case, half):
         assert (error <= 2e-2 * unit + 10 * 2.0**-24 * (half == F16)).all()
 
 
+@pytest.mark.asked(triton=EVERY)
 @each_precision
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("rule", [None, Rated()], ids=["none", "rated"])
@@ -201,6 +210,7 @@ def test_all_engines_give_the_same_bits(other, direction, rule, precision, half)
     assert same_bits(*sides)
 
 
+@few
 @each_precision
 @each_case
 def test_rules_see_the_same_in_all_engines(other, case, precision):
@@ -256,6 +266,7 @@ def test_runs_are_reproducible(engine):
     assert not same_bits(trained(engine, 1), trained(engine, 2))
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 def test_the_seed_of_a_group(engine):
     one, two = halves(engine, seed=1), halves(engine, seed=1)
     groups = [{"params": one, "seed": 3}, {"params": two, "seed": 3}]
@@ -269,6 +280,7 @@ def test_the_seed_of_a_group(engine):
     assert not same_bits(one[:1], two[:1])
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 def test_parameters_that_come_later_have_seeds_of_their_own(engine):
     params = halves(engine)
     params[1].requires_grad_(False)
@@ -288,6 +300,7 @@ def test_parameters_that_come_later_have_seeds_of_their_own(engine):
 WAYS = ["state dict", "weights_only", "deepcopy", "pickle"]
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 @pytest.mark.parametrize("way", WAYS)
 @each_precision
 def test_a_run_goes_on_to_the_bit(engine, way, precision):
@@ -318,6 +331,7 @@ def test_a_run_goes_on_to_the_bit(engine, way, precision):
         assert same_state(state_of(opt, p), state_of(other, q))
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 @each_precision
 def test_state_is_there_from_the_beginning(engine, precision):
     params = [*halves(engine), *engine.params([torch.ones(3)], F32)]
@@ -347,6 +361,7 @@ def test_other_dtypes_step_as_without(engine, precision):
     assert all(map(same_state, sides[0][1], sides[1][1]))
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 def test_a_group_of_its_own(engine):
     params = halves(engine)
     groups = [{"params": params[:3]}, {"params": params[3:], "precision": "kahan"}]
@@ -359,6 +374,7 @@ def test_a_group_of_its_own(engine):
     assert same_bits(params[:3], [m.to(BF16) for m in held(opt, params[:3], "master")])
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 def test_no_key_no_state(engine):
     params = halves(engine)
     opt = layerlr.SGD(params, 0.1, backend=engine.backend)
@@ -366,6 +382,7 @@ def test_no_key_no_state(engine):
     assert all(opt.state[p].keys() == {"step"} for p in params)
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 def test_state_dicts_without_the_key_load(engine):
     params = halves(engine)
     opt = layerlr.SGD(params, 0.1, backend=engine.backend, precision="master")
@@ -416,6 +433,7 @@ def test_no_bit_changes(engine, precision, what):
     assert same_bits(photograph(opt, params), before)
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 @pytest.mark.parametrize("way", ["load_state_dict", "data", "copy_", "swap"])
 @pytest.mark.parametrize("precision", ["master", "kahan"])
 def test_weights_that_are_written_count(engine, precision, way):
@@ -442,6 +460,7 @@ def test_weights_that_are_written_count(engine, precision, way):
     assert same_bits(params, [v.to(BF16) for v in x])
 
 
+@pytest.mark.asked(triton=NONE, simt=NONE)
 @each_precision
 def test_what_is_pruned_stays(engine, precision):
     params = halves(engine)

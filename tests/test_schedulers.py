@@ -15,6 +15,7 @@ from contract_helpers import (
     make,
     make_twin,
     named,
+    one_backend,
     photograph,
     same,
     set_grads,
@@ -85,7 +86,7 @@ def test_every_scheduler_of_torch_is_here():
 
 @each_variant
 @each_scheduler
-@each_backend
+@one_backend
 def test_schedulers_drive_ours_and_the_twin_alike(variant, scheduler, backend):
     ours, theirs = weights(), weights()
     seen = drive(make(variant, ours, backend=backend), ours, scheduler)
@@ -100,7 +101,7 @@ def test_schedulers_drive_ours_and_the_twin_alike(variant, scheduler, backend):
     [("nesterov", "singh"), ("amom", "layca"), ("adagrad", "lars"), ("adamw", "lamb")],
 )
 @each_scheduler
-@each_backend
+@one_backend
 def test_schedulers_with_a_rule(variant, rule, scheduler, backend):
     """As if the values that the scheduler chose had been written by hand."""
     ours, by_hand = weights(), weights()
@@ -118,7 +119,7 @@ def test_schedulers_with_a_rule(variant, rule, scheduler, backend):
 
 @pytest.mark.parametrize(("variant", "rule"), [("momentum", "layca"), ("adam", None)])
 @each_scheduler
-@each_backend
+@one_backend
 def test_schedulers_fill_a_tensor_lr(variant, rule, scheduler, backend):
     lr = torch.tensor(0.1, dtype=torch.float64)
     ours, theirs = weights(), weights()
@@ -252,7 +253,7 @@ def test_looking_at_the_state_of_a_frozen_parameter_makes_none(rule, backend):
 
 @each_variant
 @each_rule
-@each_backend
+@one_backend
 def test_groups_edited_by_hand(variant, rule, backend):
     """Libraries write into param_groups; each tensor is a layer here, so it goes its own way."""
     params, alone = weights(), weights()

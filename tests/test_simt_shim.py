@@ -6,10 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import proofs
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "-std=c++17 -Wall -Wextra -pthread -DLAYERLR_SIMT -Icsrc -Itests/simt".split()
+SOURCES = ["tests/simt/selftest.cpp", "tests/simt/simt.cpp"]
 BUILDS = {
     "plain": ["-O2"],
     "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all".split(),
@@ -55,8 +57,7 @@ def selftest(tmp_path_factory):
     def run(build, part):
         program = folder / build
         if not program.exists():
-            sources = ["tests/simt/selftest.cpp", "tests/simt/simt.cpp"]
-            command = ["c++", *FLAGS, *BUILDS[build], *sources, "-o", str(program)]
+            command = ["c++", *FLAGS, *BUILDS[build], *SOURCES, "-o", str(program)]
             subprocess.run(command, cwd=ROOT, check=True)
         env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0"}
         return subprocess.run(
@@ -71,13 +72,17 @@ def selftest(tmp_path_factory):
     "part",
     "sound collectives neighbours traffic copies indices resident schedules".split(),
 )
-def test_runs_right(selftest, build, part):
+def test_runs_right(selftest, build, part, proof):
+    if proof(build, part, proofs.compiled(FLAGS, *SOURCES)):
+        return
     done = selftest(build, part)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("mutant", "build", "report"), CAUGHT)
-def test_catches(selftest, mutant, build, report):
+def test_catches(selftest, mutant, build, report, proof):
+    if proof(mutant, build, report, proofs.compiled(FLAGS, *SOURCES)):
+        return
     done = selftest(build, mutant)
     assert done.returncode != 0
     assert report in done.stdout + done.stderr

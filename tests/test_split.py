@@ -98,6 +98,7 @@ def test_split_is_of_governed_parameters_alone(engine):
 # -- lr_scale --------------------------------------------------------------------------------------
 
 
+@pytest.mark.asked(triton=("nag-lars", "adamw-lamb", "rms-cm-rated"))
 @pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
 def test_lr_scale(engine, case):
     """A number scales every parameter; a list has one for each layer, the others keep lr."""

@@ -11,6 +11,7 @@ import cases
 import pytest
 import torch
 from cases import BY_ID, CASES, copies, ids, same_bits, same_state, state_of
+from selection import NONE
 from torch import nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
@@ -19,24 +20,12 @@ import layerlr
 from bench import step_in_backward as bench
 from layerlr import rules, steppable
 
-#: interpreted or emulated on the host, they get a few of the rows
-SLOW = () if torch.cuda.is_available() else ("triton", "simt")
+#: of the engines that share everything but the kernels, and only in the tests that say so
 FEW = ("nag-layca", "adamw-lamb", "nag-singh")
+pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
+few = pytest.mark.asked(triton=FEW, simt=FEW)
 ROWS = [BY_ID[f"{d}-{r}"] for d in ("nag", "adamw") for r in cases.RULE_ROWS]
 MOM = BY_ID["mom-lars"]
-
-
-@pytest.fixture(autouse=True)
-def _few_on_slow_engines(request):
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    engine, case = params.get("engine"), params.get("case", BY_ID[FEW[0]])
-    whole = request.node.originalname in WHOLE
-    if engine and engine.backend in SLOW and not (whole and case.id in FEW):
-        pytest.skip("slow")
-
-
-#: tests of which slow engines get those rows; of others none
-WHOLE = ("test_equals_the_plain_loop", "test_accumulation", "test_state_dict_in_the_midst")
 
 
 class Net(nn.Module):
@@ -122,6 +111,7 @@ def both(nets, opts, seed, device="cpu", step=True):
 # -- the plain loop's bits -----------------------------------------------------------------------
 
 
+@few
 @pytest.mark.parametrize("layers", ["tensor", "module"])
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_equals_the_plain_loop(engine, case, layers):
@@ -193,6 +183,7 @@ def test_units_are_what_hangs_together():
 # -- accumulation --------------------------------------------------------------------------------
 
 
+@few
 @pytest.mark.parametrize("case", ROWS, ids=ids(ROWS))
 def test_accumulation(engine, case):
     nets, opts, handle = pair(engine, case, layers="module")
@@ -413,6 +404,7 @@ def test_group_options_that_change_plans(engine):
         assert equal(nets, opts)
 
 
+@few
 def test_state_dict_in_the_midst(engine, tmp_path):
     nets, opts, _ = pair(engine, BY_ID["adamw-layca"], layers="module")
     both(nets, opts, 0, engine.device)

@@ -11,9 +11,12 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+from selection import NONE
 
 import layerlr
 from layerlr.rules import Lamb, Lars
+
+pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
 
 
 def timm_optimizer(name):

@@ -99,8 +99,8 @@ def _problem(device, dtype, contiguous=True):
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape):
-        t = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)[..., 0]
-        return (t.contiguous() if contiguous else t).to(device, dtype)
+        t = torch.randn(*shape, 2, generator=generator, dtype=torch.float64).to(device, dtype)
+        return t[..., 0].contiguous() if contiguous else t[..., 0]  # moved first: a copy is dense
 
     weight, bias, x = Parameter(draw(4, 5)), Parameter(draw(4)), draw(5)
 

@@ -190,6 +190,9 @@ def usage(code) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+ahead_of_time = pytest.mark.full("Triton ahead of time")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
@@ -206,6 +209,7 @@ def label(row) -> str:
     )
 
 
+@ahead_of_time
 def test_accesses_of_16_bytes(built):
     for row in built:
         if row["kernel"] in ROWS:
@@ -216,6 +220,7 @@ def test_accesses_of_16_bytes(built):
         assert (f"st.global.{wide}" in row["ptx"]) == bool(writes), label(row)
 
 
+@ahead_of_time
 def test_second_pass_reads_what_it_needs(built):
     # a thread has 8 elements; momentum under layca forms u from the buffer alone
     (row,) = [r for r in built if label(r) == "apply momentum layca float32 90 nearest"]
@@ -224,6 +229,7 @@ def test_second_pass_reads_what_it_needs(built):
     assert row["ptx"].count("ld.global.v4.b32") == 3 * 8 * 4 // 16
 
 
+@ahead_of_time
 def test_roundings(built):
     for row in built:
         if row["kernel"] in ROWS:
@@ -232,6 +238,7 @@ def test_roundings(built):
         assert not re.search(r"\.(approx|ftz|full)\b|\bfma\.", row["ptx"]), label(row)
 
 
+@ahead_of_time
 def test_no_spills(built):
     found = [re.search(r"STACK:(\d+).* LOCAL:(\d+)", row["use"]) for row in built]
     if not any(found):

@@ -7,10 +7,14 @@ import pytest
 import torch
 from cases import same_bits
 from contract_helpers import TWINS, AMomSGD
+from selection import NONE
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import layerlr
+
+# Without a rule every engine has the reference's bits (test_parity.py).
+pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
 
 STEPS = 50
 #: float32 and float64 side by side: half the steps, and an optimizer of mixed dtypes

@@ -4,7 +4,7 @@ VGG13 learns CIFAR-10, as in the authors' follow-up ("On the Local Hessian in Ba
 The paper (of which we know the abstract) finds SGD with the layer-wise rates that back-matching
 gives favourable over SGD with one. SGD-momentum with and without ``rule="backmatching"``, by both
 of its estimators, over a grid of rates. ``--width 0.125`` takes an eighth of the channels, for a
-CPU.
+CPU; ``--scale cpu`` that of images of 16x16, in four stages.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ NOTES = (
 
 def arms(scope: Scope) -> list[Arm]:
     task = network(partial(batch_vgg, stages=VGG13, scale=scope.options.width))
+    if scope.options.scale == "cpu":
+        task = network(partial(batch_vgg, stages=VGG13[:4], scale=1 / 8, shrink=2))
     found = []
     for kind, options in KINDS.items():
         for rate in RATES:
@@ -112,18 +114,22 @@ def plot(store: Store, path: Path) -> Path:
 
 
 def experiment(options: argparse.Namespace) -> Experiment:
-    width = options.width
+    width, words = options.width, f"VGG13 with batch norm, widths times {options.width:g}"
+    if options.scale == "cpu":
+        words = "the first four stages of VGG13 at an eighth of their width, on images of 16x16"
     return Experiment(
         name="backmatching_vgg" + ("" if width == 1 else f"_{width:g}"),
         data="cifar10",
-        network=f"VGG13 with batch norm, widths times {width:g}: bench.papers.networks.batch_vgg",
+        network=f"{words}: bench.papers.networks.batch_vgg",
         full=Budget(seeds=3, batch=128, epochs=100),
+        cpu=Budget(seeds=3, batch=32, iterations=1000, items=5000),
         quick=Budget(seeds=1, batch=16, iterations=3, items=32),
         arms=arms,
         notes=NOTES,
         table=table,
         plot=plot,
-        evals=50,
+        evals=4 if options.scale == "cpu" else 50,
+        records=25 if options.scale == "cpu" else 50,
     )
 
 

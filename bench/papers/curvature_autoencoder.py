@@ -3,7 +3,8 @@
 784-1000-500-250-30 and back, ReLU, code and output linear, batches of 1,000. The paper (of which
 we know the abstract) finds steps from each layer's own curvature to spare the search for a rate,
 with SGD-momentum and with AdamW, at about the cost of one more gradient. Fixed rates of a grid
-against ``rule="curvature"`` at its defaults, by iterations and by time.
+against ``rule="curvature"`` at its defaults, by iterations and by time. ``--scale cpu``: images
+of 14x14, 196-250-125-62-30 and back, batches of 500.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,26 +57,31 @@ def loss(output: Tensor, y: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output, y, reduction="sum") / len(y)
 
 
-def task(config: Config, data: Data) -> Task:
-    """Each image is its own target."""
-    x, test_x = data.x.flatten(1), data.test_x.flatten(1)
+def task(small: bool, config: Config, data: Data) -> Task:
+    """Each image is its own target; a small network sees it at half its height and width."""
+    x, test_x = (F.avg_pool2d(part, 2 if small else 1).flatten(1) for part in (data.x, data.test_x))
     images = replace(data, x=x, y=x, test_x=test_x, test_y=test_x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Task(images, autoencoder(x.shape[1]), loss, error=None)
+        hidden = (250, 125, 62) if small else (1000, 500, 250)
+        return Task(images, autoencoder(x.shape[1], hidden), loss, error=None)
 
 
 def arms(scope: Scope) -> list[Arm]:
-    return by_time.arms(scope, task, DIRECTIONS, CURVATURES)
+    small = scope.options.scale == "cpu"
+    return by_time.arms(scope, partial(task, small), DIRECTIONS, CURVATURES)
 
 
 def experiment(options: argparse.Namespace) -> Experiment:
+    widths = "196-250-125-62" if options.scale == "cpu" else "784-1000-500-250"
+    back = "-".join(reversed(widths.split("-")))
     return Experiment(
         name="curvature_autoencoder",
         data="mnist",
         scaling="unit",
-        network="784-1000-500-250-30-250-500-1000-784: bench.papers.networks.autoencoder",
+        network=f"{widths}-30-{back}: bench.papers.networks.autoencoder",
         full=Budget(seeds=3, batch=1000, iterations=2000),
+        cpu=Budget(seeds=3, batch=500, iterations=600),
         quick=Budget(seeds=1, batch=250, iterations=20, items=1000),
         arms=arms,
         notes=NOTES,

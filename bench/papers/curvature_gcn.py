@@ -66,6 +66,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
         data="cora",
         network="GCN, 16 hidden units: bench.papers.networks.GCN",
         full=Budget(seeds=10, batch=140, epochs=200),
+        cpu=Budget(seeds=10, batch=140, epochs=200),
         quick=Budget(seeds=1, batch=140, epochs=60),
         arms=arms,
         notes=NOTES,

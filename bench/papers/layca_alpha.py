@@ -4,6 +4,8 @@ Layer l of L has the rate (1-alpha)^(5(L-1-l)/(L-1)) for alpha > 0, (1+alpha)^(5
 alpha < 0. The paper finds alpha = 0 to be best under Layca, negative ones better than positive
 ones, and test accuracy to follow how far the layers have turned. ``--task c10``: C10-CNN1 on
 CIFAR-10; ``c100``: ResNet-32 on CIFAR-100; ``tiny``: an 11-layer CNN on Tiny ImageNet.
+``--scale cpu``: C10-CNN1 with a third of the layers at a quarter of their width, SGD's rate
+searched at alpha 0.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import nn
 
 from . import report
 from .networks import resnet32, vgg
-from .runner import Arm, Budget, Experiment, Scope, main, network
+from .runner import Arm, Budget, Experiment, Scope, Search, main, network
 from .store import Store
 
 ALPHAS = (-0.8, -0.6, -0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -53,9 +55,23 @@ TASKS = {
     "tiny": Setting("tiny_imagenet", TINY, "tiny-CNN, 11 kernels", 1 / 3, 80, (0.875,)),
 }
 
+SMALL = partial(vgg, widths=(8, 16, 32, 64), depth=2, norm_momentum=0.1, shrink=2)
+WORDS = "C10-CNN1's layout on images of 16x16: 9 kernels, 8 to 64 channels"
+CPU_ALPHAS = (-0.6, -0.3, 0.0, 0.3, 0.6)
+CPU_RATES = (3.0**-3, 3.0**-2, 3.0**-1, 1.0, 3.0)  # for SGD at alpha 0
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    setting = TASKS[options.task]
+    if options.scale == "paper":
+        return setting
+    if options.task != "c10":
+        raise ValueError(f"task {options.task} has no preset for a CPU: leave --scale away")
+    return replace(setting, network=SMALL, words=WORDS)
+
 
 def arms(scope: Scope) -> list[Arm]:
-    setting = TASKS[scope.options.task]
+    setting = _setting(scope.options)
     found = []
     for title in COLOURS:
         for alpha in scope.options.alphas:
@@ -67,7 +83,10 @@ def arms(scope: Scope) -> list[Arm]:
                 drops=setting.drops,
                 drop_factor=0.2,
             )
-            found.append(Arm(_name(title, alpha), config, network(setting.network)))
+            search = None
+            if scope.options.scale == "cpu" and title == "SGD":
+                search = Search("SGD, alpha 0", replace(config, alpha=0.0), CPU_RATES)
+            found.append(Arm(_name(title, alpha), config, network(setting.network), search))
     return found
 
 
@@ -110,7 +129,8 @@ def plot(store: Store, path: Path) -> Path:
     for row, (title, colour) in enumerate(COLOURS.items(), 1):
         points = _points(store, title)
         means = [statistics.mean(accuracies) for accuracies, _ in points.values()]
-        left.plot(list(points), means, "o-", color=colour, label=title)
+        off = [statistics.stdev(v) if len(v) > 1 else 0.0 for v, _ in points.values()]
+        left.errorbar(list(points), means, off, fmt="o-", color=colour, label=title, capsize=3)
         right.plot([turned for _, turned in points.values()], means, "o", color=colour, label=title)
         for alpha, mean in zip(points, means, strict=True):
             right.annotate(f" {alpha:g}", (points[alpha][1], mean), fontsize="x-small")
@@ -127,18 +147,22 @@ def plot(store: Store, path: Path) -> Path:
 
 
 def experiment(options: argparse.Namespace) -> Experiment:
-    setting = TASKS[options.task]
+    setting, cpu = _setting(options), options.scale == "cpu"
     if options.alphas is None:
-        options.alphas = (-0.6, 0.0, 0.6) if options.quick else ALPHAS
+        options.alphas = CPU_ALPHAS if cpu else ALPHAS
+        options.alphas = (-0.6, 0.0, 0.6) if options.quick else options.alphas
     return Experiment(
         name=f"layca_alpha_{options.task}",
         data=setting.data,
         network=setting.words,
         full=Budget(seeds=1, batch=128, epochs=setting.epochs),
+        cpu=Budget(seeds=3, batch=32, iterations=3000, items=5000),
         quick=Budget(seeds=1, batch=32, iterations=15, items=256),
         arms=arms,
         table=table,
         plot=plot,
+        evals=5 if cpu else 10,
+        records=25 if cpu else 50,
     )
 
 

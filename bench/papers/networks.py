@@ -102,12 +102,16 @@ def vgg(
     widths: Sequence[int] = (32, 64, 128, 256),
     depth: int = 6,
     norm_momentum: float = 0.01,
+    shrink: int = 1,
 ) -> nn.Module:
     """Stages of `depth` 3x3 convolutions (conv, ReLU, norm), halved in between; mean, dense.
 
     The defaults are C10-CNN1, 25 kernels; ``(32, ..., 512), depth=2`` is tiny-CNN, 11 kernels.
+    `shrink` > 1 sees the images that many times smaller.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if shrink > 1:
+        layers["shrink"] = nn.AvgPool2d(shrink)
     channels = shape[0]
     for stage, width in enumerate(widths, 1):
         if stage > 1:
@@ -220,12 +224,15 @@ def batch_vgg(
     classes: int,
     stages: Sequence[tuple[int, int]],
     scale: float = 1.0,
+    shrink: int = 1,
 ) -> nn.Module:
     """Stages of (depth, width): convolutions (conv, norm, ReLU), halved after each; dense.
 
-    ``scale`` is a factor on every width.
+    ``scale`` is a factor on every width; `shrink` > 1 sees the images that many times smaller.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if shrink > 1:
+        layers["shrink"] = nn.AvgPool2d(shrink)
     channels = shape[0]
     for stage, (depth, width) in enumerate(stages, 1):
         width = max(round(scale * width), 1)
@@ -235,7 +242,7 @@ def batch_vgg(
             layers[f"relu{stage}_{i}"] = nn.ReLU()
             channels = width
         layers[f"pool{stage}"] = nn.MaxPool2d(2)
-    height, width = (size >> len(stages) for size in shape[1:])
+    height, width = (size // shrink >> len(stages) for size in shape[1:])
     layers["flatten"] = nn.Flatten()
     layers["dense"] = nn.Linear(channels * height * width, classes)
     return _he(nn.Sequential(layers))

@@ -1,10 +1,12 @@
 """The runner that all experiments share: arms x seeds on one data set, resumable.
 
-An experiment names its arms (a `Config` and a `Task` each), its data set and two budgets, the
-paper's and a rehearsal's. `main` gives it a command line and trains each arm with each seed,
-under one progress bar. Every finished pair goes into ``NAME.json`` at once, so that a killed run
-loses one pair at most and the same command goes on where it stopped; then come the table
-(``NAME.md``) and the plot (``NAME.png``).
+An experiment names its arms (a `Config` and a `Task` each), its data set and its budgets: the
+paper's, one for a CPU core (``--scale cpu``: smaller, but trained to its end) and a rehearsal's.
+`main` gives it a command line and trains each arm with each seed, under one progress bar. Every
+finished pair goes into ``NAME.json`` at once, so that a killed run loses one pair at most and the
+same command goes on where it stopped; then come the table (``NAME.md``) and the plot
+(``NAME.png``). Rates that are searched for are searched first, on a held-out third of the train
+set; what was found stands in ``NAME_rates.json``.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from bench.trainer import Task
 from . import report
 from .store import Store
 
+SCALES = ("paper", "cpu")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -48,12 +52,25 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Search:
+    """The rate of an arm: the best of `rates` for `config`, by one run each on held-out data.
+
+    Arms whose searches have the same name share one.
+    """
+
+    name: str
+    config: Config
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to train: `task` makes data, network and loss of a config (and its seed)."""
 
     name: str
     config: Config
     task: Callable[[Config, Data], Task] = Task.of
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class Experiment:
     full: Budget
     quick: Budget
     arms: Callable[[Scope], list[Arm]]
+    cpu: Budget | None = None  # sized to one core
     scaling: str = "standard"
     notes: str = ""  # where it departs from the paper, for the record
     table: Callable[[Store], Table] = report.errors
@@ -94,6 +112,7 @@ def network(
     """The task of learning the data with a network that the config's seed alone draws."""
 
     def task(config: Config, data: Data) -> Task:
+        data = data.holdout() if config.holdout else data
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return Task(data, build(data.shape, data.classes), **more)
@@ -114,6 +133,7 @@ def main(
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
     add("--out", type=Path, default=Path("runs/papers"), help="folder for what is written")
+    add("--scale", choices=SCALES, default="paper", help="as published, or sized to a CPU core")
     add("--quick", action="store_true", help="a rehearsal of a few minutes, no measurement")
     add("--seeds", type=_positive, help="runs of each arm, seeds 0 to SEEDS - 1")
     length = parser.add_mutually_exclusive_group()
@@ -135,7 +155,7 @@ def main(
 
 def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     """Train what is not yet in the store, then write table and plot."""
-    budget = _budget(experiment.quick if options.quick else experiment.full, options)
+    budget = _budget(experiment, options)
     data = load(experiment.data, options.data, experiment.scaling)
     if budget.items is not None:
         data = data.some(budget.items)
@@ -155,20 +175,57 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     arms = [arm for arm in arms if re.search(options.only, arm.name)]
     if not arms:
         raise ValueError(f"no arm matches {options.only!r}")
-    store = Store.open(
-        options.out / f"{experiment.name}.json",
-        {
-            "experiment": experiment.name,
-            "network": experiment.network,
-            "notes": experiment.notes,
-            "data": dict(data.meta),
-            "epoch": max(examples // budget.batch, 1),
-            **experiment.more,
-        },
-    )
+    name = experiment.name + ("" if options.scale == "paper" else f"_{options.scale}")
+    about = {
+        "experiment": name,
+        "network": experiment.network,
+        "notes": experiment.notes,
+        "data": dict(data.meta),
+        "epoch": max(examples // budget.batch, 1),
+        **experiment.more,
+    }
+    searched = _search(arms, options.out / f"{name}_rates.json", about, data)
+    arms = [
+        replace(a, config=replace(a.config, lr=searched.get(a.name, a.config.lr))) for a in arms
+    ]
+    store = Store.open(options.out / f"{name}.json", about)
+    _train(arms, budget.seeds, store, data)
+    _report(experiment, store)
+    return store
+
+
+def _search(arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data) -> dict[str, float]:
+    """Arm -> its rate, for those that search one."""
+    searches = {arm.search.name: (arm.search, arm.task) for arm in arms if arm.search}
+    if not searches:
+        return {}
+    store, tried, best = Store.open(path, about), [], {}
+    for search, task in searches.values():
+        config = replace(search.config, holdout=True, eval_every=0, monitor_every=0)
+        for rate in search.rates:
+            tried.append(Arm(rate_name(search.name, rate), replace(config, lr=rate), task))
+    _train(tried, 1, store, data)
+    for name, (search, _) in searches.items():
+        kept = {}
+        for rate in search.rates:
+            (run,) = store.runs(rate_name(name, rate))
+            if not run["final"]["diverged"]:
+                kept[rate] = run["final"][store.metric]
+        if not kept:
+            raise ValueError(f"{name}: every rate of {search.rates} diverged")
+        best[name] = min(kept, key=lambda rate: kept[rate])
+    return {arm.name: best[arm.search.name] for arm in arms if arm.search}
+
+
+def rate_name(name: str, rate: float) -> str:
+    return f"{name}, rate {rate:g}"
+
+
+def _train(arms: Sequence[Arm], seeds: int, store: Store, data: Data) -> None:
+    """Each arm with each seed that the store does not have yet."""
     for arm in arms:
         store.add_arm(arm.name, _settings(arm))
-    pending = [(arm, s) for arm in arms for s in range(budget.seeds) if not store.has(arm.name, s)]
+    pending = [(arm, s) for arm in arms for s in range(seeds) if not store.has(arm.name, s)]
     with tqdm(total=sum(a.config.steps for a, _ in pending), unit="step", smoothing=0.02) as bar:
         for arm, seed in pending:
             bar.set_description(f"{arm.name}, seed {seed}")
@@ -176,11 +233,14 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
             result = train(config, arm.task(config, data), after_step=bar.update)
             bar.update(config.steps - result.final["steps"])  # the rest of a diverged run
             store.add(arm.name, seed, result)
-    _report(experiment, store)
-    return store
 
 
-def _budget(default: Budget, options: argparse.Namespace) -> Budget:
+def _budget(experiment: Experiment, options: argparse.Namespace) -> Budget:
+    default = experiment.cpu if options.scale == "cpu" else experiment.full
+    if default is None:
+        raise ValueError(f"{experiment.name} has no preset for a CPU: leave --scale away")
+    if options.quick:
+        default = experiment.quick
     given = {key: getattr(options, key) for key in ("seeds", "batch", "items")}
     if options.iterations or options.epochs:
         default = replace(default, iterations=options.iterations, epochs=options.epochs)

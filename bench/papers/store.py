@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,7 @@ class Store:
             }
         )
         text = json.dumps(self.content, indent=1, allow_nan=False)
-        # Innermost rows and records on one line each.
-        text = re.sub(r"\[[^][{}]*\]|{[^][{}]*}", lambda row: " ".join(row[0].split()), text)
+        text = re.sub(r"\n {5,}|\n {4}(?=[]}])", " ", text)  # each run on one line
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     # --- what reports read ---
@@ -84,6 +84,16 @@ class Store:
 
     def runs(self, arm: str) -> list[dict[str, Any]]:
         return list(self.content["arms"].get(arm, {"runs": {}})["runs"].values())
+
+    def complete(self, seeds: int) -> bool:
+        """Whether every arm has as many seeds, and not one of them more than another."""
+        counts = {len(entry["runs"]) for entry in self.content["arms"].values()}
+        return len(counts) == 1 and counts.pop() >= seeds
+
+    def by_seed(self, arm: str, of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+        """Seed -> what `of` says of its run."""
+        runs = self.content["arms"].get(arm, {"runs": {}})["runs"]
+        return {seed: of(run) for seed, run in runs.items()}
 
     @property
     def metric(self) -> str:

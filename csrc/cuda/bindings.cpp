@@ -18,7 +18,6 @@ py::dict device_info(int index) {
   if (const char* error = cuda_engine().info(index, &info)) throw std::runtime_error(error);
   py::dict answer;
   answer["multiprocessors"] = info.multiprocessors;
-  answer["l2_bytes"] = info.l2_bytes;
   return answer;
 }
 

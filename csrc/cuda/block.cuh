@@ -1,4 +1,5 @@
-// A block: workers, who do what is to be done to elements, and one warp that schedules for them.
+// A block: workers, who do what is to be done to elements, a warp that takes tickets for them and a
+// warp that adds their sums.
 #pragma once
 
 #include <new>
@@ -17,10 +18,10 @@ struct Work {
   DType dtype;
   What what;
   bool waits;   // its verdict was not there yet
+  bool second;  // the pass
   bool sums;    // there are sums to add, of nothing perhaps
   int scalars;  // which of the block's two
   int layer, slot;
-  Phase pass;
   double grad, a, b;
 };
 
@@ -44,21 +45,20 @@ struct Shared {
 /// The barrier of all threads of the block.
 LAYERLR_DEVICE void meet() { __syncthreads(); }
 
-// -- workers
-// ----------------------------------------------------------------------------------------
+// -- workers --
 
 /// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something
 /// beside).
-template <class P, bool coded>
+template <class P, bool may_be_coded>
 struct Only {
-  static constexpr bool any = false;
+  static constexpr bool any = false, coded = may_be_coded;
   template <class Body>
   LAYERLR_DEVICE static void with_type(DType, Body body) {
-    body(P(), std::bool_constant<coded>());
+    body(P(), std::bool_constant<may_be_coded>());
   }
 };
 struct AnyDtype {
-  static constexpr bool any = true;
+  static constexpr bool any = true, coded = true;
   template <class Body>
   LAYERLR_DEVICE static void with_type(DType dtype, Body body) {
     switch (dtype) {
@@ -74,7 +74,8 @@ struct AnyDtype {
   }
 };
 
-/// What a worker does, item after item.
+/// What a worker does, item after item. The next one is prepared, and the sums of the last one are
+/// added, by the two other warps in the meantime.
 template <template <class> class D, class F, Order order>
 LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
   for (int k = 0;; ++k) {
@@ -109,50 +110,53 @@ LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
   }
 }
 
-// -- the warp that schedules
-// --------------------------------------------------------------------------
+// -- the warp that takes tickets --
 
-/// While the workers are at item k, it adds the sums of item k - 1 and makes item k + 1 ready; for
-/// item k + 2 it has asked for a ticket. All lanes do the same but for what only one may do.
+/// Makes item k + 1 ready while the workers are at item k. All lanes do the same but for what only
+/// one may do.
 template <template <class> class D, class F, Order order>
-struct Scheduler {
+struct Dispatcher {
   static constexpr unsigned all = 0xffffffffu;
   const StepArgs& args;
   Shared<D>& shared;
   const int lane = threadIdx.x % 32;
   const uint32_t epoch;
+  const RuleInfo info;
+  const double sign, l2;
+  const bool skip;
   int asked;       // the ticket under way, in lane 0
   int latest = 0;  // scalars of the last item that wanted some
 
-  LAYERLR_DEVICE Scheduler(const StepArgs& args, Shared<D>& shared)
+  LAYERLR_DEVICE Dispatcher(const StepArgs& args, Shared<D>& shared)
       : args(args),
         shared(shared),
         epoch(args.sync->epoch + 1),
+        info(rule_info(args.rule.rule)),
+        sign(args.config->grad_factor),
+        l2(l2_of(args)),
+        skip(args.config->skip != 0),
         asked(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {}
 
   LAYERLR_DEVICE void run() {
     if (lane == 0) shared.scalars[0].t = shared.scalars[1].t = 0;
     __syncwarp();
     ask();
-    Item item = next_item();
-    prepare(shared.work[0], item);
+    prepare(shared.work[0], next_item());
     for (int k = 0;; ++k) {
       Work& now = shared.work[k & 1];
-      Work& other = shared.work[~k & 1];
       meet();  // the workers begin with item k, and have ended the one before
-      if (now.what != ends) item = next_item();
-      if (k) finish(other, shared.partials[~k & 1]);
+      const bool end = now.what == ends;
+      if (!end) ask();
       if (now.waits) {
         wait_for_verdict(now);
         meet();
       }
-      if (now.what == ends) return;
-      prepare(other, item);
+      if (end) return;
+      prepare(shared.work[~k & 1], next_item());
     }
   }
 
-  // -- tickets
-  // ----------------------------------------------------------------------------------------
+  // -- tickets --
 
   /// Ask for a ticket. Where both passes are in one launch tickets come from a counter: an item
   /// waits for nothing but items before it, and the blocks that took those are running.
@@ -164,63 +168,69 @@ struct Scheduler {
     }
   }
 
-  /// The next item that this launch has to do with, or one of no span. The ticket for it has been
-  /// asked for, that for the one after it is.
+  /// The item of the ticket that was asked for, or of the next that this launch has to do with; its
+  /// span is -1 where none is left.
   LAYERLR_DEVICE Item next_item() {
-    for (;;) {
+    for (;; ask()) {
       const int ticket = __shfl_sync(all, asked, 0);
-      if (ticket >= args.items) return {-1, 0, 0, first_pass};
-      ask();
+      if (ticket >= args.items) return {-1, 0, 0, 0, 0};
       const Item item = args.item[ticket];
-      if (!args.measured || args.phase == whole_step || item.pass == args.phase) return item;
+      if (!args.measured || args.phase == whole_step ||
+          (args.phase == second_pass) == static_cast<bool>(item.second)) {
+        return item;
+      }
     }
   }
 
-  // -- an item to come
-  // --------------------------------------------------------------------------------
+  // -- an item to come --
 
   LAYERLR_DEVICE void prepare(Work& work, const Item& item) {
-    Work w{};
-    w.what = ends;
-    if (item.span >= 0) fill(w, item);
-    __syncwarp();  // all lanes have read what was there
-    if (lane == 0) work = w;
-  }
-
-  LAYERLR_DEVICE void fill(Work& w, const Item& item) {
+    if (item.span < 0) {
+      if (lane == 0) {
+        work.what = ends;
+        work.waits = false;
+      }
+      return;
+    }
+    // What it takes is asked for before any of it is used.
     const DeviceSpan& span = args.spans[item.span];
-    const bool active = span.grad != nullptr;
-    w.layer = span.layer;
-    w.slot = item.slot;
-    w.pass = args.phase == whole_step ? item.pass : args.phase;
-    w.what = !active ? nothing : w.pass == first_pass ? measures : applies;
-    w.sums = order == gradient_rule || (order == update_rule && w.pass == first_pass);
-    w.grad = 1;
-    if (w.pass == second_pass) fill_verdict(w);
-    if (!active) return;
-    fill_arrays(w, span, item);
-    const RuleInfo info = rule_info(span.ruled ? args.rule.rule : RuleId::Plain);
-    const double l2 = l2_of(args);
-    const bool weights = info.measures_ww || (l2 != 0 && !info.raw_gradient);
-    w.how = {args.config->grad_factor, l2, info.raw_gradient, weights, args.config->skip != 0};
-  }
-
-  LAYERLR_DEVICE void fill_arrays(Work& w, const DeviceSpan& span, const Item& item) {
+    DeviceArray array{nullptr, 0, 1};
+    if (lane < arrays) array = span.array[lane];
     const DType dtype = static_cast<DType>(span.dtype);
-    const int64_t begin = int64_t(item.number) * item_elements, left = span.size - begin;
-    const int param = param_bytes(dtype), state = state_bytes(dtype);
-    const double t = coming_step(span.step, span.step_is_double != 0);
+    const int64_t size = span.size, tensor_begin = span.begin, seed = span.seed;
+    const Held held = span.held;
+    const bool ruled = span.ruled;
+    const double lr_scale = span.lr_scale;
+    const void* const step = span.step;
+    const bool step_is_double = span.step_is_double;
+    const bool active = __shfl_sync(all, array.data != nullptr, array_g);
+
+    Work w{};
+    w.layer = item.layer;
+    w.slot = item.slot;
+    w.second = args.phase == whole_step ? item.second : args.phase == second_pass;
+    w.what = !active ? nothing : w.second ? applies : measures;
+    w.sums = order == gradient_rule || (order == update_rule && !w.second);
+    w.grad = 1;
+    if (order != unmeasured && w.second) fill_verdict(w);
+    const double t = active ? coming_step(step, step_is_double) : 0;
+    if (order == unmeasured) fill_plain(w, lr_scale, t);
+    if (active) w.scalars = scalars_for(t, F::any && dtype == DType::f64);
+
+    const int64_t begin = int64_t(item.number) * args.item_elements, left = size - begin;
+    if (array.data) array.data += begin * array.element_bytes;
+    const bool begins = (reinterpret_cast<uintptr_t>(array.data) & (array.vector_bytes - 1)) == 0;
+    w.at.aligned = __all_sync(all, begins);
+    w.at.count = static_cast<int>(left < args.item_elements ? left : args.item_elements);
+    w.at.held = held;
+    w.at.key = held == Held::stochastic ? rounding_key(seed, t) : 0;
+    w.at.place = static_cast<uint32_t>(tensor_begin + begin);
     w.dtype = dtype;
-    w.scalars = scalars_for(t, F::any && dtype == DType::f64);
-    w.at.count = static_cast<int>(left < item_elements ? left : item_elements);
-    w.at.w = span.param + begin * param;
-    w.at.g = span.grad + begin * param;
-    for (int k = 0; k < D<float>::states; ++k) w.at.s[k] = span.state[k] + begin * state;
-    w.at.held = span.held;
-    if (span.aux) w.at.aux = span.aux + begin * aux_bytes(dtype, span.held);
-    if (span.held == Held::stochastic) w.at.key = rounding_key(span.seed, t);
-    w.at.place = static_cast<uint32_t>(span.begin + begin);
-    w.at.aligned = begins_vectors(w.at, dtype, D<float>::states);
+    const bool raw = ruled && info.raw_gradient;
+    w.how = {sign, l2, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};
+    if (lane == 0) work = w;
+    __syncwarp();
+    if (lane < arrays) work.at.of[lane] = array.data;
   }
 
   /// Which scalars are those of step t. The workers may be using the latest, not the others.
@@ -246,19 +256,21 @@ struct Scheduler {
     return latest;
   }
 
-  // -- verdicts
-  // ---------------------------------------------------------------------------------------
+  // -- verdicts --
 
+  /// Nothing is measured: the step of the direction itself.
+  LAYERLR_DEVICE void fill_plain(Work& w, double lr_scale, double t) {
+    const DeviceConfig& c = *args.config;
+    const double lr = c.lr * lr_scale * D<float>::rate(c.direction, t);
+    const LayerConfig layer{false, lr,      l2,  c.decoupled_decay, D<float>::first_order,
+                            false, nullptr, true};
+    const Verdict v = decide({}, layer, {});
+    w.a = v.scale.a;
+    w.b = v.scale.b;
+  }
   LAYERLR_DEVICE void fill_verdict(Work& w) {
-    if (order == unmeasured) {
-      const Verdict v = decide(args.rule, layer_config<D<float>>(args, w.layer), {});
-      w.a = v.scale.a;
-      w.b = v.scale.b;
-    } else if (args.phase == whole_step && device::load_acquire(args.ready + w.layer) != epoch) {
-      w.waits = true;
-    } else {
-      read_verdict(w);
-    }
+    w.waits = args.phase == whole_step && device::load_acquire(args.ready + w.layer) != epoch;
+    if (!w.waits) read_verdict(w);
   }
   LAYERLR_DEVICE void wait_for_verdict(Work& work) {
     if (lane == 0) {
@@ -276,50 +288,78 @@ struct Scheduler {
       w.sums = false;
     }
   }
+};
 
-  // -- sums
-  // -------------------------------------------------------------------------------------------
+// -- the warp that adds sums --
 
-  /// The item is done: add its sums, and those of its layer if it was the layer's last.
-  LAYERLR_DEVICE void finish(const Work& work, const Partials& partials) {
-    if (order == unmeasured || !work.sums) return;
+/// Adds the sums of item k - 1 while the workers are at item k, and decides on layers. All lanes do
+/// the same but for what only one may do.
+template <template <class> class D>
+struct Adder {
+  static constexpr unsigned all = 0xffffffffu;
+  const StepArgs& args;
+  Shared<D>& shared;
+  const int lane = threadIdx.x % 32;
+  const uint32_t epoch;
+
+  LAYERLR_DEVICE Adder(const StepArgs& args, Shared<D>& shared)
+      : args(args), shared(shared), epoch(args.sync->epoch + 1) {}
+
+  struct Done {
+    int layer, slot;
+    bool second, sums, active;
+  };
+
+  LAYERLR_DEVICE void run() {
+    Done done{};
+    for (int k = 0;; ++k) {
+      const Work& now = shared.work[k & 1];
+      meet();
+      if (done.sums) finish(done, shared.partials[~k & 1]);
+      if (now.waits) meet();  // for what is finished by now, perhaps
+      if (now.what == ends) return;
+      done = {now.layer, now.slot, now.second, now.sums, now.what != nothing};
+    }
+  }
+
+  LAYERLR_DEVICE void finish(const Done& done, const Partials& partials) {
+    const DeviceLayer layer = args.layer[done.layer];
+    const bool decides = !done.second && args.phase == whole_step;
+    LayerConfig config;
+    if (decides) config = layer_config<D<float>>(args, layer, done.layer);
     LayerStats sums;
-    if (work.what != nothing) {
+    if (done.active) {
       sums = add_rows(workers, [&](int row, int column) { return partials.of[row][column]; });
     }
-    if (!add_layer(work, sums) || lane != 0) return;
-    if (work.pass == second_pass) {
-      conclude_step(args, work.layer, sums);
-    } else if (args.phase == first_pass) {
-      args.layer_sums[work.layer] = sums;
+    if (!add_layer(layer, done, sums) || lane != 0) return;
+    if (decides) {
+      conclude(args, config, done.layer, sums);
+      device::store_release(args.ready + done.layer, epoch);
+    } else if (done.second) {
+      conclude_step(args, done.layer, sums);
     } else {
-      conclude<D<float>>(args, work.layer, sums);
-      device::store_release(args.ready + work.layer, epoch);
+      args.layer_sums[done.layer] = sums;
     }
   }
 
   /// Put an item's sums into its slot. The last one of a segment adds the segment's, the last
   /// segment the layer's: then `sums` are those, and it is true.
-  LAYERLR_DEVICE bool add_layer(const Work& work, LayerStats& sums) {
-    const DeviceLayer& layer = args.layer[work.layer];
+  LAYERLR_DEVICE bool add_layer(const DeviceLayer& layer, const Done& done, LayerStats& sums) {
     const int slots = layer.slots;
     if (slots == 1) return true;
-    const int segment = (work.slot - layer.first_slot) / segment_items;
+    const int segment = (done.slot - layer.first_slot) / segment_items;
     const int first = segment * segment_items, left = slots - first;
     const int count = left < segment_items ? left : segment_items;
     const int place = layer.first_segment + segment;
-    put(args.slot_sums + work.slot, sums);
+    if (lane == 0) args.slot_sums[done.slot] = sums;
     if (!is_last(args.segment_arrivals + place, count)) return false;
     sums = add_fresh(args.slot_sums + layer.first_slot + first, count);
     if (slots <= segment_items) return true;
     const int segments = (slots + segment_items - 1) / segment_items;
-    put(args.segment_sums + place, sums);
-    if (!is_last(args.layer_arrivals + work.layer, segments)) return false;
+    if (lane == 0) args.segment_sums[place] = sums;
+    if (!is_last(args.layer_arrivals + done.layer, segments)) return false;
     sums = add_fresh(args.segment_sums + layer.first_segment, segments);
     return true;
-  }
-  LAYERLR_DEVICE void put(LayerStats* at, const LayerStats& sums) {
-    if (lane == 0) *at = sums;
   }
 
   /// Arrive at a counter: whether all others of `count` have. What the workers and this lane have

@@ -36,27 +36,27 @@ LAYERLR_DEVICE void write(T* p, T x) {
   __builtin_assume(__isGlobal(p));
   *p = x;
 }
-/// A vector that is read again in this launch: it goes past the L1 cache and stays in the L2.
+/// A vector, past the L1 cache.
 template <class V>
-LAYERLR_DEVICE V read_first(const V* p) {
+LAYERLR_DEVICE V read_vector(const V* p) {
   typedef typename Word<sizeof(V)>::type W;
   const W word = __ldcg(reinterpret_cast<const W*>(p));
   return reinterpret_cast<const V&>(word);
 }
-/// A vector that is not read again: the L2 cache may let go of it first.
+/// A vector that the L2 cache may let go of first.
 template <class V>
-LAYERLR_DEVICE V read_last(const V* p) {
+LAYERLR_DEVICE V read_vector_last(const V* p) {
   typedef typename Word<sizeof(V)>::type W;
   const W word = __ldcs(reinterpret_cast<const W*>(p));
   return reinterpret_cast<const V&>(word);
 }
 template <class V>
-LAYERLR_DEVICE void write_first(V* p, const V& x) {
+LAYERLR_DEVICE void write_vector(V* p, const V& x) {
   typedef typename Word<sizeof(V)>::type W;
   __stcg(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(x));
 }
 template <class V>
-LAYERLR_DEVICE void write_last(V* p, const V& x) {
+LAYERLR_DEVICE void write_vector_last(V* p, const V& x) {
   typedef typename Word<sizeof(V)>::type W;
   __stcs(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(x));
 }

@@ -8,10 +8,7 @@ namespace layerlr {
 
 /// Where the arrays of an item begin, how many elements it has, and how its weights are held.
 struct Arrays {
-  char* w;
-  const char* g;
-  char* s[max_states];
-  char* aux;
+  char* of[arrays];
   int count;
   bool aligned;  // every array begins at a vector
   Held held;
@@ -25,18 +22,6 @@ struct Gradient {
   bool weights;  // the first pass of a gradient rule reads them
   bool skip;     // an element with a bad gradient keeps its state
 };
-
-/// Whether every array of an item begins where a vector may: of 16 bytes, of four elements if those
-/// are less.
-LAYERLR_DEVICE bool begins_vectors(const Arrays& at, DType dtype, int states) {
-  const auto off = [](const char* p, int bytes) {
-    return reinterpret_cast<uintptr_t>(p) % (4 * bytes < 16 ? 4 * bytes : 16);
-  };
-  const int bytes = param_bytes(dtype);
-  uintptr_t all = off(at.w, bytes) | off(at.g, bytes) | off(at.aux, aux_bytes(dtype, at.held));
-  for (int k = 0; k < states; ++k) all |= off(at.s[k], state_bytes(dtype));
-  return all == 0;
-}
 
 /// Elements of direction D and parameter type P. `coded`: 16-bit weights may have something beside
 /// them. `straight`: full tiles of aligned arrays have a loop of their own, without questions.
@@ -64,8 +49,8 @@ struct Elements {
         decays(how.l2 != 0),
         skips(how.skip) {}
 
-  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e on,
-  /// each of n elements.
+  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e
+  /// on, each of n elements.
   template <class Body>
   LAYERLR_DEVICE void vectors(Body body) const {
     const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;
@@ -84,9 +69,9 @@ struct Elements {
     }
   }
 
-  LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.w); }
-  LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.g); }
-  LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.s[k]); }
+  LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.of[array_w]); }
+  LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.of[array_g]); }
+  LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.of[array_state + k]); }
 
   LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
 
@@ -123,11 +108,11 @@ struct Elements {
     if constexpr (coded) {
       T beside[4];
       if (at.held == Held::master) {
-        load<use>(whole, reinterpret_cast<const T*>(at.aux) + e, n, beside);
+        load<use>(whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
       } else if (at.held == Held::kahan) {
-        load<use>(whole, reinterpret_cast<const P*>(at.aux) + e, n, beside);
+        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
@@ -136,15 +121,15 @@ struct Elements {
     }
   }
   /// x in place of `old`, whose nearest is `stored`.
-  template <class Whole>
+  template <Use use, class Whole>
   LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, const T* stored,
                                     T* x) const {
     if constexpr (coded) {
       if (at.held == Held::master) {
-        store<last>(whole, reinterpret_cast<T*>(at.aux) + e, n, x);
+        store<use>(whole, reinterpret_cast<T*>(at.of[array_aux]) + e, n, x);
       } else if (at.held == Held::kahan) {
         T rest[4], before[4];
-        load<again>(whole, reinterpret_cast<const P*>(at.aux) + e, n, before);
+        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, before);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const T left = x[i] - nearest(x[i]);
@@ -152,7 +137,7 @@ struct Elements {
           rest[i] = still ? before[i] : left - left == 0 ? left : T(0);
           x[i] = still ? stored[i] : x[i];
         }
-        store<last>(whole, reinterpret_cast<P*>(at.aux) + e, n, rest);
+        store<use>(whole, reinterpret_cast<P*>(at.of[array_aux]) + e, n, rest);
       } else if (at.held == Held::stochastic) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -161,10 +146,10 @@ struct Elements {
         }
       }
     }
-    store<last>(whole, w() + e, n, x);
+    store<use>(whole, w() + e, n, x);
   }
 
-  // -- the passes -----------------------------------------------------------------------------------
+  // -- the passes --
 
   /// Gradient rules, first pass.
   LAYERLR_DEVICE LayerStats measure() const {
@@ -252,7 +237,7 @@ struct Elements {
           const T u = d.direction(decayed(g[v][i], w[v][i]), now);
           moved[i] = add_step(w[v][i] * a, u * b);
         }
-        store_weights(whole, e + v * stride, n, w[v], stored[v], moved);
+        store_weights<last>(whole, e + v * stride, n, w[v], stored[v], moved);
       }
     });
   }
@@ -261,15 +246,16 @@ struct Elements {
   /// not see.
   template <bool tells>
   LAYERLR_DEVICE LayerStats advance_apply(T grad, T a, T b) const {
+    constexpr Use use = tells ? last : once;
     LayerStats sums;
     vectors([&](auto whole, auto in_hand, int e, int n) {
       constexpr int many = decltype(in_hand)::value;
       T w[many][4], g[many][4], s[many][states + 1][4], stored[many][4];
 #pragma unroll
       for (int v = 0; v < many; ++v) {
-        load_weights<last>(whole, e + v * stride, n, w[v], stored[v]);
-        load_gradient<last>(whole, e + v * stride, n, g[v]);
-        load_states<last>(whole, e + v * stride, n, s[v]);
+        load_weights<use>(whole, e + v * stride, n, w[v], stored[v]);
+        load_gradient<use>(whole, e + v * stride, n, g[v]);
+        load_states<use>(whole, e + v * stride, n, s[v]);
       }
 #pragma unroll
       for (int v = 0; v < many; ++v) {
@@ -292,8 +278,8 @@ struct Elements {
           }
           moved[i] = add_step(w[v][i] * a, u * b);
         }
-        store_states<last>(whole, e + v * stride, n, s[v]);
-        store_weights(whole, e + v * stride, n, w[v], stored[v], moved);
+        store_states<use>(whole, e + v * stride, n, s[v]);
+        store_weights<use>(whole, e + v * stride, n, w[v], stored[v], moved);
       }
     });
     return sums;

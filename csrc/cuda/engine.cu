@@ -29,8 +29,7 @@ const char* launch_items(const StepArgs& args, Phase phase, int device, void* st
   StepArgs now = args;
   now.phase = phase;
   // of a plan without a rule the gradients may be measured all the same
-  const Order order =
-      phase == first_pass && !args.measured ? gradient_rule : args.order();
+  const Order order = phase == first_pass && !args.measured ? gradient_rule : args.order();
   const Kernel kernel = kernels_for(args.direction).step[args.family][order];
   int blocks = args.blocks;
   const char* error = select_device(device);
@@ -60,7 +59,7 @@ const char* apply(const StepArgs& args, int device, void* stream) {
 #if defined(LAYERLR_SIMT)
 
 const char* info(int, DeviceInfo* answer) {
-  *answer = {4, 1 << 20, item_elements};
+  *answer = {4, tile_elements};
   return nullptr;
 }
 
@@ -74,13 +73,9 @@ bool capturing(void*) { return false; }
 #else
 
 const char* info(int device, DeviceInfo* answer) {
-  int l2 = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
-  answer->l2_bytes = l2;
-  answer->item_elements = item_elements;
-  return outcome(error);
+  answer->tile_elements = tile_elements;
+  return outcome(
+      cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device));
 }
 
 /// What a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1.

@@ -11,8 +11,7 @@ struct StepArgs;
 /// What a schedule needs to know of a device.
 struct DeviceInfo {
   int multiprocessors = 0;
-  int64_t l2_bytes = 0;
-  int item_elements = 0;  // what these kernels were built for
+  int tile_elements = 0;  // what these kernels were built for
 };
 
 /// The functions of one build of the kernels. Each returns null, or what went wrong. `device`

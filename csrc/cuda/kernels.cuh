@@ -38,9 +38,10 @@ LAYERLR_DEVICE void end_block(const StepArgs& args, Shared<D>& shared) {
   }
 }
 
-/// Blocks that a multiprocessor has room for, as the compiler is told.
+/// Blocks that a multiprocessor has room for, as the compiler is told. A third one costs registers
+/// that keep loads in flight.
 template <template <class> class D, class F>
-constexpr int resident_blocks = F::any ? 1 : D<float>::states > 1 ? 2 : 3;
+constexpr int resident_blocks = F::any || (F::coded && D<float>::states > 2) ? 1 : 2;
 
 /// A step in one launch, or one of its passes. Blocks take items in the order of the list. None
 /// waits for ever: an item waits only for items before it in the list, and of all items that are
@@ -52,8 +53,10 @@ LAYERLR_KERNEL void __launch_bounds__(block_threads, resident_blocks<D, F>)
   __shared__ Shared<D> shared;
   if (threadIdx.x < workers) {
     work_on_items<D, F, order>(shared);
+  } else if (threadIdx.x < workers + 32) {
+    Dispatcher<D, F, order>(args, shared).run();
   } else {
-    Scheduler<D, F, order>(args, shared).run();
+    Adder<D>(args, shared).run();
   }
   end_block(args, shared);
 }
@@ -63,7 +66,7 @@ template <template <class> class D>
 LAYERLR_KERNEL void decide_kernel(const StepArgs args) {
   const int l = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (args.config->found_inf != 0 || l >= args.layers) return;
-  conclude<D<float>>(args, l, args.layer_sums[l]);
+  conclude(args, layer_config<D<float>>(args, args.layer[l], l), l, args.layer_sums[l]);
 }
 
 typedef void (*Kernel)(StepArgs);
@@ -77,8 +80,11 @@ struct DirectionKernels {
 /// Instantiated in one file for each family of directions.
 template <template <class> class D>
 DirectionKernels kernels_of() {
-#define LAYERLR_ORDERS(F) \
-  { step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, step_kernel<D, F, update_rule> }
+#define LAYERLR_ORDERS(F)                                            \
+  {                                                                  \
+    step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, \
+        step_kernel<D, F, update_rule>                               \
+  }
   typedef Only<float, false> Float32;
   typedef Only<BFloat16, false> Bfloat16;
   typedef Only<BFloat16, true> Coded;

@@ -14,11 +14,10 @@ LAYERLR_DEVICE double coming_step(const void* count, bool is_double) {
 
 LAYERLR_DEVICE double l2_of(const StepArgs& args) { return args.raw ? 0 : args.config->l2; }
 
-/// What decide() wants to know of a layer. D: any type of the direction.
+/// What decide() wants to know of layer l. D: any type of the direction.
 template <class D>
-LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, int l) {
+LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer& layer, int l) {
   const DeviceConfig& config = *args.config;
-  const DeviceLayer& layer = args.layer[l];
   const DevicePresence present = args.presence[l];
   double t = 1;
   if (present.first >= 0) {
@@ -30,16 +29,13 @@ LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, int l) {
           config.skip != 0, args.kept[l], present.whole != 0};
 }
 
-/// From the sums of layer l to its verdict and its row of statistics.
-template <class D>
-LAYERLR_DEVICE void conclude(const StepArgs& args, int l, const LayerStats& sums) {
-  const LayerConfig c = layer_config<D>(args, l);
+/// Decide on layer l: its verdict, and its row of statistics.
+LAYERLR_DEVICE void conclude(const StepArgs& args, const LayerConfig& c, int l,
+                             const LayerStats& sums) {
   const Verdict v = decide(args.rule, c, sums);
   args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
   if (args.presence[l].first >= 0) write_row(args.stats + int64_t(l) * columns, v, c.lr);
 }
-
-/// A gradient rule's step is known after the second pass only.
 LAYERLR_DEVICE void conclude_step(const StepArgs& args, int l, const LayerStats& sums) {
   if (args.presence[l].first >= 0) write_step(args.stats + int64_t(l) * columns, sums);
 }

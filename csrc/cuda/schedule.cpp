@@ -8,9 +8,9 @@
 namespace layerlr {
 namespace {
 
-/// Items that each multiprocessor takes while a layer's verdict is made, by default: the blocks'
-/// last items of its first pass, those that they have tickets for, and the decision.
-constexpr int items_of_a_verdict = 8;
+/// Items that each multiprocessor takes while a layer's verdict is made, by default: two blocks'
+/// last items of its first pass, those that they have tickets for, and a few during the decision.
+constexpr int items_of_a_verdict = 6;
 
 Family family_of(const Plan& plan) {
   const auto all = [&](DType dtype, bool coded) {
@@ -26,8 +26,7 @@ Family family_of(const Plan& plan) {
 
 class Maker {
  public:
-  Maker(const Plan& plan, Schedule& schedule, int64_t item)
-      : plan_(plan), s_(schedule), item_(item) {
+  Maker(const Plan& plan, Schedule& schedule) : plan_(plan), s_(schedule) {
     spans_.resize(plan.layers.size());
     for (size_t i = 0; i < plan.spans.size(); ++i) {
       spans_[plan.spans[i].layer].push_back(static_cast<int32_t>(i));
@@ -41,14 +40,14 @@ class Maker {
   }
 
   /// The second pass of a layer comes `distance` items after its first, those of other layers in
-  /// between, so that its verdict is there and what it read still in the L2 cache. Of a layer
-  /// larger than that the items that were read last come first.
-  void two_passes(int distance, int64_t l2_bytes) {
+  /// between, so that its verdict is there and what it read still in the L2 cache; last one first,
+  /// as of a layer larger than that only the items that were read last are.
+  void two_passes(int distance) {
     std::deque<std::pair<size_t, size_t>> waiting;  // layers, and where their first pass ended
     const auto second = [&] {
       const size_t l = waiting.front().first;
       waiting.pop_front();
-      add_pass(l, second_pass, bytes(l) > l2_bytes / 2);
+      add_pass(l, second_pass, true);
     };
     for (const size_t l : by_size()) {
       for (const Item& item : items(l, first_pass)) {
@@ -62,7 +61,7 @@ class Maker {
 
  private:
   int64_t items_of(const Span& span) const {  // an empty one takes part all the same
-    return std::max<int64_t>(1, (span.end - span.begin + item_ - 1) / item_);
+    return std::max<int64_t>(1, (span.end - span.begin + s_.item_elements - 1) / s_.item_elements);
   }
 
   void add_layer(size_t l) {
@@ -81,18 +80,19 @@ class Maker {
   std::vector<size_t> by_size() const {
     std::vector<size_t> order(plan_.layers.size());
     std::iota(order.begin(), order.end(), size_t(0));
-    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
-      return s_.layers[x].slots > s_.layers[y].slots;
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t x, size_t y) { return s_.layers[x].slots > s_.layers[y].slots; });
     return order;
   }
 
   std::vector<Item> items(size_t l, Phase pass) const {
     std::vector<Item> items;
-    int32_t slot = s_.layers[l].first_slot;
+    uint32_t slot = s_.layers[l].first_slot;
     for (const int32_t i : spans_[l]) {
       const int64_t n = items_of(plan_.spans[i]);
-      for (int32_t k = 0; k < n; ++k) items.push_back({i, k, slot++, pass});
+      for (int32_t k = 0; k < n; ++k) {
+        items.push_back({i, k, static_cast<int32_t>(l), slot++, pass == second_pass});
+      }
     }
     return items;
   }
@@ -103,20 +103,8 @@ class Maker {
     s_.items.insert(s_.items.end(), all.begin(), all.end());
   }
 
-  /// What both passes read.
-  int64_t bytes(size_t l) const {
-    int64_t n = 0;
-    for (const int32_t i : spans_[l]) {
-      const Span& span = plan_.spans[i];
-      const DType dtype = plan_.tensors[span.tensor].dtype;
-      n += (span.end - span.begin) * (param_bytes(dtype) + state_bytes(dtype));
-    }
-    return n;
-  }
-
   const Plan& plan_;
   Schedule& s_;
-  const int64_t item_;  // elements
   std::vector<std::vector<int32_t>> spans_;
 };
 
@@ -124,39 +112,40 @@ class Maker {
 
 void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
   const TensorRow& row = plan.tensors[span.tensor];
-  to.grad = nullptr;
-  to.layer = span.layer;
+  to.array[array_g].data = nullptr;
   if (!row.active) return;  // the other pointers may be stale
-  const int64_t param = span.begin * param_bytes(row.dtype);
-  const int64_t state = span.begin * state_bytes(row.dtype);
-  to.param = static_cast<char*>(row.param) + param;
-  to.grad = static_cast<const char*>(row.grad) + param;
+  const auto fill = [&](int which, const void* data, int bytes) {
+    const char* at = static_cast<const char*>(data) + (data ? span.begin * bytes : 0);
+    to.array[which] = {const_cast<char*>(at), bytes, std::min(4 * bytes, 16)};
+  };
+  fill(array_w, row.param, param_bytes(row.dtype));
+  fill(array_g, row.grad, param_bytes(row.dtype));
   for (int k = 0; k < max_states; ++k) {
-    to.state[k] = row.state[k] ? static_cast<char*>(row.state[k]) + state : nullptr;
+    fill(array_state + k, row.state[k], state_bytes(row.dtype));
   }
-  to.aux = nullptr;
-  if (row.extra) {
-    to.aux = static_cast<char*>(row.extra) + span.begin * aux_bytes(row.dtype, row.held);
-  }
+  fill(array_aux, row.extra, aux_bytes(row.dtype, row.held));
+  const Layer& layer = plan.layers[span.layer];
   to.step = row.step;
-  to.seed = row.seed;
-  to.begin = span.begin;
+  to.lr_scale = layer.lr_scale;
   to.size = span.end - span.begin;
+  to.begin = span.begin;
+  to.seed = row.seed;
   to.dtype = static_cast<int32_t>(row.dtype);
   to.step_is_double = row.step_is_double;
   to.held = row.held;
-  to.ruled = plan.layers[span.layer].ruled;
+  to.ruled = layer.ruled;
 }
 
 Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device,
                        const Tuning& tuning) {
   Schedule s;
   s.family = family_of(plan);
-  Maker maker(plan, s, device.item_elements);
+  s.item_elements = item_tiles(measured) * device.tile_elements;
+  Maker maker(plan, s);
   const int distance =
       tuning.distance ? tuning.distance : items_of_a_verdict * device.multiprocessors;
   if (measured) {
-    maker.two_passes(distance, device.l2_bytes);
+    maker.two_passes(distance);
   } else {
     maker.one_pass();
   }

@@ -16,6 +16,7 @@ struct Tuning {
 
 struct Schedule {
   Family family = any_dtype;
+  int32_t item_elements = 0;
   std::vector<DeviceLayer> layers;
   std::vector<Item> items;
   int32_t slots = 0, segments = 0;

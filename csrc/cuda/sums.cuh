@@ -25,7 +25,7 @@ LAYERLR_DEVICE LayerStats add_rows(int count, Read read) {
   const unsigned all = 0xffffffffu;
   const int lane = threadIdx.x % 32;
   double x = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (int row = lane / 4; row < count; row += 8) x += read(row, lane % 4);
 #pragma unroll
   for (int distance = 4; distance < 32; distance *= 2) x += __shfl_xor_sync(all, x, distance);

@@ -11,17 +11,22 @@ namespace layerlr {
 #if !defined(LAYERLR_WORKERS)  // a test may take smaller blocks
 #define LAYERLR_WORKERS 256
 #endif
-/// Threads of a block that work on elements. One warp more takes tickets and adds sums.
+/// Threads of a block that work on elements. Two warps more: one takes tickets, one adds sums.
 constexpr int workers = LAYERLR_WORKERS;
-constexpr int block_threads = workers + 32;
+constexpr int block_threads = workers + 64;
 
-/// Elements that the workers have in hand at once, two vectors of four each, and those of an item,
-/// the unit that a block takes and sums: partial sums depend on the layer alone, not on the grid.
+/// Elements that the workers have in hand at once: two vectors of four each.
 constexpr int tile_elements = 2 * 4 * workers;
-constexpr int item_elements = 2 * tile_elements;
 
-/// Items of a segment, whose sums one warp adds.
-constexpr int segment_items = 256;
+/// Tiles of an item, the unit that a block takes and sums, where there is something to measure and
+/// where not. Partial sums depend on the layer alone, not on the grid.
+LAYERLR_HD constexpr int item_tiles(bool measured) { return measured ? 4 : 2; }
+
+/// Items of a segment of a layer: the last of them to be done adds the sums of all.
+#if !defined(LAYERLR_SEGMENT_ITEMS)
+#define LAYERLR_SEGMENT_ITEMS 512
+#endif
+constexpr int segment_items = LAYERLR_SEGMENT_ITEMS;
 
 LAYERLR_HD constexpr int aux_bytes(DType dtype, Held held) {
   return held == Held::master ? state_bytes(dtype) : param_bytes(dtype);
@@ -41,19 +46,25 @@ enum Phase : int32_t { first_pass, second_pass, whole_step };
 /// Some of the numbers may come from tensors on the device.
 using DeviceConfig = StepConfig;
 
-/// A span: its arrays begin where it begins.
-struct DeviceSpan {
-  char* param;
-  const char* grad;  // null: takes no part in this step, and the other pointers may be stale
-  char* state[max_states];
-  char* aux;         // what 16-bit weights have beside them
-  const void* step;  // count of the tensor's steps
-  int64_t seed;      // of stochastic rounding
-  int64_t begin;     // elements of the tensor before the span
-  int64_t size;      // elements
+/// An array of a span, from where the span begins.
+struct DeviceArray {
+  char* data;
+  int32_t element_bytes;
+  int32_t vector_bytes;  // four elements, or 16 bytes if those are less: what is read at once
+};
+
+/// The arrays of a span: w, g, states, and what 16-bit weights have beside them.
+enum ArrayIndex { array_w, array_g, array_state, array_aux = array_state + max_states, arrays };
+
+struct alignas(16) DeviceSpan {
+  DeviceArray array[arrays];  // without a gradient it takes no part in this step
+  const void* step;           // count of the tensor's steps
+  double lr_scale;
+  int64_t size, begin;  // elements; those of the tensor before the span
+  int64_t seed;         // of stochastic rounding
   int32_t dtype, step_is_double;
   Held held;
-  int32_t layer, ruled;
+  int32_t ruled;
 };
 
 /// A tensor's count of steps, and its layers in tensor_layers.
@@ -70,18 +81,18 @@ struct DevicePresence {
 
 // -- fixed as long as the plan is ---------------------------------------------------------------
 
-struct DeviceLayer {
+struct alignas(16) DeviceLayer {
   double lr_scale;
   int32_t ruled;
   int32_t first_slot, slots;
   int32_t first_segment;
 };
 
-/// item_elements of a span, or what is left of it, in one of the two passes.
-struct Item {
+/// StepArgs::item_elements of a span, or what is left of it, in one of the two passes.
+struct alignas(16) Item {
   int32_t span, number;  // which of the span's
-  int32_t slot;          // of its sums
-  Phase pass;
+  int32_t layer;
+  uint32_t slot : 31, second : 1;  // of its sums; the pass
 };
 
 /// What the rule says of a layer.
@@ -105,6 +116,7 @@ struct StepArgs {
   bool measured;  // there is something to measure
   bool raw;       // no weight decay is added to gradients
   int32_t tensors, layers, items;
+  int32_t item_elements;
   int32_t blocks;  // of the grid, at most; 0: as many as there is room for
 
   const DeviceConfig* config;

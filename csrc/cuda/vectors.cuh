@@ -38,8 +38,10 @@ struct Vector {
   };
 };
 
-/// Whether an array is read or written again in this launch.
-enum Use { again, last };
+/// Whether what is read or written is read again in this launch, was read before, or neither. What
+/// was read for the last time may leave the L2 cache first; without anything to keep there the
+/// plain accesses are the faster ones.
+enum Use { again, last, once };
 
 /// A condition that the compiler knows.
 struct Always {
@@ -55,7 +57,7 @@ LAYERLR_DEVICE void load(Whole whole, const P* p, int n, T* x) {
 #pragma unroll
     for (int i = 0; i < 4; i += Vector<P>::n) {
       const V* from = reinterpret_cast<const V*>(p + i);
-      const V v = use == again ? device::read_first(from) : device::read_last(from);
+      const V v = use == last ? device::read_vector_last(from) : device::read_vector(from);
 #pragma unroll
       for (int k = 0; k < Vector<P>::n; ++k) x[i + k] = widened(v.x[k]);
     }
@@ -74,10 +76,10 @@ LAYERLR_DEVICE void store(Whole whole, P* p, int n, const T* x) {
 #pragma unroll
       for (int k = 0; k < Vector<P>::n; ++k) narrowed(x[i + k], v.x[k]);
       V* to = reinterpret_cast<V*>(p + i);
-      if (use == again) {
-        device::write_first(to, v);
+      if (use == last) {
+        device::write_vector_last(to, v);
       } else {
-        device::write_last(to, v);
+        device::write_vector(to, v);
       }
     }
   } else {

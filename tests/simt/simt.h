@@ -195,23 +195,23 @@ T read_fresh(const T* p) {
 
 /// Vectors of 8 or 16 bytes; what is read first may be read again.
 template <class V>
-V read_first(const V* p) {
+V read_vector(const V* p) {
   static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
   simt::self().traffic.vectors += sizeof(V);
   return read(p);
 }
 template <class V>
-V read_last(const V* p) {
-  return read_first(p);
+V read_vector_last(const V* p) {
+  return read_vector(p);
 }
 template <class V>
-void write_first(V* p, const V& x) {
+void write_vector(V* p, const V& x) {
   simt::self().traffic.vectors += sizeof(V);
   write(p, x);
 }
 template <class V>
-void write_last(V* p, const V& x) {
-  write_first(p, x);
+void write_vector_last(V* p, const V& x) {
+  write_vector(p, x);
 }
 
 inline unsigned add_acq_rel(unsigned* p, unsigned x) {
