@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
     *"-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -pthread -Wno-psabi".split(),
-    *"-Wno-unknown-pragmas -DLAYERLR_SIMT -DLAYERLR_TILE_THREADS=32 -Icsrc -Itests/simt".split(),
+    *"-Wno-unknown-pragmas -DLAYERLR_SIMT -DLAYERLR_WORKERS=32 -DLAYERLR_SEGMENT_ITEMS=4 -Icsrc -Itests/simt".split(),
 ]
 #: one state and the gradient in the second pass, three and not; a mutant is compiled with one
 DIRECTIONS, FEWER = "X(Nesterov) X(AmsGrad)", "X(Nesterov)"

@@ -18,7 +18,7 @@ inline const char* room_for(Kernel, int, int* blocks) {
 }
 
 inline const char* launch(Kernel kernel, int grid, int threads, const StepArgs& args, void*) {
-  simt::launch(grid, threads, 0, [&] { kernel(args); });
+  simt::launch(grid, threads, [&] { kernel(args); });
   return nullptr;
 }
 

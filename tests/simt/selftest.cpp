@@ -24,17 +24,23 @@ void check(bool right, const char* what) {
 
 // clang-format off
 #define MUTANTS(X) \
-  X(sound) X(small_shared) X(small_dynamic) X(unclamped_tail) X(misaligned_copy) \
-  X(changed_source) X(missing_wait) X(missing_landing_barrier) X(refilled_too_early) \
-  X(reused_too_early) X(unordered_after_spin) X(relaxed_flag) X(unset_flag) X(missing_lane) \
-  X(divergent_barrier) X(two_barriers)
+  X(sound) X(small_shared) X(unclamped_tail) X(misaligned_vector) X(missing_landing_barrier) \
+  X(refilled_too_early) X(reused_too_early) X(unordered_after_wait) X(relaxed_flag) \
+  X(unset_flag) X(missing_lane) X(divergent_barrier) X(two_barriers)
 // clang-format on
 
 #define NAME(mutant) mutant,
 enum Mutant { MUTANTS(NAME) };
 
 constexpr int threads = 64;
-constexpr int tile = 4 * threads;  // elements: a granule a thread
+constexpr int tile = 4 * threads;  // elements: a vector a thread
+
+struct alignas(16) Four {
+  float x[4];
+};
+struct alignas(8) Two {
+  float x[2];
+};
 
 template <Mutant mutant>
 LAYERLR_DEVICE float block_sum(float x) {
@@ -52,24 +58,24 @@ LAYERLR_DEVICE float block_sum(float x) {
   return sum;
 }
 
-/// Ask for tile t: granules by copies, what is left of the last one by elements, zeros beyond.
+/// This thread's part of tile t: a vector, at the end elements, zeros beyond.
 template <Mutant mutant>
-LAYERLR_DEVICE void fetch(float* place, const float* x, int n, int t) {
+LAYERLR_DEVICE Four fetch(const float* x, int n, int t) {
   const int i = tile * t + 4 * threadIdx.x;
-  place += 4 * threadIdx.x;
   if (i + 4 <= n || (mutant == unclamped_tail && i < n)) {
-    device::copy_async(place, x + i + (mutant == misaligned_copy));
-  } else {
-    for (int k = 0; k < 4; ++k) place[k] = i + k < n ? device::read(x + i + k) : 0;
+    const float* const from = x + i + (mutant == misaligned_vector);
+    return device::read_vector(reinterpret_cast<const Four*>(from));
   }
+  Four part = {};
+  for (int k = 0; i + k < n; ++k) part.x[k] = device::read(x + i + k);
+  return part;
 }
 
 /// x /= sum(x)
 template <Mutant mutant>
 LAYERLR_KERNEL void __launch_bounds__(threads)
     normalize(float* x, int n, float* partial, unsigned* arrived) {
-  LAYERLR_DYNAMIC_SHARED(dynamic);
-  float* const ring = reinterpret_cast<float*>(dynamic);
+  __shared__ Four at[threads];
   if (mutant == two_barriers) {
     if (threadIdx.x < 32) {
       __syncthreads();
@@ -78,15 +84,10 @@ LAYERLR_KERNEL void __launch_bounds__(threads)
     }
   }
   float sum = 0;
-  fetch<mutant>(ring, x, n, blockIdx.x);
-  device::commit();
-  if (mutant == changed_source && blockIdx.x + threadIdx.x == 0) x[0] += 1;
-  for (int k = 0, t = blockIdx.x; t * tile < n; ++k, t += gridDim.x) {
-    fetch<mutant>(ring + tile * ((k + 1) % 2), x, n, t + gridDim.x);
-    device::commit();
-    if (mutant != missing_wait) device::wait<1>();
+  for (int t = blockIdx.x; t * tile < n; t += gridDim.x) {
+    at[threadIdx.x] = fetch<mutant>(x, n, t);
     if (mutant != missing_landing_barrier) __syncthreads();
-    for (int i = threadIdx.x; i < tile; i += threads) sum += ring[tile * (k % 2) + i];
+    for (int i = threadIdx.x; i < tile; i += threads) sum += at[i / 4].x[i % 4];
     if (mutant != refilled_too_early) __syncthreads();
   }
   const float count = block_sum<mutant>(1);
@@ -98,15 +99,19 @@ LAYERLR_KERNEL void __launch_bounds__(threads)
     } else if (mutant != unset_flag || blockIdx.x > 0) {
       device::add_acq_rel(arrived, 1);
     }
-    while (device::load_acquire(arrived) != gridDim.x) {
-    }
+    device::wait_for(arrived, gridDim.x);
   }
-  if (mutant != unordered_after_spin) __syncthreads();
+  if (mutant != unordered_after_wait) __syncthreads();
   float total = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) total += device::read_fresh(partial + b);
   for (int t = blockIdx.x; t * tile < n; t += gridDim.x) {
-    for (int i = tile * t + threadIdx.x; i < n && i < tile * (t + 1); i += threads) {
-      device::write(x + i, device::read(x + i) / total);
+    const int i = tile * t + 4 * threadIdx.x;
+    Four part = fetch<mutant>(x, n, t);
+    for (float& each : part.x) each /= total;
+    if (i + 4 <= n) {
+      device::write_vector(reinterpret_cast<Four*>(x + i), part);
+    } else {
+      for (int k = 0; i + k < n; ++k) device::write(x + i + k, part.x[k]);
     }
   }
 }
@@ -116,13 +121,15 @@ void normalizes() {
   const unsigned grid = 4;
   for (int n : {1, tile - 1, tile, 10 * tile + 7}) {
     for (simt::seed = 0; simt::seed < 3; ++simt::seed) {
-      std::vector<float> x(n, 0.5f), partial(grid);
+      const auto value = [](int i) { return float(1 + i / tile); };
+      std::vector<float> x(n), partial(grid);
+      double sum = 0;
+      for (int i = 0; i < n; ++i) sum += x[i] = value(i);
       unsigned arrived = 0;
-      const size_t shared = 2 * tile * sizeof(float) - (mutant == small_dynamic);
-      simt::launch(grid, threads, shared,
+      simt::launch(grid, threads,
                    [&] { normalize<mutant>(x.data(), n, partial.data(), &arrived); });
       bool right = true;
-      for (float each : x) right = right && each * n > 0.999f && each * n < 1.001f;
+      for (int i = 0; i < n; ++i) right = right && std::abs(x[i] * sum / value(i) - 1) < 1e-3;
       check(right, "normalize");
     }
   }
@@ -155,10 +162,10 @@ LAYERLR_KERNEL void shuffle_kernel(int* errors) {
 void collectives() {
   int errors = 0;
   for (simt::seed = 0; simt::seed < 3; ++simt::seed) {
-    simt::launch(2, 64, 0, [&] { shuffle_kernel<int>(&errors); });
-    simt::launch(2, 64, 0, [&] { shuffle_kernel<unsigned>(&errors); });
-    simt::launch(2, 64, 0, [&] { shuffle_kernel<float>(&errors); });
-    simt::launch(2, 64, 0, [&] { shuffle_kernel<double>(&errors); });
+    simt::launch(2, 64, [&] { shuffle_kernel<int>(&errors); });
+    simt::launch(2, 64, [&] { shuffle_kernel<unsigned>(&errors); });
+    simt::launch(2, 64, [&] { shuffle_kernel<float>(&errors); });
+    simt::launch(2, 64, [&] { shuffle_kernel<double>(&errors); });
   }
   simt::seed = 0;
   check(errors == 0, "a shuffle or a vote");
@@ -177,50 +184,41 @@ LAYERLR_KERNEL void neighbour_kernel(int* to) {
 template <bool ordered>
 void neighbours() {
   std::vector<int> to(32);
-  simt::launch(1, 32, 0, [&] { neighbour_kernel<ordered>(to.data()); });
+  simt::launch(1, 32, [&] { neighbour_kernel<ordered>(to.data()); });
   for (int i = 0; i < 32; ++i) check(to[i] == (i ^ 1), "a neighbour's word");
 }
 
 void traffic() {
-  alignas(16) float x[8] = {}, y[4];
+  alignas(16) float x[8] = {};
   double d = 0;
   simt::traffic = {};
-  simt::launch(2, 32, 32, [&] {
-    LAYERLR_DYNAMIC_SHARED(shared);
+  simt::launch(2, 32, [&] {
     if (blockIdx.x != 0 || threadIdx.x != 3) return;
     for (float& each : x) device::write(&each, 1.0f);
-    device::write(reinterpret_cast<device::Granule*>(y), {});
+    const Four four = device::read_vector(reinterpret_cast<const Four*>(x));
+    const Two two = device::read_vector_last(reinterpret_cast<const Two*>(x + 6));
+    device::write_vector(reinterpret_cast<Four*>(x + 4), four);
+    device::write_vector_last(reinterpret_cast<Two*>(x + 2), two);
     d = device::read(x) + device::read(&d) + device::read_fresh(&d);
-    device::copy_async(shared, x);
-    device::copy_async(shared + 16, x + 4);
   });
   const simt::Traffic& t = simt::traffic;
-  check(t.writes == 9 && t.stored == 8 * 4 + 16, "writes");
-  check(t.reads == 2 && t.fresh == 8 && t.copies == 2, "reads");
-  check(t.loaded == 4 + 8 + 8 + 2 * 16, "bytes loaded");
+  check(t.writes == 8 + 2 && t.stored == 8 * 4 + 16 + 8, "writes");
+  check(t.reads == 2 + 2 && t.fresh == 8, "reads");
+  check(t.loaded == 4 + 8 + 8 + 16 + 8, "bytes loaded");
+  check(t.vectors == 2 * (16 + 8), "bytes of vectors");
 }
 
-/// Copies land by groups, when they are waited for; before that the place is garbage.
-void copies() {
-  alignas(16) uint32_t x[8] = {1, 2, 3, 4, 5, 6, 7, 8};
-  const uint32_t garbage = ~0u;
-  simt::launch(1, 1, 36, [&] {
-    LAYERLR_DYNAMIC_SHARED(dynamic);
-    const uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic);
-    for (int i = 0; i < 9; ++i) check(shared[i] == garbage, "fresh shared memory");
-    device::copy_async(dynamic, x);
-    device::commit();
-    device::commit();  // empty groups count
-    device::copy_async(dynamic + 16, x + 4);
-    device::wait<2>();
-    check(shared[0] == garbage && shared[4] == garbage, "two groups under way");
-    device::wait<1>();
-    check(shared[0] == 1 && shared[3] == 4 && shared[4] == garbage, "the first has landed");
-    device::wait<0>();
-    check(shared[4] == garbage, "an open group is not waited for");
-    device::commit();
-    device::wait<0>();
-    check(shared[4] == 5 && shared[7] == 8 && shared[8] == garbage, "all have landed");
+/// A vector begins at a multiple of its size; type and place as the argument says.
+template <class V, bool write, int elements>
+void misplaced() {
+  alignas(16) float x[8] = {};
+  simt::launch(1, 1, [&] {
+    V* const p = reinterpret_cast<V*>(x + elements);
+    if (write) {
+      device::write_vector(p, V());
+    } else {
+      device::read_vector(p);
+    }
   });
 }
 
@@ -229,7 +227,7 @@ void indices() {
     for (unsigned block : {1, 31, 33, 256}) {
       if (grid * block > 1000) continue;  // TSan is slow with many fibers
       std::vector<int> visits(grid * block);
-      simt::launch(grid, block, 0, [&] {
+      simt::launch(grid, block, [&] {
         check(gridDim.x == grid && blockDim.x == block, "dimensions");
         ++visits[blockIdx.x * block + threadIdx.x];
       });
@@ -242,13 +240,12 @@ void indices() {
 void resident() {
   const unsigned grid = 32;
   unsigned arrived = 0;
-  simt::launch(grid, 32, 0, [&] {
+  simt::launch(grid, 32, [&] {
     if (threadIdx.x >= 20) return;
     __syncthreads();
     if (threadIdx.x == 0) {
       device::add_acq_rel(&arrived, 1);
-      while (device::load_acquire(&arrived) != grid) {
-      }
+      device::wait_for(&arrived, grid);
     }
     __syncthreads();
   });
@@ -260,7 +257,7 @@ std::vector<unsigned> schedule(unsigned seed) {
   std::vector<unsigned> order(256);
   unsigned ran = 0;
   simt::seed = seed;
-  simt::launch(1, 64, 0, [&] {
+  simt::launch(1, 64, [&] {
     for (int i = 0; i < 4; ++i) {
       order[__atomic_fetch_add(&ran, 1, __ATOMIC_RELAXED)] = threadIdx.x;
       __syncthreads();
@@ -285,12 +282,14 @@ void schedules() {
 int main(int, char** arguments) {
 #define ENTRY(mutant) {#mutant, normalizes<mutant>},
   const std::map<std::string, void (*)()> all = {
-      MUTANTS(ENTRY)  // and what must run right:
+      MUTANTS(ENTRY)  // what else goes wrong, and what must run right:
       {"collectives", collectives},
       {"neighbours", neighbours<true>},
       {"unordered_neighbours", neighbours<false>},
       {"traffic", traffic},
-      {"copies", copies},
+      {"placed", misplaced<Two, true, 2>},
+      {"misplaced_read", misplaced<Four, false, 2>},
+      {"misplaced_write", misplaced<Two, true, 1>},
       {"indices", indices},
       {"resident", resident},
       {"schedules", schedules},

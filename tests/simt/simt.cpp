@@ -35,7 +35,6 @@ typedef std::chrono::steady_clock Clock;
 
 struct Launch {
   unsigned grid, block;
-  size_t shared_bytes;
   const std::function<void()>& body;
   Counter progress;              // rounds in which a block took a step
   std::vector<Counter> idle_at;  // the progress that left a block with nothing to do but spin
@@ -55,8 +54,6 @@ struct Worker : Block {
   Traffic moved = {};
 
   Order start, end;  // of a launch
-  std::unique_ptr<char[]> shared;
-  size_t shared_bytes = 0;
 
   Clock::time_point idle_since;  // with progress as it was last seen
   uint64_t progress_seen = 0;
@@ -94,11 +91,6 @@ void Worker::prepare() {
   blockIdx.x = index;
   blockDim.x = n;
   gridDim.x = task->grid;
-  if (!shared || shared_bytes != task->shared_bytes) {
-    shared_bytes = task->shared_bytes;
-    shared.reset(new char[shared_bytes]);
-  }
-  std::memset(shared.get(), 0xff, shared_bytes);
   while (fibers.size() < n) {
     fibers.push_back(std::make_unique<Fiber>());
     Fiber& f = *fibers.back();
@@ -108,7 +100,6 @@ void Worker::prepare() {
   }
   for (unsigned i = 0; i < n; ++i) {
     Fiber& f = *fibers[i];
-    f.shared = shared.get();
     f.traffic = {};
     f.done = false;
     f.awaited = nullptr;
@@ -221,7 +212,7 @@ void Worker::finish_block() {
 
 }  // namespace
 
-void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& body) {
+void launch(unsigned grid, unsigned block, const std::function<void()>& body) {
   if (grid < 1 || block < 1 || block > 1024) fail("a launch out of bounds");
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -236,7 +227,7 @@ void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::funct
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0u);
   if (seed) std::shuffle(order.begin(), order.end(), std::minstd_rand(seed));
-  Launch task{grid, block, shared_bytes, body, {1}, std::vector<Counter>(grid)};
+  Launch task{grid, block, body, {1}, std::vector<Counter>(grid)};
   for (unsigned i : order) workers[i]->start_block(task, i);
   for (unsigned i : order) workers[i]->finish_block();
 }

@@ -22,9 +22,9 @@ namespace simt {
 
 // -- for the host --------------------------------------------------------------------------------
 
-/// Run body once for each thread of a one-dimensional grid; dynamic shared memory starts as 0xff,
-/// NaN in every floating type. Calls from several host threads wait for each other.
-void launch(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& body);
+/// Run body once for each thread of a one-dimensional grid. Calls from several host threads wait
+/// for each other.
+void launch(unsigned grid, unsigned block, const std::function<void()>& body);
 
 /// Schedules: 0 takes threads in order; any other number varies the order in which blocks start
 /// and threads run, the same way each time for a block.
@@ -73,7 +73,6 @@ struct Index {
 /// The part of a fiber that headers use.
 struct Thread {
   Index index;
-  char* shared;
   Traffic traffic;
 };
 
