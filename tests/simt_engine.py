@@ -24,7 +24,12 @@ _capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: items of 1,024 elements rather than 4,096, so that small tensors have several
-DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_WORKERS=64", '-DLAYERLR_CUDA_ARCH="simt"']
+DEFINES = [
+    "-DLAYERLR_SIMT",
+    "-DLAYERLR_WORKERS=64",
+    "-DLAYERLR_FEW_FAMILIES",
+    '-DLAYERLR_CUDA_ARCH="simt"',
+]
 FLAGS = [
     *"-shared -fPIC -std=c++17 -O1 -ffp-contract=off -pthread -Wno-unknown-pragmas".split(),
     *DEFINES,

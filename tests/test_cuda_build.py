@@ -2,13 +2,14 @@
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -56,8 +57,6 @@ def test_device_info(cuda):
         assert re.search("driver|no CUDA-capable device", str(error))
     else:
         assert info["multiprocessors"] > 0
-        assert info["shared_bytes"] >= 48 * 1024
-        assert info["cooperative"]
 
 
 def test_library_needs_neither_torch_nor_a_driver(cuda):
@@ -83,22 +82,52 @@ def test_no_source_asks_for_its_architecture():
         assert "__CUDA_ARCH__" not in file.read_text(), file
 
 
-def short_name(mangled):
-    """(kernel, direction or '-') of a kernel's name in the object file."""
-    template = re.search(r"INS_(\d+)(\w+)", mangled)
-    direction = template[2][: int(template[1])] if template else "-"
-    return re.search(r"[a-z]+_kernel(?=[IE])", mangled)[0], direction
+class Key(NamedTuple):
+    """A kernel; a step's by what it is instantiated for."""
+
+    arch: str
+    kernel: str
+    direction: str = ""
+    family: str = ""
+    order: str = ""
+
+    @property
+    def name(self):
+        return "-".join(part for part in self[1:] if part)
+
+
+FAMILIES = {
+    "NS_4OnlyIfLb0EEE": "float32",
+    "NS_4OnlyINS_8BFloat16ELb0EEE": "bfloat16",
+    "NS_4OnlyINS_8BFloat16ELb1EEE": "coded",
+    "NS_8AnyDtypeE": "any",
+}
+ORDERS = ("unmeasured", "gradient_rule", "update_rule")
+#: whose coded kernels and kernels of any dtype need the registers of two blocks
+THREE_STATES = ("AmsGrad", "RmspropCenteredMomentum")
+
+
+def key_of(arch, mangled):
+    """The key of a kernel's name in the object file."""
+    kernel = re.search(r"([a-z]+)_kernel(?=[IE])", mangled)[1]
+    direction = re.search(r"_kernelINS_(\d+)(\w+)", mangled)
+    if not direction:
+        return Key(arch, kernel)
+    length, rest = int(direction[1]), direction[2]
+    family = [name for code, name in FAMILIES.items() if code in rest]
+    order = re.search(r"5OrderE(\d)E", rest)
+    return Key(arch, kernel, rest[:length], *family, *([ORDERS[int(order[1])]] if order else []))
 
 
 def compiler_reports():
-    """What ptxas says of each (architecture, kernel, direction), from the build's logs."""
+    """What ptxas says of each kernel, from the build's logs."""
     reports = {}
     logs = [FOLDER / f"{file.relative_to(ROOT)}.o.log" for file in ROOT.glob("csrc/cuda/*.cu")]
     for log in sorted(log for log in logs if log.is_file()):
         for text in log.read_text().split("Compiling entry function ")[1:]:
             mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)'", text).groups()
             memory = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)
-            reports[(arch, *short_name(mangled))] = {
+            reports[key_of(arch, mangled)] = {
                 "local": max(map(int, memory)),
                 "registers": int(re.search(r"Used (\d+) registers", text)[1]),
                 "shared": sum(map(int, re.findall(r"(\d+) bytes smem", text))),
@@ -110,34 +139,50 @@ REPORTS = compiler_reports()
 NO_LOGS = pytest.param(None, marks=pytest.mark.skip("no logs of a CUDA build under build/"))
 
 
-def each_kernel(wanted=""):
-    """Parametrise over the kernels of a name."""
-    keys = [key for key in REPORTS if wanted in key[1]]
-    return pytest.mark.parametrize("key", keys or [NO_LOGS], ids="-".join if keys else None)
+def each_kernel(**wanted):
+    """Parametrise over the kernels whose keys have these values."""
+    keys = [key for key in REPORTS if wanted.items() <= key._asdict().items()]
+    return pytest.mark.parametrize(
+        "key", keys or [NO_LOGS], ids=(lambda k: f"{k.arch}-{k.name}") if keys else None
+    )
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    to: int | None  # where a branch or a call goes
 
 
 @pytest.fixture(scope="module")
 def listings(cuda):
-    """How often each instruction occurs in each (architecture, kernel, direction)."""
+    """The instructions of each kernel."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
     cuobjdump = find("cuobjdump", *folders, *([Path(NVCC).parent] if NVCC else []))
     if cuobjdump is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
-    instruction = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)")
-    counts = {}
+    instruction = re.compile(
+        r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)(?:.*\b0x([0-9a-f]+) ;)?"
+    )
+    kernels = {}
     arch = current = None
     command = [cuobjdump, "--dump-sass", cuda.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if found := instruction.match(line):
-                current[found[1]] += 1
+                address, name, target = found.groups()
+                to = int(target, 16) if target and name[:4] in ("BRA", "BRA.", "CALL") else None
+                current.append(Instruction(int(address, 16), name, to))
             elif line.startswith("arch = sm_"):
                 arch = line.split("_")[1].strip()
             elif "Function : " in line:
-                current = counts.setdefault((arch, *short_name(line.split()[-1])), Counter())
+                current = kernels.setdefault(key_of(arch, line.split()[-1]), [])
     assert process.returncode == 0
-    return counts
+    return kernels
+
+
+def matching(code, pattern):
+    return [i.name for i in code if re.fullmatch(pattern, i.name)]
 
 
 @each_kernel()
@@ -148,36 +193,104 @@ def test_no_spills_and_no_local_memory(key):
 @each_kernel()
 def test_no_atomic_sums_of_floats(key, listings):
     """They would add in the order of arrival."""
-    floats = r"(ATOM|RED)\w*\.[\w.]*(F16|BF16|F32|F64)"
-    assert not [name for name in listings[key] if re.match(floats, name)]
+    assert not matching(listings[key], r"(ATOM|RED)\w*\.[\w.]*(F16|BF16|F32|F64).*")
 
 
-@each_kernel("step")
-def test_tiles_move_in_16_bytes(key, listings):
-    """Into shared memory by asynchronous copies, and out of it."""
-    names = listings[key]
-    assert any(re.match(r"LDGSTS\.[\w.]*128$", name) for name in names)
-    assert any(re.match(r"STG\.E\.[\w.]*128$", name) for name in names)
+@each_kernel(kernel="step", family="float32")
+def test_vectors_move_in_16_bytes(key, listings):
+    """Between registers and global memory."""
+    assert matching(listings[key], r"LDG\.E\.(\w+\.)*128(\..*)?")
+    assert matching(listings[key], r"STG\.E\.(\w+\.)*128(\..*)?")
+    assert not matching(listings[key], r"LDGSTS.*")
+
+
+def tile_loops(code):
+    """The loops over full tiles: innermost ones that move vectors and nothing else."""
+    ends = [i for i in code if i.name.startswith("BRA") and i.to and i.to < i.address]
+    for end in ends:
+        if sum(end.to <= other.address <= end.address for other in ends) > 1:
+            continue
+        body = [i for i in code if end.to <= i.address <= end.address]
+        loads = [i.name for i in body if i.name.startswith("LDG")]
+        if loads and all(".128" in name for name in loads):
+            yield body
+
+
+def executed(body):
+    """Instructions of a warp whose roots and quotients are ordinary: branches pass by the calls."""
+    place = {i.address: n for n, i in enumerate(body)}
+    count = at = 0
+    while at < len(body):
+        to = place.get(body[at].to, 0)
+        past_calls = any(i.name.startswith("CALL") for i in body[at + 1 : to])
+        at = to if past_calls else at + 1
+        count += 1
+    return count
+
+
+def called(body, code):
+    """The functions that a loop calls."""
+    for call in [i for i in body if i.name.startswith("CALL")]:
+        rest = itertools.dropwhile(lambda i, to=call.to: i.address < to, code)
+        yield from itertools.takewhile(lambda i: not i.name.startswith("RET"), rest)
+
+
+@each_kernel(kernel="step", family="float32")
+def test_loops_over_tiles_are_lean(key, listings):
+    """One for each pass; no division of integers, no local memory, no call without a division."""
+    code = listings[key]
+    bodies = list(tile_loops(code))
+    assert len(bodies) == (1 if key.order == "unmeasured" else 2)
+    for body in bodies:
+        assert not matching([*body, *called(body, code)], r"I2F.*|F2I.*|LDL.*|STL.*")
+        assert matching(body, "MUFU.*") or not matching(body, "CALL.*")
+
+
+#: instructions that an element costs, over both passes; a quarter above what they were when written
+BUDGETS = {
+    "Momentum": {"unmeasured": 16, "gradient_rule": 36, "update_rule": 30},
+    "Adam": {"unmeasured": 50, "gradient_rule": 70, "update_rule": 90},
+}
+
+
+@pytest.mark.parametrize("direction", BUDGETS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_instructions_of_an_element(direction, order, listings):
+    key = Key("90", "step", direction, "float32", order)
+    if key not in listings:
+        pytest.skip("not built for sm_90")
+    elements = 2 * 4  # of a thread, in an iteration: two vectors
+    count = sum(map(executed, tile_loops(listings[key]))) / elements
+    print(f"{key.name}: {count} instructions an element")
+    assert count <= BUDGETS[direction][order]
 
 
 @pytest.mark.skipif(not REPORTS, reason="no logs of a CUDA build under build/")
 def test_every_architecture_has_every_kernel(cuda, listings):
-    assert {key[0] for key in REPORTS} == set(cuda.architectures)
+    assert {key.arch for key in REPORTS} == set(cuda.architectures)
     assert set(listings) == set(REPORTS)
+    per_arch = [{key[1:] for key in REPORTS if key.arch == arch} for arch in cuda.architectures]
+    assert all(kernels == per_arch[0] for kernels in per_arch)
 
 
 @pytest.mark.skipif(not REPORTS, reason="no logs of a CUDA build under build/")
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_every_kernel_fits_on_its_gpus(tmp_path):
+def test_blocks_of_a_multiprocessor(tmp_path):
+    """Two, so that one reads while the other waits or ends; where registers do not suffice, one."""
     program = tmp_path / "occupancy"
-    files = ["tests/native/occupancy.cpp", "csrc/cuda/schedule.cpp"]
-    command = [NVCC, "-std=c++17", "-Icsrc", *files, "-o", program]
+    command = [NVCC, "-std=c++17", "-Icsrc", "tests/native/occupancy.cpp", "-o", program]
     subprocess.run(command, cwd=ROOT, check=True)
-    table = [(*key, report["registers"], report["shared"]) for key, report in REPORTS.items()]
-    text = "".join(" ".join(map(str, row)) + "\n" for row in table)
-    done = subprocess.run([program], input=text, capture_output=True, text=True)
+    kernels = {key: report for key, report in REPORTS.items() if key.kernel == "step"}
+    rows = [f"{k.arch} {k.name} {r['registers']} {r['shared']}\n" for k, r in kernels.items()]
+    done = subprocess.run([program], input="".join(rows), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for arch, kernel, direction in REPORTS:
-        if arch in ("80", "90", "100"):
-            assert re.search(rf": {kernel} {direction}, .*[1-9]\d* blocks", done.stdout)
+    names = set()
+    for line in done.stdout.splitlines():
+        _, name, blocks = line.split()
+        _, direction, family, _ = name.split("-")
+        alone = family == "any" or (family == "coded" and direction in THREE_STATES)
+        assert int(blocks) >= (1 if alone else 2), line
+        names.add(name)
+    if {key.arch for key in kernels} & {"80", "90", "100"}:
+        assert names == {key.name for key in kernels}

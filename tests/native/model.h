@@ -89,8 +89,8 @@ struct Model {
     const int layer_of[] = {0, 0, 1, 2, 3, 5, 6, 7};
     for (int i = 0; i < 8; ++i) {
       if (i == 4) {
-        plan.spans.push_back({4, 3, 0, 600});
-        plan.spans.push_back({4, 4, 600, shapes[4].size});
+        plan.spans.push_back({4, 3, 0, 602});
+        plan.spans.push_back({4, 4, 602, shapes[4].size});
       } else {
         plan.spans.push_back({i, layer_of[i], 0, shapes[i].size});
       }
@@ -99,6 +99,7 @@ struct Model {
     radii.assign(8, plan.rule.rule == RuleId::Rated ? 0.7 : 0);
     for (int l = 0; l < 8; ++l) {
       plan.layers[l].ruled = rule >= 0 && l != 6;
+      plan.layers[l].lr_scale = 1 + 0.5 * (l % 3);
       plan.layers[l].memory = &radii[l];
     }
     stats.assign(8 * columns, 0);
