@@ -56,8 +56,6 @@ def test_device_info(cuda):
         assert re.search("driver|no CUDA-capable device", str(error))
     else:
         assert info["multiprocessors"] > 0
-        assert info["shared_bytes"] >= 48 * 1024
-        assert info["cooperative"]
 
 
 def test_library_needs_neither_torch_nor_a_driver(cuda):
