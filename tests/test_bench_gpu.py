@@ -31,6 +31,7 @@ from bench import (
     timing,
     tune,
 )
+from layerlr import agreement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -285,9 +286,11 @@ def test_engine_and_reference_agree(capsys, monkeypatch):
 
 def test_units_in_the_last_place():
     one = torch.ones(3)
-    assert agree.worst(one, one, one + torch.tensor([0, 2**-23, 2**-22])) == 2
-    assert agree.worst(4 * one, one, one + 2**-21) == 1, "of the weight before, where it is larger"
-    assert agree.worst(one, one, torch.tensor([1, float("nan"), 1])) == float("inf")
+    assert agreement.worst(one, one, one + torch.tensor([0, 2**-23, 2**-22])) == 2
+    assert agreement.worst(4 * one, one, one + 2**-21) == 1, (
+        "of the weight before, where it is larger"
+    )
+    assert agreement.worst(one, one, torch.tensor([1, float("nan"), 1])) == float("inf")
 
 
 def test_runs_merge(tmp_path, capsys):

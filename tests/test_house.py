@@ -31,9 +31,10 @@ FLOORS = (
     "compiled graphs statistics steppable stepping",
     "estimation",
     "optimizer",
-    "describe optimizers step_in_backward",
-    "monitor",
+    "agreement describe optimizers step_in_backward",
+    "monitor selfcheck",
     "__init__",
+    "__main__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
