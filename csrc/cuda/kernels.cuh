@@ -1,7 +1,8 @@
 // The kernels: a step, or one of its passes; and what lies between the passes.
 #pragma once
 
-#include "cuda/block.cuh"
+#include "cuda/adder.cuh"
+#include "cuda/dispatcher.cuh"
 
 namespace layerlr {
 
