@@ -147,6 +147,18 @@ def find_nvcc():
     return nvcc
 
 
+def compare_cuda(nvcc, torch):
+    """Print a word where nvcc's CUDA is a major version ahead of torch's."""
+    listing = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout
+    (release,) = re.findall(r"release (\d+)\.", listing) or [None]
+    of_torch = torch.version.cuda
+    if release and of_torch and int(release) > int(of_torch.split(".")[0]):
+        print(
+            f"layerlr: {nvcc} is of CUDA {release}, torch of CUDA {of_torch}: the cuda backend "
+            f"will need a driver for CUDA {release}. Else point CUDA_HOME at an older one."
+        )
+
+
 def cuda_architectures(nvcc):
     """Return the architectures to compile for, oldest first: '80', '90'."""
     listing = subprocess.run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
@@ -275,9 +287,11 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self):
         """Write build.ninja, run it, put the libraries where setuptools wants them."""
-        if not find_nvcc() and os.environ.get("LAYERLR_CUDA") != "0":
+        nvcc, torch = find_nvcc(), find_torch()
+        if nvcc:
+            compare_cuda(nvcc, torch)
+        elif os.environ.get("LAYERLR_CUDA") != "0":
             print("layerlr: no nvcc found: the cuda backend is not built")
-        torch = find_torch()
         program = find_ninja()
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,33 +23,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.small import CASES, Buffer, label, sizes, step
-
-ULPS = 2
-ULPS_FLOAT64 = 16
-
-
-def bound(rule: str | None, dtype: torch.dtype) -> int:
-    """By how many units in the last place a weight may differ."""
-    if rule is None:
-        return 0
-    return ULPS_FLOAT64 if dtype == torch.float64 else ULPS
+from layerlr.agreement import bound, difference
+from layerlr.devices import lost
 
 
-def worst(before: Tensor, a: Tensor, b: Tensor) -> float:
-    """Largest difference of a and b in units in the last place; infinite beside a NaN."""
-    if not a.numel() or torch.equal(a, b):
-        return 0.0
-    finfo = torch.finfo(a.dtype)
-    size = torch.maximum(before.double().abs(), b.double().abs()).clamp(min=finfo.smallest_normal)
-    unit = torch.ldexp(torch.full_like(size, finfo.eps), torch.frexp(size).exponent - 1)
-    off = (a.double() - b.double()).abs() / unit
-    return float(off.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
-
-
-def differs(case: tuple, buffer: Buffer, backend: str, device: str, steps: int) -> float:
+def differs(case: tuple, buffer: Buffer, backend: str, device: torch.device, steps: int) -> float:
     """Step both; the reference goes on from the engine's weights and state, whatever they are."""
     ours, theirs = buffer.params(), buffer.params()
     for p in ours:
@@ -58,19 +38,7 @@ def differs(case: tuple, buffer: Buffer, backend: str, device: str, steps: int) 
         assert grad is not None
         p.grad = grad.to(device)
     mine, other = step(case, ours, backend, 0), step(case, theirs, "reference", 0)
-    most = 0.0
-    for _ in range(steps):
-        before = [q.detach().clone() for q in theirs]
-        mine.step()
-        other.step()
-        for w, p, q in zip(before, ours, theirs, strict=True):
-            found = p.detach().to(q.device)
-            most = max(most, worst(w, found, q.detach()))
-            q.detach().copy_(found)
-            for key, value in mine.state[p].items():
-                if isinstance(value, Tensor):
-                    other.state[q][key].copy_(value)
-    return most
+    return difference(mine, other, steps)
 
 
 def verdicts(args: argparse.Namespace) -> Iterator[bool]:
@@ -91,26 +59,15 @@ def verdicts(args: argparse.Namespace) -> Iterator[bool]:
                     if lost(args.device):
                         return
                     continue
-                good = most <= bound(case[1], buffer.weights.dtype)
+                good = most <= bound(case[1] is not None, buffer.weights.dtype)
                 print(f"{'' if good else 'WRONG: '}{most:g} ulp", flush=True)
                 yield good
-
-
-def lost(device: str) -> bool:
-    """Whether nothing runs on a GPU any more in this process, after an illegal access, say."""
-    if not device.startswith("cuda"):
-        return False
-    try:
-        torch.ones(1, device=device).add_(1).item()
-    except RuntimeError:
-        return True
-    return False
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.agree", description=__doc__.split("\n")[0])
     p.add_argument("--backend", default="cuda", help="of layerlr (default: cuda)")
-    p.add_argument("--device", default="cuda", help="(default: cuda)")
+    p.add_argument("--device", type=torch.device, default="cuda", help="(default: cuda)")
     p.add_argument("--shapes", nargs="+", default=["small", "large", "resnet50"])
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     p.add_argument("--steps", type=int, default=2, help="of each case (default: 2)")

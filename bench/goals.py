@@ -181,7 +181,7 @@ def line(verdict: Verdict) -> str:
     """For example ``met           resnet50  layerlr SGD singh, times ...: 1.21 <= 1.28``."""
     value = "-" if verdict["value"] is None else f"{verdict['value']:.3f}"
     bound = f"{verdict['sign']} {verdict['limit']:.2f}"
-    return f"{WORDS[verdict['met']]:14}{verdict['model']:10}{verdict['goal']}: {value} {bound}"
+    return f"{WORDS[verdict['met']]:14}{verdict['model']:18} {verdict['goal']}: {value} {bound}"
 
 
 def lines(found: Sequence[Verdict], every: bool = False) -> list[str]:

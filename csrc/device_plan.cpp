@@ -43,9 +43,14 @@ void DevicePlan::check(const char* error) const {
   TORCH_CHECK(!error, "layerlr on ", device(), ": ", error);
 }
 
+std::optional<c10::Stream> DevicePlan::current_stream() const {
+  if (device().is_cpu()) return std::nullopt;  // kernels that run on the host, in tests
+  return c10::impl::VirtualGuardImpl(device().type()).getStream(device());
+}
+
 void* DevicePlan::stream() const {
-  if (device().is_cpu()) return nullptr;  // kernels that run on the host, in tests
-  return c10::impl::VirtualGuardImpl(device().type()).getStream(device()).native_handle();
+  const std::optional<c10::Stream> now = current_stream();
+  return now ? now->native_handle() : nullptr;
 }
 
 void DevicePlan::build(bool measured) {
@@ -204,6 +209,14 @@ void DevicePlan::copy(const OnDevice& on_device) {
   }
 }
 
+/// The tables were allocated on the stream of the first step. Where a step runs on another one,
+/// their memory must not be used again before that stream is done with it. A graph holds them
+/// itself.
+void DevicePlan::hold_for(const std::optional<c10::Stream>& now) {
+  if (!now || now == built_on_) return;
+  for (const at::Tensor* t : {&fixed_, &scratch_, &fresh_}) t->record_stream(*now);
+}
+
 /// Bring what is on the device up to date; false where there is nothing to step.
 bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   const auto& tensors = plan().tensors;
@@ -217,8 +230,10 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
                 "layerlr: a CUDA graph can be captured after a step with the same parameters and "
                 "rule: the first one builds the plan; take one before the capture");
     build(measured);
+    built_on_ = current_stream();
   }
   if (!args_.layers) return false;
+  if (!engine_->capturing(at)) hold_for(current_stream());
   fill_config(config, on_device);
   fill_tables();
   upload(at);

@@ -39,8 +39,10 @@ class DevicePlan : public LivePlan {
   void fill_config(const StepConfig& config, const OnDevice& on_device);
   void fill_tables();
   void copy(const OnDevice& on_device);
+  void hold_for(const std::optional<c10::Stream>& now);
   void upload(void* stream);
   void upload(size_t begin, size_t end, bool all, void* stream);
+  std::optional<c10::Stream> current_stream() const;
   void* stream() const;
   void check(const char* error) const;
 
@@ -50,9 +52,10 @@ class DevicePlan : public LivePlan {
   std::optional<bool> measured_;  // what the schedule was made for
   Schedule schedule_;
   StepArgs args_{};
-  at::Tensor fixed_, scratch_, fresh_;  // bytes: tables, sums and counters, what steps may change
-  at::Tensor layer_sums_;               // in scratch_
-  std::vector<char> now_, there_;       // fresh_ as it should be, and as it is, unless:
+  at::Tensor fixed_, scratch_, fresh_;   // bytes: tables, sums and counters, what steps may change
+  at::Tensor layer_sums_;                // in scratch_
+  std::vector<char> now_, there_;        // fresh_ as it should be, and as it is, unless:
+  std::optional<c10::Stream> built_on_;  // none: the host
   bool unknown_ = true;
   bool captured_ = false;  // graphs write there whenever they run
   size_t spans_at_ = 0, counts_at_ = 0, presence_at_ = 0, kept_at_ = 0;

@@ -6,6 +6,7 @@ from . import monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
+from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
 
 try:
@@ -24,5 +25,6 @@ __all__ = [
     "describe",
     "monitor",
     "rules",
+    "selfcheck",
     "step_in_backward",
 ]

@@ -53,7 +53,8 @@ def step(optimizer: LayerwiseOptimizer) -> None:
         return
     places = [k for k, (p, _) in enumerate(operands) if p.grad is not None]
     params = [operands[k][0] for k in places]
-    state = [x for k in places for x in _tensors(operands[k][1])]
+    states = [operands[k][1] or {} for k in places]
+    state = [x for values in states for x in values.values() if isinstance(x, Tensor)]
     rates = [cache.groups[k].group["lr"].detach() for k in _tensor_rates(optimizer.handle)]
     with torch.no_grad():
         torch.ops.layerlr.step(
@@ -73,10 +74,6 @@ def _operands(cache: PlanCache) -> Iterator[tuple[Tensor, dict[str, Any] | None]
     for plans in cache.groups:
         for of_table in plans.tables:
             yield from zip(of_table.table.params, of_table.states, strict=True)
-
-
-def _tensors(state: dict[str, Any] | None) -> list[Tensor]:
-    return [x for x in state.values() if isinstance(x, Tensor)] if state else []
 
 
 def _tensor_rates(handle: int) -> list[int]:
@@ -124,18 +121,20 @@ def _run(
     optimizer = _live[handle]
     operands = list(_operands(optimizer.plans))
     own = [operands[k][0] for k in places]
-    owned = [*own, *(x for k in places for x in _tensors(operands[k][1]))]
+    states = [operands[k][1] or {} for k in places]
+    owned = [*own, *[x for values in states for x in values.values() if isinstance(x, Tensor)]]
     copies = [
         (x, y)
         for x, y in zip(owned, [*params, *state], strict=True)
-        if x.data_ptr() != y.data_ptr()
+        if x is not y and x.data_ptr() != y.data_ptr()
     ]
     for x, y in copies:
         x.detach().copy_(y)
     with contextlib.ExitStack() as back:
         for p, grad in zip(own, grads, strict=True):
-            back.callback(setattr, p, "grad", p.grad)
-            p.grad = grad
+            if p.grad is not grad:
+                back.callback(setattr, p, "grad", p.grad)
+                p.grad = grad
         for k, lr in zip(_tensor_rates(handle), rates, strict=True):
             group = optimizer.plans.groups[k].group
             back.callback(group.__setitem__, "lr", group["lr"])

@@ -116,8 +116,7 @@ BY_ID |= {
 #: gradient rule, a and b of an update rule and the latched radius. So every direction meets no
 #: rule, a gradient rule and a rotating update rule; every rule meets a first-order direction with
 #: one state and another with two; and those that look at the direction meet the others that answer
-#: differently. tests/mutants/ holds this table against the product: no mistake that the product
-#: shows is missed.
+#: differently. tests/mutants/ lists mistakes in every engine that this table catches.
 PAIRS = [(d, r) for d in DIRECTION_ROWS for r in ("none", "lars", "layca")]
 PAIRS += [(d, r) for d in ("nag", "adamw") for r in ("plain", "singh", "lamb", "rated")]
 PAIRS += [("adagrad", "singh"), ("rms-cm", "rated"), ("rms-c", "rated"), ("ams", "lamb")]

@@ -78,7 +78,9 @@ class SimtBackend(CudaBackend):
     name = "simt"
     device = "cpu"
 
-    def missing(self) -> str | None:
+    def missing(self, device) -> str | None:
+        if device.type != self.device:
+            return f"does not support parameters on {device}"
         return unavailable()
 
     @functools.cache  # noqa: B019 (one instance)

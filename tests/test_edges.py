@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES, SHORT, copies, ids, random, same_bits, set_grads, state_of
 from contract_helpers import photograph, same
+from ranks import PATIENCE
 from selection import EDGES, NONE
 from spec import Spec
 
@@ -296,8 +297,8 @@ def test_fork_goes_on_alike(engine):
     here, there = context.Pipe()
     child = context.Process(target=_step_in_child, args=(opt, params, there))
     child.start()
-    answer = here.recv() if here.poll(30) else None
-    child.join(5)
+    answer = here.recv() if here.poll(PATIENCE) else None
+    child.join(PATIENCE)
     cases.train(opt, params, 2, seed=5)
     assert answer is not None and child.exitcode == 0
     assert same_bits([torch.from_numpy(a) for a in answer], [p.double() for p in params])

@@ -82,6 +82,7 @@ def test_backend_finds_the_torch_of_the_target_environment(backend, monkeypatch,
 NVCC = """#!/bin/sh
 case $1 in
 --list-gpu-arch) printf 'compute_%s\\n' {architectures} ;;
+--version) echo 'Cuda compilation tools, release 13.2, V13.2.78' ;;
 --dryrun) echo '#$ LIBRARIES=  "-L/some toolkit/stubs" "-L/some toolkit/lib"' >&2 ;;
 esac
 """
@@ -159,6 +160,20 @@ def test_build_with_cuda(build):
     assert "torch_cpu" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
     assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100\"'" in text
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "ahead"), [("12.9", True), ("13.0", False), ("14.0", False), (None, False)]
+)
+def test_an_nvcc_ahead_of_torch_is_spoken_of(build, monkeypatch, capsys, of_torch, ahead):
+    build.nvcc()
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    build.compare_cuda(build.find_nvcc(), torch)
+    printed = capsys.readouterr().out
+    assert bool(printed) == ahead
+    if ahead:
+        assert "nvcc is of CUDA 13, torch of CUDA 12.9: " in printed
+        assert "need a driver for CUDA 13" in printed
 
 
 def test_cuda_home_comes_before_the_path(build, monkeypatch):

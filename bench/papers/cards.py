@@ -47,7 +47,7 @@ class Card:
         settings = self.store.settings(self.store.arms[0])
         sides = "; ".join(f"{side} {words(values)}" for side, values in finding.sides.items())
         return (
-            f"## {number}. {claim.words}\n\n"
+            f"## {number}. {claim.words[0].upper()}{claim.words[1:]}\n\n"
             f"{claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
             f"{settings['steps']:,} steps of {settings['batch']} examples, "
             f"{finding.seeds} seeds.\n\n"

@@ -49,8 +49,8 @@ struct Elements {
         decays(how.l2 != 0),
         skips(how.skip) {}
 
-  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e on,
-  /// each of n elements.
+  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e
+  /// on, each of n elements.
   template <class Body>
   LAYERLR_DEVICE void vectors(Body body) const {
     const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;

@@ -1,7 +1,8 @@
 // The kernels: a step, or one of its passes; and what lies between the passes.
 #pragma once
 
-#include "cuda/block.cuh"
+#include "cuda/adder.cuh"
+#include "cuda/dispatcher.cuh"
 
 namespace layerlr {
 
@@ -80,8 +81,11 @@ struct DirectionKernels {
 /// Instantiated in one file for each family of directions.
 template <template <class> class D>
 DirectionKernels kernels_of() {
-#define LAYERLR_ORDERS(F) \
-  { step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, step_kernel<D, F, update_rule> }
+#define LAYERLR_ORDERS(F)                                            \
+  {                                                                  \
+    step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, \
+        step_kernel<D, F, update_rule>                               \
+  }
   typedef Only<float, false> Float32;
 #if defined(LAYERLR_FEW_FAMILIES)  // a test may compile fewer kernels, whose results are the same
   typedef AnyDtype Bfloat16, Coded;

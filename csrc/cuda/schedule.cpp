@@ -80,9 +80,8 @@ class Maker {
   std::vector<size_t> by_size() const {
     std::vector<size_t> order(plan_.layers.size());
     std::iota(order.begin(), order.end(), size_t(0));
-    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
-      return s_.layers[x].slots > s_.layers[y].slots;
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t x, size_t y) { return s_.layers[x].slots > s_.layers[y].slots; });
     return order;
   }
 

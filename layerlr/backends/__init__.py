@@ -14,12 +14,15 @@ BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CudaBackend(), CpuBackend(), TritonBackend(), ReferenceBackend())
 }
 
+#: end of every message that a backend is missing or cannot run
+HELP = "python -m layerlr says what runs here"
+
 
 def validate(name: str) -> None:
     """Raise ValueError for a name that is neither ``"auto"`` nor a backend's."""
     if name != "auto" and name not in BACKENDS:
         known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
-        raise ValueError(f"unknown backend {name!r}, available are {known}")
+        raise ValueError(f"unknown backend {name!r}, available are {known}; {HELP}")
 
 
 def choose(name: str, spec: PlanSpec) -> Backend:
@@ -36,7 +39,7 @@ def choose(name: str, spec: PlanSpec) -> Backend:
         return BACKENDS[able[0]]
     if reasons[name] is not None:
         use = " or ".join(f"backend={n!r}" for n in able)
-        raise RuntimeError(f"backend {name!r} {reasons[name]}; use {use}")
+        raise RuntimeError(f"backend {name!r} {reasons[name]}; use {use}; {HELP}")
     return BACKENDS[name]
 
 

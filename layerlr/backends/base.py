@@ -71,6 +71,9 @@ class Backend(Protocol):
 
     name: str
 
+    def missing(self, device: torch.device) -> str | None:
+        """Why this backend runs nothing on a device, or None."""
+
     def unsupported(self, spec: PlanSpec) -> str | None:
         """Why this backend cannot run the case, or None if it can."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from layerlr import _C
@@ -16,11 +17,13 @@ class CpuBackend:
 
     name = "cpu"
 
+    def missing(self, device: torch.device) -> str | None:
+        """Why a device has no such engine."""
+        return None if device.type == "cpu" else f"does not support parameters on {device}"
+
     def unsupported(self, spec: PlanSpec) -> str | None:
         """Why a case must go elsewhere."""
-        if spec.table.device.type != "cpu":
-            return f"does not support parameters on {spec.table.device}"
-        return native.unsupported(spec)
+        return self.missing(spec.table.device) or native.unsupported(spec)
 
     def plan(self, spec: PlanSpec) -> CpuPlan:
         """Plan for a supported case."""

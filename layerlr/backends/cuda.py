@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerlr import _C
+from layerlr import _C, devices
 
 from . import native
 from .base import PlanSpec
@@ -38,6 +39,33 @@ def tuning(**values: Any) -> Iterator[None]:
         _tuning = before
 
 
+@functools.cache
+def refusal(index: int) -> str | None:
+    """Why the kernels cannot run on a GPU, or None; asked once for each.
+
+    A cubin runs on its own major compute capability from its minor one on, PTX on all from its own
+    on. The PTX is that of the oldest cubin (``setup.py``), so a GPU that is not older has either.
+    """
+    import layerlr._cuda
+
+    def written(architecture: int) -> str:
+        return f"{architecture // 10}.{architecture % 10}"
+
+    major, minor = torch.cuda.get_device_capability(index)
+    capability, oldest = 10 * major + minor, int(layerlr._cuda.architectures[0])
+    if capability < oldest:
+        remedy = f": install it with LAYERLR_CUDA_ARCH={capability}" if capability >= 80 else ""
+        return (
+            f"was built for compute capability {written(oldest)} and above, cuda:{index} has "
+            f"{written(capability)}{remedy}"
+        )
+    try:
+        layerlr._cuda.device_info(index)
+    except RuntimeError as error:
+        return f"cannot use cuda:{index}: {error}"
+    return None
+
+
 class CudaBackend:
     """float32, float64, bfloat16, float16 and complex parameters in memory of an NVIDIA GPU.
 
@@ -54,18 +82,20 @@ class CudaBackend:
 
         return layerlr._cuda.engine()
 
-    def missing(self) -> str | None:
-        """Why there are no kernels, or None."""
+    def missing(self, device: torch.device) -> str | None:
+        """Why a device has no such engine."""
+        if device.type != self.device or torch.version.hip:
+            return f"does not support parameters on {device}"
         if importlib.util.find_spec("layerlr._cuda") is None:
             return "was not built: install layerlr where nvcc is found"
-        return None
+        if reason := devices.absent(device):
+            return reason
+        return refusal(torch.cuda.current_device() if device.index is None else device.index)
 
     def unsupported(self, spec: PlanSpec) -> str | None:
         """Why a case must go elsewhere."""
-        if spec.table.device.type != self.device or torch.version.hip:
-            return f"does not support parameters on {spec.table.device}"
         return (
-            self.missing()
+            self.missing(spec.table.device)
             or native.unsupported(spec)
             or native.counts_elsewhere(spec, spec.table.device)
         )

@@ -29,6 +29,9 @@ class ReferenceBackend:
 
     name = "reference"
 
+    def missing(self, device: torch.device) -> str | None:
+        return devices.absent(device)
+
     def unsupported(self, spec: PlanSpec) -> str | None:
         return None
 

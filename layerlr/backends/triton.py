@@ -28,14 +28,22 @@ class TritonBackend:
 
     name = "triton"
 
-    def unsupported(self, spec: PlanSpec) -> str | None:
-        """Why a case must go elsewhere."""
-        device = spec.table.device
+    def missing(self, device: torch.device) -> str | None:
+        """Why a device has no such engine."""
         if device.type != ("cpu" if _interpreted() else "cuda"):
             return f"does not support parameters on {device}"
         if importlib.util.find_spec("triton") is None:
             return "needs Triton: pip install triton"
-        return native.unsupported(spec) or native.counts_elsewhere(spec, device)
+        return devices.absent(device)
+
+    def unsupported(self, spec: PlanSpec) -> str | None:
+        """Why a case must go elsewhere."""
+        device = spec.table.device
+        return (
+            self.missing(device)
+            or native.unsupported(spec)
+            or native.counts_elsewhere(spec, device)
+        )
 
     def plan(self, spec: PlanSpec) -> TritonPlan:
         """Plan for a supported case."""
