@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/kernels.cuh"
 
@@ -30,14 +33,21 @@ inline const char* outcome(cudaError_t error) {
 
 inline const char* select_device(int device) { return outcome(cudaSetDevice(device)); }
 
+/// Blocks of a kernel that the device has room for; asked once.
 inline const char* room_for(Kernel kernel, int device, int* blocks) {
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& answer = known[{kernel, device}];
+  *blocks = answer;
+  if (answer) return nullptr;
   int multiprocessors = 0, each = 0;
   cudaError_t error =
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block_threads, 0);
   }
-  *blocks = std::max(1, multiprocessors * each);
+  if (error == cudaSuccess) *blocks = answer = std::max(1, multiprocessors * each);
   return outcome(error);
 }
 
