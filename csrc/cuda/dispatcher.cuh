@@ -169,6 +169,7 @@ struct Dispatcher {
     if (!w.waits) read_verdict(w);
   }
   LAYERLR_DEVICE void wait_for_verdict(Work& work) {
+    __syncwarp();  // all lanes have looked at the item
     if (lane == 0) {
       device::wait_for(args.ready + work.layer, epoch);
       read_verdict(work);

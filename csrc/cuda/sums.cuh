@@ -33,11 +33,13 @@ LAYERLR_DEVICE LayerStats add_rows(int count, Read read) {
           __shfl_sync(all, x, 3)};
 }
 
-/// The same over rows that other blocks have written.
+/// The same over rows that other blocks have written, and may write again once lane 0 tells of it.
 LAYERLR_DEVICE LayerStats add_fresh(const LayerStats* rows, int count) {
-  return add_rows(count, [&](int row, int column) {
+  const LayerStats sums = add_rows(count, [&](int row, int column) {
     return device::read_fresh(reinterpret_cast<const double*>(rows + row) + column);
   });
+  __syncwarp();  // a shuffle orders no memory
+  return sums;
 }
 
 }  // namespace layerlr
