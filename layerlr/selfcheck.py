@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -253,4 +252,5 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) 
             run()
             mark.record()
         torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+        times = sorted(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+        return times[len(times) // 2]
