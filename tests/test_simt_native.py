@@ -47,7 +47,7 @@ class Mutant(NamedTuple):
 
 #: what is seen -> the sanitizer that sees it, what that says; without one, what the driver says
 SEEN = {
-    "race": ("thread", "data race"),
+    "race": ("thread", "data race|simt: DEADLOCK"),  # whose threads may part before they collide
     "overflow": ("address", "AddressSanitizer: heap-"),  # what lies beyond may be freed memory
     "misaligned": (None, "simt: a misaligned access"),
     "null": ("undefined", "null pointer"),
