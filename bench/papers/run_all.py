@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -20,7 +18,7 @@ from . import (
     layca_toy,
     singh_mnist,
 )
-from .runner import SCALES
+from .runner import parser_of
 
 QUEUE = (
     (layca_alpha, ()),
@@ -35,15 +33,7 @@ QUEUE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
-    add("--out", type=Path, default=Path("runs/papers"), help="folder for what is written")
-    add("--scale", choices=SCALES, default="cpu", help="as published, or sized to a CPU core")
-    add("--quick", action="store_true", help="a rehearsal of a few minutes, no measurement")
-    options = parser.parse_args(argv)
+    options = parser_of(__doc__, "cpu").parse_args(argv)
     given = ["--data", str(options.data), "--out", str(options.out), "--scale", options.scale]
     given += ["--quick"] * options.quick
     for module, more in tqdm(QUEUE, unit="experiment"):

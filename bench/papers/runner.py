@@ -120,6 +120,19 @@ def network(
     return task
 
 
+def parser_of(description: str | None, scale: str) -> argparse.ArgumentParser:
+    """Command line with the arguments that one experiment and a queue of them take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
+    add("--out", type=Path, default=Path("runs/papers"), help="folder for what is written")
+    add("--scale", choices=SCALES, default=scale, help="as published, or sized to a CPU core")
+    add("--quick", action="store_true", help="a rehearsal of a few minutes, no measurement")
+    return parser
+
+
 def main(
     description: str | None,
     experiment: Callable[[argparse.Namespace], Experiment],
@@ -127,14 +140,8 @@ def main(
     arguments: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> Store:
     """Command line of an experiment, and its run."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(description, "paper")
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data set")
-    add("--out", type=Path, default=Path("runs/papers"), help="folder for what is written")
-    add("--scale", choices=SCALES, default="paper", help="as published, or sized to a CPU core")
-    add("--quick", action="store_true", help="a rehearsal of a few minutes, no measurement")
     add("--seeds", type=_positive, help="runs of each arm, seeds 0 to SEEDS - 1")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--iterations", type=_positive, help="steps of each run")
