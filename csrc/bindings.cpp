@@ -86,6 +86,7 @@ py::dict rules() {
     flags["measures_ww"] = info.measures_ww;
     flags["raw_gradient"] = info.raw_gradient;
     flags["latches"] = info.latches;
+    flags["decays_apart"] = info.decays_apart;
     every[info.name] = flags;
   }
   return every;
@@ -117,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LivePlan>(m, "LivePlan")
       .def(py::init<py::list, py::list, const std::vector<std::string>&,
                     const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
-                    const std::vector<double>&, const std::string&,
+                    const std::vector<double>&, const std::vector<double>&, const std::string&,
                     const std::optional<std::string>&, const std::optional<std::string>&,
                     at::Tensor, const std::string&, const std::string&>())
       .def("prepare", &LivePlan::prepare)

@@ -15,24 +15,40 @@ struct RuleConfig {
 
 /// What the layer brings along.
 struct LayerConfig {
-  bool ruled;            // else it takes the plain step
-  double lr;             // its own: lr times lr_scale times the direction's rate
-  double l2, decoupled;  // weight decay, in one form or the other
-  bool first_order;      // of the direction
-  bool skip;             // leave the layer alone where a sum is not finite
-  double* memory;        // the number that the layer stores, or null: none
-  bool whole;            // all of its tensors have a gradient
+  bool ruled;               // else it takes the plain step
+  double lr;                // its own: lr times lr_scale times the direction's rate
+  double l2, decoupled;     // weight decay, in one form or the other
+  bool first_order;         // of the direction
+  bool skip;                // leave the layer alone where a sum is not finite
+  double* memory;           // the number that the layer stores, or null: none
+  bool whole;               // all of its tensors have a gradient
+  double start_radius = 0;  // that of a layer which starts at zero
+  double plain = 1;         // on lr, until it has that radius
+  bool taken = false;       // w is v - u: the step is taken, the rule says what of it stays
 };
 
 /// A rule's answer in terms of w and the bare direction.
 struct Verdict {
-  LayerScale scale;    // as applied
-  LayerStats seen;     // the sums that the rule saw
-  double shown_a = 1;  // a with respect to them
-  bool skip = false;   // leave the layer alone
+  LayerScale scale;                 // as applied
+  LayerStats seen;                  // the sums that the rule saw
+  double shown_a = 1, shown_b = 0;  // a and b with respect to them
+  bool skip = false;                // leave the layer alone
 };
 
 LAYERLR_HD bool finite(double x) { return x - x == 0; }
+
+/// The sums over v and u of a layer whose weights are w = v - u.
+LAYERLR_HD LayerStats before_the_step(const LayerStats& s) {
+  const double ww = s.ww + 2 * s.wu + s.uu;
+  return {ww < 0 ? 0 : ww, s.gg, s.uu, s.wu + s.uu};
+}
+
+/// A layer's radius as its memory has it, and the coming step's. 0: no step yet. Below 0: the layer
+/// started at zero and takes plain steps until its norm reaches -radius, which it has from there.
+LAYERLR_HD double radius_of(double memory, double ww, double start) {
+  if (memory == 0 && ww == 0) return 0 - start;
+  return memory < 0 && ww >= memory * memory ? -memory : memory;
+}
 
 LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const LayerStats& sums) {
   const RuleId id = c.ruled ? config.rule : RuleId::Plain;
@@ -40,20 +56,28 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
   Verdict v;
   v.seen = sums;
   if (config.update) {
-    // the rule sees u + decoupled*w, whose sums follow from those of u
     v.skip = c.skip && !(finite(sums.ww) && finite(sums.gg) && finite(sums.uu) && finite(sums.wu));
-    const double uu = sums.uu + 2 * c.decoupled * sums.wu + c.decoupled * c.decoupled * sums.ww;
+    if (c.taken) v.seen = before_the_step(sums);
+    const double ww = v.seen.ww, inside = info.decays_apart ? 0 : c.decoupled;
+    // the rule sees u + decay*w, whose sums follow from those of u
+    const double uu = v.seen.uu + 2 * inside * v.seen.wu + inside * inside * ww;
     v.seen.uu = uu < 0 ? 0 : uu;
-    v.seen.wu = sums.wu + c.decoupled * sums.ww;
+    v.seen.wu += inside * ww;
     // the norm of a part of the layer is no radius
     double* const at = c.whole || !info.latches ? c.memory : nullptr;
-    const double memory = at ? *at : 0;
-    v.scale = evaluate(id, v.seen, c.lr, c.l2, memory, config.hyper);
-    v.shown_a = v.scale.a;
-    v.scale.a = v.scale.a + v.scale.b * c.decoupled;
-    if (at && info.latches && !v.skip && memory == 0 && sums.ww > 0 && v.scale.b != 0) {
-      *at = sqrt(sums.ww);
+    double memory = at ? *at : 0;
+    if (info.latches && at) memory = radius_of(memory, ww, c.start_radius);
+    if (info.latches && memory < 0) {
+      v.scale = {1, 1, -(c.lr * c.plain), c.plain};
+    } else {
+      v.scale = evaluate(id, v.seen, c.lr, c.l2, memory, config.hyper);
+      if (memory == 0 && ww > 0 && v.scale.b != 0) memory = sqrt(ww);
     }
+    if (info.latches && at && !v.skip) *at = memory;
+    v.shown_a = v.scale.a;
+    v.shown_b = v.scale.b;
+    v.scale.a += v.scale.b * inside - c.lr * (c.decoupled - inside);
+    if (c.taken) v.scale.b += v.scale.a;  // a*v + b*u in terms of w = v - u
     return v;
   }
   v.skip = c.skip && !(finite(sums.gg) && (!info.measures_ww || finite(sums.ww)));
@@ -61,6 +85,7 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
   v.shown_a = 1 - c.lr * c.decoupled;
   v.scale = c.first_order ? LayerScale{f.grad, v.shown_a, -c.lr, f.scale}
                           : LayerScale{1, v.shown_a, -(c.lr * f.grad), f.scale};
+  v.shown_b = v.scale.b;
   return v;
 }
 
@@ -81,7 +106,7 @@ LAYERLR_HD void write_row(double* row, const Verdict& v, double lr) {
   row[Column::scale] = v.scale.scale;
   row[Column::lr] = lr * v.scale.scale;
   row[Column::a] = v.shown_a;
-  row[Column::b] = v.scale.b;
+  row[Column::b] = v.shown_b;
 }
 
 /// A gradient rule's step is known after the second pass only.

@@ -32,8 +32,8 @@ bool same_objects(const py::list& x, const py::list& y) {
 
 LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
                    const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
-                   const std::vector<double>& lr_scale, const std::string& direction,
-                   const std::optional<std::string>& rule,
+                   const std::vector<double>& lr_scale, const std::vector<double>& start_radius,
+                   const std::string& direction, const std::optional<std::string>& rule,
                    const std::optional<std::string>& memory_key, at::Tensor stats,
                    const std::string& precision, const std::string& extra_key)
     : params_(std::move(params)),
@@ -42,7 +42,7 @@ LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::stri
       device_(stats_.device()),
       n_states_(static_cast<int>(keys.size())),
       held_(held_by_name(precision)) {
-  configure(plan_, direction, rule.value_or(""), ruled, lr_scale, stats_);
+  configure(plan_, direction, rule.value_or(""), ruled, lr_scale, start_radius, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
   for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, memory_key, extra_key);

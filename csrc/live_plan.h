@@ -33,9 +33,10 @@ class LivePlan {
 
   LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
            const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
-           const std::vector<double>& lr_scale, const std::string& direction,
-           const std::optional<std::string>& rule, const std::optional<std::string>& memory_key,
-           at::Tensor stats, const std::string& precision, const std::string& extra_key);
+           const std::vector<double>& lr_scale, const std::vector<double>& start_radius,
+           const std::string& direction, const std::optional<std::string>& rule,
+           const std::optional<std::string>& memory_key, at::Tensor stats,
+           const std::string& precision, const std::string& extra_key);
 
   /// Read gradients and data pointers into plan().
   int prepare();

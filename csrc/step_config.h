@@ -16,6 +16,8 @@ struct StepConfig {
   double grad_factor = 1;      // on every gradient: -1 to maximize, over the scale of a scaled loss
   double skip = 0;             // other than 0: leave layers with a sum that is not finite alone
   double found_inf = 0;        // other than 0: change nothing at all
+  double plain = 1;            // on lr, for layers under the rule that take plain steps at first
+  double taken = 0;            // other than 0: weights are what a step has left, see decide.h
   double direction[max_direction_hyper] = {};
   double rule[max_rule_hyper] = {};
 };
@@ -30,6 +32,8 @@ void for_config_places(F f) {
   LAYERLR_PLACE(grad_factor);
   LAYERLR_PLACE(skip);
   LAYERLR_PLACE(found_inf);
+  LAYERLR_PLACE(plain);
+  LAYERLR_PLACE(taken);
   LAYERLR_PLACE(direction);
   LAYERLR_PLACE(rule);
 #undef LAYERLR_PLACE

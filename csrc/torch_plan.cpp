@@ -81,8 +81,8 @@ int index_of(const std::vector<std::string>& names, const std::string& name, con
 
 void configure(Plan& plan, const std::string& direction, const std::string& rule,
                const std::vector<bool>& ruled, at::ArrayRef<double> lr_scale,
-               const at::Tensor& stats) {
-  TORCH_CHECK(ruled.size() == lr_scale.size());
+               at::ArrayRef<double> start_radius, const at::Tensor& stats) {
+  TORCH_CHECK(ruled.size() == lr_scale.size() && ruled.size() == start_radius.size());
   TORCH_CHECK(stats.scalar_type() == at::kDouble && stats.is_contiguous() &&
               stats.numel() == int64_t(ruled.size()) * columns);
   plan.direction = index_of(direction_names(), direction, "direction");
@@ -94,6 +94,7 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
   for (size_t l = 0; l < ruled.size(); ++l) {
     plan.layers[l].ruled = ruled[l];
     plan.layers[l].lr_scale = lr_scale[l];
+    plan.layers[l].start_radius = start_radius[l];
   }
 }
 

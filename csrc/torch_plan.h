@@ -63,7 +63,7 @@ void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
 /// naming the alternatives, and for sizes that do not fit.
 void configure(Plan& plan, const std::string& direction, const std::string& rule,
                const std::vector<bool>& ruled, at::ArrayRef<double> lr_scale,
-               const at::Tensor& stats);
+               at::ArrayRef<double> start_radius, const at::Tensor& stats);
 
 /// A precision's number; empty: to nearest.
 Held held_by_name(const std::string& precision);

@@ -10,6 +10,7 @@ from .tables import (
     DIRECTION_HYPER,
     L2,
     LR,
+    PLAIN,
     RATE,
     RULE_HYPER,
     RULED,
@@ -18,6 +19,7 @@ from .tables import (
     STATS,
     STEP,
     STEP_IS_DOUBLE,
+    TAKEN,
     TOTALS,
     WIDTH,
     is_active,
@@ -101,12 +103,21 @@ def total(
 
 
 @triton.jit
+def _radius(memory, ww, start, stored):
+    """A layer's radius as its memory has it, and the coming step's: see csrc/decide.h."""
+    arrived = (memory < 0) & (ww >= memory * memory)
+    begins = stored & (memory == 0) & (ww == 0)
+    return tl.where(begins, 0.0 - start, tl.where(arrived, -memory, memory))
+
+
+@triton.jit
 def decide(
     t,
     SCALE: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURES_WW: tl.constexpr,
     LATCHES: tl.constexpr,
+    DECAYS_APART: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -128,16 +139,23 @@ def decide(
     decay = tl.load(t.config + DECOUPLED_DECAY)
     if UPDATE:
         skip = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
+        taken = tl.load(t.config + TAKEN) != 0
+        before = ww + 2.0 * wu + uu  # of weights w = v - u
+        ww = tl.where(taken, tl.where(before < 0, 0.0, before), ww)
+        wu = tl.where(taken, wu + uu, wu)
         # the rule sees u + decay*w, whose sums follow from those of u
-        uu = uu + 2.0 * decay * wu + decay * decay * ww
+        inside = tl.where(ruled, 0.0, decay) if DECAYS_APART else decay
+        uu = uu + 2.0 * inside * wu + inside * inside * ww
         uu = tl.where(uu < 0, 0.0, uu)
-        wu = wu + decay * ww
+        wu = wu + inside * ww
         at = tl.load(t.memory + layer)
         stored = at != 0
         if LATCHES:  # the norm of a part of the layer is no radius
             stored = stored & whole
         at = at.to(tl.pointer_type(tl.float64))
         memory = tl.load(at, mask=stored, other=0.0)
+        if LATCHES:
+            memory = _radius(memory, ww, tl.load(t.start_radius + layer), stored)
     else:
         good = finite(gg)
         if MEASURES_WW:
@@ -150,16 +168,20 @@ def decide(
     a, b = tl.where(ruled, a, plain_a), tl.where(ruled, b, plain_b)
     scale = tl.where(ruled, scale, plain_scale)
     if UPDATE:
-        shown_a = a
-        a = a + b * decay
         if LATCHES:
-            latch = stored & ~skip & (memory == 0) & (ww > 0) & (b != 0)
-            tl.store(at, tl.sqrt(ww), mask=latch)
+            grows, steps = memory < 0, tl.load(t.config + PLAIN)
+            a, b = tl.where(grows, 1.0, a), tl.where(grows, -(lr * steps), b)
+            scale = tl.where(grows, steps, scale)
+            first = (memory == 0) & (ww > 0) & (b != 0)
+            tl.store(at, tl.where(first, tl.sqrt(ww), memory), mask=stored & ~skip)
+        shown_a, shown_b = a, b
+        a = a + (b * inside - lr * (decay - inside))
+        b = tl.where(taken, b + a, b)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0
         a = 1.0 - lr * decay
-        shown_a = a
+        shown_a, shown_b = a, b
     to = t.scales + layer * WIDTH
     tl.store(to, grad)
     tl.store(to + 1, a)
@@ -167,7 +189,7 @@ def decide(
     tl.store(to + SKIPPED, skip.to(tl.float64))
     if MEASURED:
         to = t.stats + layer * STATS
-        values = (ww, gg, uu, wu, scale, lr * scale, shown_a, b)
+        values = (ww, gg, uu, wu, scale, lr * scale, shown_a, shown_b)
         for k in tl.static_range(8):
             tl.store(to + k, values[k], mask=takes_part & ~skip)
         more = takes_part & skip

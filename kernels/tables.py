@@ -30,6 +30,8 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
+    #: one a layer, see the rules with a radius
+    start_radius: Any
     #: int64, one a layer: address of its memory, or 0
     memory: Any
     #: the numbers of the step, at the places below
@@ -66,8 +68,10 @@ DECOUPLED_DECAY = tl.constexpr(2)  # weight decay that is not
 GRAD_FACTOR = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
 FOUND_INF = tl.constexpr(5)  # else nothing changes at all
-DIRECTION_HYPER = tl.constexpr(6)  # 5 numbers
-RULE_HYPER = tl.constexpr(11)  # 3 numbers
+PLAIN = tl.constexpr(6)  # on lr, for layers under the rule that take plain steps at first
+TAKEN = tl.constexpr(7)  # weights are what a step has left: the rule says what of it stays
+DIRECTION_HYPER = tl.constexpr(8)  # 5 numbers
+RULE_HYPER = tl.constexpr(13)  # 4 numbers
 
 
 @triton.jit

@@ -31,6 +31,7 @@ class LivePlan:
         spans: Sequence[tuple[int, int, int, int]],
         ruled: list[bool],
         lr_scale: list[float],
+        start_radius: list[float],
         direction: str,
         rule: str | None,
         memory_key: str | None,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rules import LayerRule
 
 LayerKey = Callable[[str, Tensor], Hashable]
 Adapt = Callable[[str, Tensor], bool]
@@ -40,6 +44,9 @@ class LayerTable:
         here with ``ruled`` false: it takes the plain step, and its non-finite gradient is its own.
     lr_scale
         Factor on lr for each layer.
+    start_radius
+        The norm at which a layer that starts at zero comes under a rule with a radius; 0 where the
+        rule has none.
     """
 
     params: list[Tensor]
@@ -48,6 +55,7 @@ class LayerTable:
     layers: list[str]
     ruled: list[bool]
     lr_scale: list[float]
+    start_radius: list[float]
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +149,7 @@ def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
         inside = governs(adapt, name, p)
         if not inside and frozen:
             continue
-        table = tables.setdefault(p.device, LayerTable([], [], [], [], [], []))
+        table = tables.setdefault(p.device, LayerTable([], [], [], [], [], [], []))
         tensor = len(table.params)
         table.params.append(p)
         table.names.append(name)
@@ -165,7 +173,25 @@ def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
             table.spans.append(Span(tensor, begin, begin + size, layer))
             begin += size
     _set_lr_scale(group.get("lr_scale", 1.0), list(tables.values()), ruled)
+    for table in tables.values():
+        table.start_radius = _start_radii(table, rule)
     return list(tables.values())
+
+
+def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
+    """The rule's own, or the norm that torch's initialisation of linear and convolutional layers
+    gives: weights uniform within 1/sqrt(fan_in), so a third for each row; a vector is one row.
+    """  # noqa: D205
+    if rule is None or not rule.latches:
+        return [0.0] * len(table.layers)
+    if rule.start_radius is not None:
+        return [rule.start_radius] * len(table.layers)
+    squares = [0.0] * len(table.layers)
+    for span in table.spans:
+        p = table.params[span.tensor]
+        wide = sum(n > 1 for n in p.shape) >= 2
+        squares[span.layer] += (span.end - span.begin if wide else 1) / 3 if p.numel() else 0.0
+    return [math.sqrt(square) for square in squares]
 
 
 def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:

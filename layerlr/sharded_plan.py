@@ -83,6 +83,7 @@ class ShardLayout:
             [whole.layers[k] for k in layers],
             [whole.ruled[k] for k in layers],
             [whole.lr_scale[k] for k in layers],
+            [whole.start_radius[k] for k in layers],
         )
 
         self.mixed = len(rows) > len(of_layers)

@@ -113,4 +113,5 @@ def _part(table: LayerTable, tensors: list[int], layers: list[int]) -> LayerTabl
         [table.layers[k] for k in layers],
         [table.ruled[k] for k in layers],
         [table.lr_scale[k] for k in layers],
+        [table.start_radius[k] for k in layers],
     )

@@ -10,7 +10,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.rules import Lamb, Lars, Layca, LayerRule, Plain, Rated, Singh
+from layerlr.rules import (
+    Brake,
+    Hyperball,
+    Lamb,
+    Lars,
+    Layca,
+    LayerRule,
+    Plain,
+    Rated,
+    Relative,
+    Singh,
+)
 
 #: id -> the direction it must resolve to, class, arguments
 DIRECTION_ROWS: dict[str, tuple[str, type, dict[str, Any]]] = {
@@ -62,6 +73,9 @@ RULE_ROWS: dict[str, LayerRule | None] = {
     "lamb": Lamb(),
     "layca": Layca(),
     "rated": Rated(),
+    "hyperball": Hyperball(),
+    "relative": Relative(),
+    "brake": Brake(outward=0.3),
 }
 
 #: options of the rules, with the directions that show them
@@ -73,6 +87,10 @@ VARIANT_ROWS: dict[str, LayerRule] = {
     "layca-now": Layca(radius="current"),
     "layca-frozen": Layca(others="freeze"),
     "layca-wide": Layca(eps=0.5),
+    "layca-cap": Layca(max_angle=0.02),
+    "lamb-range": Lamb(min_ratio=2.0, max_ratio=2.5),
+    "hyperball-now": Hyperball(radius="current"),
+    "hyperball-1.5": Hyperball(radius=1.5),
 }
 
 
@@ -124,6 +142,9 @@ PAIRS += [("mom", r) for r in ("singh", "lamb", "lars-clip")]
 PAIRS += [("mom", r) for r in ("layca-now", "layca-frozen", "layca-wide")]
 PAIRS += [("adamw", r) for r in ("lars-clip", "lamb-clip", "lamb-limit", "lamb-raw", "layca-now")]
 PAIRS += [("ams", "lamb-raw")]
+PAIRS += [(d, r) for d in ("mom", "adamw") for r in ("hyperball", "relative", "brake")]
+PAIRS += [("mom", "hyperball-now"), ("adamw", "hyperball-1.5")]
+PAIRS += [("mom", "layca-cap"), ("adamw", "layca-cap"), ("adamw", "lamb-range")]
 
 CASES = [BY_ID[f"{d}-{r}"] for d, r in PAIRS]
 RULED = [case for case in CASES if case.rule is not None]

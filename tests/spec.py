@@ -121,6 +121,10 @@ DIRECTIONS = {
 }
 
 
+#: rules that scale the step, each a method below
+UPDATE_RULES = ("lamb", "layca", "rated", "hyperball", "relative", "brake")
+
+
 class Spec:
     """One param group.
 
@@ -195,12 +199,14 @@ class Spec:
             u.append(x)
             u_size.append(x_size)
 
-        if name in ("lamb", "layca", "rated"):
-            if decoupled:
+        if name in UPDATE_RULES:
+            if decoupled and name != "relative":
                 u = [x + decay * y for x, y in zip(u, w)]
                 u_size = [x + decay * abs(y) for x, y in zip(u_size, w)]
             update = getattr(self, f"_{name}")
             new, moved, scale = update(w, u, u_size, lr, rule, index)
+            if decoupled and name == "relative":
+                new = [y - lr * decay * x for x, y in zip(w, new)]
         else:
             rate = lr if first_order else lr * f
             keep = 1 - lr * decay if decoupled else 1.0
@@ -219,9 +225,38 @@ class Spec:
         ratio = 1.0
         if weight > 0 and step > 0:
             ratio = min(phi / step, 1.0) if rule.trust_clip else phi / step
+            ratio = max(ratio, rule.min_ratio or 0.0)
+            ratio = min(ratio, math.inf if rule.max_ratio is None else rule.max_ratio)
         slack = norm(u_size) / step if step > 0 else 0.0
         size = [lr * ratio * (y + abs(x) * slack) for x, y in zip(u, u_size)]
         return [x - lr * ratio * y for x, y in zip(w, u)], size, ratio
+
+    _relative = _lamb
+
+    def _hyperball(self, w, u, u_size, lr, rule, index):
+        weight, step = norm(w), norm(u)
+        if weight == 0 and isinstance(rule.radius, str):
+            return [x - lr * y for x, y in zip(w, u)], [lr * x for x in u_size], 1.0
+        if step == 0:
+            return w, [0 * x for x in w], 0.0
+        if rule.radius == "initial" and lr > 0:
+            self.radius[index] = self.radius[index] or weight
+        radius = rule.radius if not isinstance(rule.radius, str) else self.radius[index] or weight
+        if lr == 0:
+            return w, [0 * x for x in w], radius / step
+        s = lr * radius / step
+        moved = [x - s * y for x, y in zip(w, u)]
+        back = radius / norm(moved)
+        slack = norm(u_size) / step
+        size = [back * s * (z + abs(y) * slack) for y, z in zip(u, u_size)]
+        return [back * x for x in moved], size, back * radius / step
+
+    def _brake(self, w, u, u_size, lr, rule, index):
+        weight, moved = norm(w), [x - lr * y for x, y in zip(w, u)]
+        length, back = norm(moved), 1.0
+        if length > weight:
+            back = (weight + rule.outward * (length - weight)) / length
+        return [back * x for x in moved], [lr * x for x in u_size], back
 
     def _rated(self, w, u, u_size, lr, rule, index):
         rate = lr * RATE
@@ -236,8 +271,12 @@ class Spec:
         length = norm(s)
         if not length > rule.eps * norm(u):
             return w, [0 * x for x in w], 0.0
+        angle = lr
+        if rule.max_angle is not None:
+            own = math.atan2(lr * length, weight - lr * dot(w, u) / weight)
+            angle = math.tan(min(own, rule.max_angle))
         s = [x * (weight / length) for x in s]  # 2: as long as the weights
-        new = [x - lr * y for x, y in zip(w, s)]  # 3: the step
+        new = [x - angle * y for x, y in zip(w, s)]  # 3: the step
         if rule.radius == "initial" and lr > 0:
             self.radius[index] = self.radius[index] or weight
         back = (self.radius[index] or weight) / norm(new)
@@ -246,9 +285,10 @@ class Spec:
         new = [x * back for x in new]  # 4: back on the sphere
         slack = norm(u_size) / length  # what a rounding of u turns the direction by
         size = [
-            lr * (weight / length * z + slack * (abs(x) + abs(y))) for x, y, z in zip(w, s, u_size)
+            angle * (weight / length * z + slack * (abs(x) + abs(y)))
+            for x, y, z in zip(w, s, u_size)
         ]
-        return new, size, weight / length * back
+        return new, size, weight / length * back * angle / lr
 
     def differences(self, params, opt):
         """How far an optimizer is from the spec, in ``eps * size``: (what, number) pairs."""

@@ -155,18 +155,9 @@ def test_zero_weights_take_the_plain_step(engine, name, rule):
     assert set(scale.values()) == {1.0}
     if rule != "layca":
         return
-    # the radius is latched once the norm is above zero: at the second step
-    norms = [p.detach().double().norm().item() for p in params]
-    for seed in (2, 3):
-        set_grads(params, seed)
-        opt.step()
-    for p, norm in zip(params, norms):
-        if p.dim() >= 2:
-            radius = opt.state[p]["radius"].item()
-            assert radius == pytest.approx(norm, rel=1e-14)
-            # every element is rounded to the weight's dtype, half an eps at most
-            eps = torch.finfo(p.dtype).eps
-            assert p.double().norm().item() == pytest.approx(norm, rel=eps)
+    for p in params:  # they grow, see test_start_radius.py
+        if p.dim() >= 2 and p.numel():
+            assert opt.state[p]["radius"].item() < 0
 
 
 @directions

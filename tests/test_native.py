@@ -44,14 +44,17 @@ def test_registries_agree():
             "measures_ww": update or "ww" in rule.measures,  # an update rule takes every sum
             "raw_gradient": rule.raw_gradient,
             "latches": rule.latches,
+            "decays_apart": rule.decays_apart,
         }, name
     assert _C.columns() == len(COLUMNS)
 
 
 def test_places_of_the_numbers():
     """As declared, without gaps: what is written by name is read by name."""
-    sizes = [1, 1, 1, 1, 1, 1, 5, 3]
-    names = "lr l2 decoupled_decay grad_factor skip found_inf direction rule size".split()
+    sizes = [1, 1, 1, 1, 1, 1, 1, 1, 5, 4]
+    names = (
+        "lr l2 decoupled_decay grad_factor skip found_inf plain taken direction rule size".split()
+    )
     assert dict(_C.CONFIG) == dict(zip(names, itertools.accumulate([0, *sizes])))
 
 

@@ -43,8 +43,8 @@ def test_rules_agree():
         theirs = layerlr.rules.RULES[name]
         update = theirs.order == "update"
         weights = update or "ww" in theirs.measures  # an update rule takes every sum
-        latches = theirs.latches
-        assert ours[1:] == (update, weights, theirs.raw_gradient, latches), name
+        flags = update, weights, theirs.raw_gradient, theirs.latches, theirs.decays_apart
+        assert ours[1:] == flags, name
 
 
 def test_places_of_the_numbers_agree():
@@ -161,7 +161,7 @@ def main() -> None:
 
 def build(x, arch):
     """Compile a launch for tables as the backend makes them: 16-byte aligned."""
-    wide = ("lr_scale", "config", "scalars", "sums", "totals", "scales", "stats")
+    wide = ("lr_scale", "start_radius", "config", "scalars", "sums", "totals", "scales", "stats")
     fields = kernels.Tables._fields
     signature = {"t": kernels.Tables(*("*fp64" if f in wide else "*i64" for f in fields))}
     aligned = [["tt.divisibility", 16]]

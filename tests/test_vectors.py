@@ -11,7 +11,7 @@ from selection import NONE
 from torch import tensor
 
 import layerlr
-from layerlr.rules import Lamb, Lars, Layca
+from layerlr.rules import Brake, Hyperball, Lamb, Lars, Layca, Relative
 
 # Triton's numbers are held against the spec, and the emulation's are the C++ formulas'.
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
@@ -140,7 +140,38 @@ def test_layca_one_step(run, radius, lr, step, expected, distance):
     close((1 - cosine).to(w.dtype), distance)
 
 
+# -- rules of two elements: w = [3, 4], radius 5 ---------------------------------------------------
+
+ONE_STEP = [
+    (Hyperball(), 0.1, [1.0, 0.0], [2.649994700016, 4.239991520025]),
+    (Hyperball(), SLOW, [1.0, 0.0], [2.877467030873, 4.089032096504]),
+    (Hyperball(radius=2.0), 0.1, [1.0, 0.0], [1.146924688727, 1.638463841038]),
+    (Hyperball(radius=2.0), SLOW, [1.0, 0.0], [1.180782544300, 1.614234364358]),
+    (Layca(max_angle=0.05), 0.1, [1.0, 0.0], [2.934837857305, 4.048052216972]),
+    (Layca(max_angle=0.01), 0.1, [1.0, 0.0], [2.959850667913, 4.029799501669]),
+    (Brake(outward=0.5), 0.5, [-0.6, -0.8], [3.15, 4.2]),
+    (Brake(outward=0.5), 0.5, [-1.0, 0.5], [3.455795625900, 3.702638170607]),
+    (Brake(outward=0.5), 0.5, [1.0, 0.0], [2.5, 4.0]),
+    # a floor of 0.35 on u/w at lr 0.1
+    (Lamb(min_ratio=1 / 0.35), 0.035, [1.0, 0.0], [2.825, 4.0]),
+    (Lamb(min_ratio=1 / 0.35), 0.035, [6.0, 8.0], [2.4, 3.2]),
+    (Relative(), 0.1, [1.0, 0.0], [2.5, 4.0]),
+]
+
+
+@pytest.mark.parametrize(("rule", "lr", "step", "expected"), ONE_STEP)
+def test_rules_one_step(run, rule, lr, step, expected):
+    (w,) = run(layerlr.SGD, [3.0, 4.0], [step], lr=lr, rule=rule, adapt="all")
+    close(w, expected, terms=4.0)
+
+
 W0, G1, G2 = [[1.0, 2.0], [-2.0, 0.0]], [[0.5, -1.0], [0.25, 2.0]], [[-1.0, 0.5], [1.0, 0.5]]
+
+
+def test_hyperball_two_steps(run):
+    walk = [*run(layerlr.SGD, W0, [G1, G2], lr=SLOW, momentum=0.9, rule=Hyperball())]
+    close(walk[0], [[0.964959519881, 2.025252048078], [-1.989502169959, -0.095333008315]])
+    close(walk[1], [[0.969394890911, 2.004014742705], [-2.002333339704, -0.186707399972]])
 
 
 def adam_as_keras(group, t):

@@ -213,8 +213,9 @@ class Step {
     const double lr = config_.lr * layer.lr_scale * (first ? first->rate : 1);
     const bool first_order = !first || first->kernels->first_order;
     const LayerConfig of{
-        layer.ruled,       lr,           config_.l2, config_.decoupled_decay, first_order,
-        config_.skip != 0, layer.memory, found.whole};
+        layer.ruled,       lr,           config_.l2,  config_.decoupled_decay, first_order,
+        config_.skip != 0, layer.memory, found.whole, layer.start_radius,      config_.plain,
+        config_.taken != 0};
     const Verdict v = decide(plan_.rule, of, measured_ ? found.sums : LayerStats());
     plan_.skips[l] = v.skip;
     if (measured_ && first) write_row(plan_.stats + l * columns, v, lr);

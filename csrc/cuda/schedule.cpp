@@ -69,8 +69,8 @@ class Maker {
     for (const int32_t i : spans_[l]) slots += items_of(plan_.spans[i]);
     if (s_.slots + slots > INT32_MAX / 2) throw std::invalid_argument("too many elements");
     const Layer& layer = plan_.layers[l];
-    s_.layers.push_back(
-        {layer.lr_scale, layer.ruled, s_.slots, static_cast<int32_t>(slots), s_.segments});
+    s_.layers.push_back({layer.lr_scale, layer.start_radius, layer.ruled, s_.slots,
+                         static_cast<int32_t>(slots), s_.segments});
     s_.slots += static_cast<int32_t>(slots);
     s_.segments += static_cast<int32_t>((slots + segment_items - 1) / segment_items);
   }

@@ -82,7 +82,7 @@ struct DevicePresence {
 // -- fixed as long as the plan is ---------------------------------------------------------------
 
 struct alignas(16) DeviceLayer {
-  double lr_scale;
+  double lr_scale, start_radius;
   int32_t ruled;
   int32_t first_slot, slots;
   int32_t first_segment;

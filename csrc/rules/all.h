@@ -2,6 +2,8 @@
 // memory being the number that the layer stores from step to step (0: none).
 #pragma once
 
+#include "rules/brake.h"
+#include "rules/hyperball.h"
 #include "rules/lamb.h"
 #include "rules/lars.h"
 #include "rules/layca.h"
@@ -15,15 +17,18 @@
   X(Lars)                \
   X(Lamb)                \
   X(Layca)               \
-  X(Rated)
+  X(Rated)               \
+  X(Hyperball)           \
+  X(Relative)            \
+  X(Brake)
 
 namespace layerlr {
 
-constexpr int max_rule_hyper = 3;
+constexpr int max_rule_hyper = 4;
 
 struct RuleInfo {
   const char* name;
-  bool update, measures_ww, raw_gradient, latches;
+  bool update, measures_ww, raw_gradient, latches, decays_apart;
 };
 
 enum class RuleId : int32_t {
@@ -42,7 +47,7 @@ LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
   switch (rule) {
 #define LAYERLR_CASE(R) \
   case RuleId::R:       \
-    return {R::name, R::update, R::measures_ww, R::raw_gradient, R::latches};
+    return {R::name, R::update, R::measures_ww, R::raw_gradient, R::latches, R::decays_apart};
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }

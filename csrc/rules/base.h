@@ -11,6 +11,7 @@ struct GradientRule {
   static constexpr bool measures_ww = false;   // the first pass reads the weights
   static constexpr bool raw_gradient = false;  // gg is taken before L2 decay is added
   static constexpr bool latches = false;
+  static constexpr bool decays_apart = false;
 
   LAYERLR_HD static LayerScale factor(double f) { return {f, 1, 0, f}; }
 };
@@ -20,7 +21,8 @@ struct UpdateRule {
   static constexpr bool update = true;
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = false;
-  static constexpr bool latches = false;  // the norm of the layer's first step is its memory
+  static constexpr bool latches = false;       // the memory is the layer's radius, see decide.h
+  static constexpr bool decays_apart = false;  // decoupled decay is no part of the step it sees
 
   /// w <- w + b*u; shown: the number for people to read.
   LAYERLR_HD static LayerScale step(double b, double shown) { return {1, 1, b, shown}; }

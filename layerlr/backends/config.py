@@ -14,13 +14,16 @@ DECOUPLED_DECAY = _C.CONFIG["decoupled_decay"]
 GRAD_FACTOR = _C.CONFIG["grad_factor"]
 SKIP = _C.CONFIG["skip"]
 FOUND_INF = _C.CONFIG["found_inf"]
+PLAIN = _C.CONFIG["plain"]
+TAKEN = _C.CONFIG["taken"]
 DIRECTION = _C.CONFIG["direction"]
 RULE = _C.CONFIG["rule"]
 
 #: stands in the array for a number that the host has not read
 UNREAD = -float("inf")
 
-_ZEROS = array("d", [0.0] * _C.CONFIG["size"])
+_DEFAULTS = array("d", [0.0] * _C.CONFIG["size"])
+_DEFAULTS[PLAIN] = 1.0
 
 
 class StepConfig:
@@ -38,7 +41,7 @@ class StepConfig:
     __slots__ = ("tensors", "values")
 
     def __init__(self) -> None:
-        self.values = _ZEROS[:]
+        self.values = _DEFAULTS[:]
         self.tensors: dict[int, Tensor] = {}
 
     def put(self, place: int, value: float | Tensor) -> None:

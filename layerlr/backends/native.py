@@ -59,6 +59,7 @@ def live_plan(spec: PlanSpec) -> _C.LivePlan:
         table.spans,
         table.ruled,
         table.lr_scale,
+        table.start_radius,
         spec.direction.name,
         None if rule is None else rule.kernel,
         None if rule is None else rule.memory_key,

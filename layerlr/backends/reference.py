@@ -21,6 +21,7 @@ from .config import (
     LR,
     StepConfig,
 )
+from .decide import Radius, decide
 from .operands import Operands
 
 
@@ -181,28 +182,20 @@ class ReferencePlan:
     ) -> None:
         """Ask the rule for a and b, then ``w <- a*w + b*u``."""
         d = self.spec.direction
-        # the rule sees u + decay*w, whose sums follow from those of u
-        decay = config.values[DECOUPLED_DECAY]
-        seen = sums._replace(
-            uu=(sums.uu + 2.0 * decay * sums.wu + decay * decay * sums.ww).clamp(min=0.0),
-            wu=sums.wu + decay * sums.ww,
-        )
         skip = self._skips(config, sums)
         memory, whole = self._memory(rule, lr)
-        if rule.latches:  # the norm of a part of the layer is no radius
-            memory = torch.where(whole, memory, 0.0)
-        scale = rule.scale(seen, lr, memory)
+        start = torch.tensor(self.spec.table.start_radius, dtype=lr.dtype, device=lr.device)
+        verdict = decide(rule, config, sums, lr, Radius(memory, whole, start))
         if rule.latches:
-            latch = whole & ~skip & (memory == 0) & (sums.ww > 0) & (scale.b != 0)
-            self._latch(rule, latch, sums.ww.sqrt())
-        a = scale.a + scale.b * decay
+            self._latch(rule, whole & ~skip, verdict.radius)
+        a, b, seen, scale = verdict.a, verdict.b, verdict.seen, verdict.scale
         for i in tensors:
             w, _, g = self.operands.load(i, config)
             u = d.direction(
                 g, self.operands.state(i), d.scalars(config.values[DIRECTION:], self.steps[i])
             )
             skipped = self.spec.table.spread(i, skip, w)
-            self.operands.store(i, w, u, a, scale.b, skipped, self.steps[i])
+            self.operands.store(i, w, u, a, b, skipped, self.steps[i])
         self._finish(tensors, seen, scale.scale, lr * scale.scale, scale.a, scale.b, skip)
 
     def directions(self, config: StepConfig, tensors: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -183,8 +183,9 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         ranges[:, 1] = sizes.cumsum(0)
         ranges[:, 0] = ranges[:, 1] - sizes
     layers[: len(table.layers), 2] = torch.tensor(table.ruled)
-    lr_scale = torch.zeros(n, dtype=torch.float64)
+    lr_scale, start_radius = torch.zeros(2, n, dtype=torch.float64)
     lr_scale[: len(table.layers)] = torch.tensor(table.lr_scale, dtype=torch.float64)
+    start_radius[: len(table.layers)] = torch.tensor(table.start_radius, dtype=torch.float64)
     return {
         "tensors": torch.zeros(n, 8, dtype=torch.int64),
         "tiles": torch.cat([tiles, torch.zeros(1, 8, dtype=torch.int64)]),
@@ -192,6 +193,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
         "parts": parts,
         "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
+        "start_radius": start_radius,
         "memory": torch.zeros(n, dtype=torch.int64),
         "config": torch.zeros(_C.CONFIG["size"], dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),

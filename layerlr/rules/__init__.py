@@ -7,16 +7,19 @@ from typing import Any
 
 from .back_matching import BackMatching
 from .base import LayerRule, LayerScale, LayerStats
+from .brake import Brake
 from .curvature import Curvature
-from .lamb import Lamb
+from .hyperball import Hyperball
+from .lamb import Lamb, Relative
 from .lars import Lars
 from .layca import Layca
 from .plain import Plain
 from .rated import Estimated, Rated
 from .singh import Singh
 
+_FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake)
 #: name -> class of each formula; the native engines know the same names
-RULES: dict[str, type[LayerRule]] = {r.name: r for r in (Plain, Singh, Lars, Lamb, Layca, Rated)}
+RULES: dict[str, type[LayerRule]] = {r.name: r for r in _FORMULAS}
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
 
@@ -65,8 +68,10 @@ __all__ = [
     "ESTIMATED",
     "RULES",
     "BackMatching",
+    "Brake",
     "Curvature",
     "Estimated",
+    "Hyperball",
     "Lamb",
     "Lars",
     "Layca",
@@ -75,6 +80,7 @@ __all__ = [
     "LayerStats",
     "Plain",
     "Rated",
+    "Relative",
     "Rule",
     "Singh",
     "is_estimated",

@@ -62,8 +62,13 @@ class LayerRule:
     #: state keys of the float64 numbers that the rule stores for each layer, and their first
     #: values; engines read the first of them
     memory: ClassVar[Mapping[str, float]] = MappingProxyType({})
-    #: whether that number is the norm of the layer's weights at its first step
+    #: whether that number is the layer's radius: the norm of its weights at its first step. A layer
+    #: that starts at zero has minus `start_radius` there and takes plain steps until its norm
+    #: reaches it (None: the norm that torch's initialisation would have given it)
     latches: ClassVar[bool] = False
+    start_radius: ClassVar[float | None] = None
+    #: whether decoupled weight decay is no part of the step that the rule sees
+    decays_apart: ClassVar[bool] = False
     #: name under which the engines know the formula, where it is another's
     kernel: ClassVar[str]
 
@@ -95,6 +100,10 @@ class LayerRule:
     def _check(self, name: str, value: object, ok: bool, wanted: str) -> None:
         if not ok:
             raise ValueError(f"Invalid {type(self).__name__} {name}: {value!r}, wanted {wanted}")
+
+    def _check_start_radius(self) -> None:
+        value = self.start_radius
+        self._check("start_radius", value, value is None or value > 0, "None or a number > 0")
 
 
 def constant(value: float, like: Tensor) -> Tensor:

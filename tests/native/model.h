@@ -77,8 +77,8 @@ struct Model {
   std::vector<double> stats, radii;
 
   Model(int direction, int rule, const std::vector<Shape>& shapes) {
-    const double rule_hyper[rule_count][max_rule_hyper] = {{},      {},     {1e-3, 1e-8, 0},
-                                                           {10, 0}, {1e-6}, {}};
+    const double rule_hyper[rule_count][max_rule_hyper] = {
+        {}, {}, {1e-3, 1e-8, 0}, {10, 0, 1e9}, {1e-6, 2}, {}, {}, {10, 0, 1e9}, {0.5}};
     std::mt19937 random(7);
     plan.direction = direction;
     plan.has_rule = rule >= 0;

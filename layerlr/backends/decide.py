@@ -1,0 +1,79 @@
+"""From the sums of layers to what an update rule applies: decay, radii, steps already taken.
+
+The specification of ``csrc/decide.h``, for layers of one rule at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerlr.rules import LayerRule, LayerScale, LayerStats
+
+from .config import DECOUPLED_DECAY, PLAIN, TAKEN, StepConfig
+
+
+class Radius(NamedTuple):
+    """What layers remember, whether they take part whole, and the radius of one that starts at 0.
+
+    The memory of a rule with a radius: 0 before the first step; below 0 where the layer started at
+    zero and takes plain steps until its norm reaches the number; else the radius.
+    """
+
+    memory: Tensor
+    whole: Tensor
+    start: Tensor
+
+    def coming(self, ww: Tensor) -> Tensor:
+        """The memory for a step that finds the layers at these squared norms."""
+        arrived = (self.memory < 0) & (ww >= self.memory * self.memory)
+        begins = (self.memory == 0) & (ww == 0)
+        now = torch.where(begins, 0.0 - self.start, torch.where(arrived, -self.memory, self.memory))
+        return torch.where(self.whole, now, 0.0)  # the norm of a part of the layer is no radius
+
+
+class Decision(NamedTuple):
+    """``w <- a*w + b*u`` in terms of the weights as they are and the bare direction."""
+
+    a: Tensor
+    b: Tensor
+    scale: LayerScale  # the rule's answer, with respect to the sums that it saw
+    seen: LayerStats
+    radius: Tensor
+
+
+def decide(
+    rule: LayerRule, config: StepConfig, sums: LayerStats, lr: Tensor, layers: Radius
+) -> Decision:
+    """Ask an update rule."""
+    taken = config.values[TAKEN] != 0.0
+    seen = _before_the_step(sums) if taken else sums
+    ww = seen.ww
+    # the rule sees u + decay*w, whose sums follow from those of u
+    decay = config.values[DECOUPLED_DECAY]
+    inside = 0.0 if rule.decays_apart else decay
+    seen = seen._replace(
+        uu=(seen.uu + 2.0 * inside * seen.wu + inside * inside * ww).clamp(min=0.0),
+        wu=seen.wu + inside * ww,
+    )
+    has_radius = rule.latches and rule.memory_key is not None
+    memory = layers.coming(ww) if has_radius else layers.memory
+    scale = rule.scale(seen, lr, memory)
+    if has_radius:
+        grows, plain = memory < 0, config.values[PLAIN]
+        one = torch.ones_like(lr)
+        steps = LayerScale(one, one, -(lr * plain), one * plain)
+        scale = LayerScale(*(torch.where(grows, x, y) for x, y in zip(steps, scale, strict=True)))
+        first = (memory == 0) & (ww > 0) & (scale.b != 0)
+        memory = torch.where(first, ww.sqrt(), memory)
+    a = scale.a + (scale.b * inside - lr * (decay - inside))
+    b = scale.b + a if taken else scale.b
+    return Decision(a, b, scale, seen, memory)
+
+
+def _before_the_step(s: LayerStats) -> LayerStats:
+    """The sums over v and u of layers whose weights are w = v - u."""
+    ww = s.ww + 2.0 * s.wu + s.uu
+    return s._replace(ww=ww.clamp(min=0.0), wu=s.wu + s.uu)

@@ -1,0 +1,117 @@
+"""Layers that start at zero under rules with a radius: plain steps, the sphere from there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import same_bits, set_grads
+from torch import nn
+
+import layerlr
+from layerlr import rules
+
+RULES = [rules.Layca(), rules.Layca(radius="current"), rules.Hyperball()]
+RULES += [rules.Hyperball(radius="current")]
+both = pytest.mark.parametrize("rule", RULES, ids=["layca", "layca-now", "hyperball", "ball-now"])
+
+
+def steps(engine, rule, count, **kwargs):
+    """Norms of a layer that starts at zero and is pushed one way, and its optimizer."""
+    (p,) = engine.params([torch.zeros(12, 5)])
+    kwargs = {"lr": 0.2, **kwargs}
+    opt = layerlr.SGD([p], rule=rule, backend=engine.backend, **kwargs)
+    norms = []
+    for _ in range(count):
+        p.grad = -torch.ones_like(p)
+        opt.step()
+        norms.append(p.detach().double().norm().item())
+    return norms, opt, p
+
+
+@both
+def test_grows_by_plain_steps_to_the_radius(engine, rule):
+    start = math.sqrt(12 / 3)  # of torch's initialisation: 12 rows
+    norms, opt, p = steps(engine, rule, 4)
+    plain = [0.2 * k * math.sqrt(60) for k in (1, 2)]  # 1.55, 3.10: past the radius of 2
+    assert norms[:2] == pytest.approx(plain, rel=1e-6)
+    # the third step finds it there; pushed along itself it stays on its ray
+    wanted = norms[1] if rule.radius == "current" else start
+    if rule.name == "layca":  # nothing orthogonal is left: the bits stay
+        wanted = norms[1]
+    assert norms[2:] == pytest.approx([wanted, wanted], rel=1e-6)
+    assert opt.state[p]["radius"].item() == pytest.approx(start, rel=1e-14)
+
+
+@both
+def test_waits_at_a_rate_of_zero(engine, rule):
+    norms, opt, p = steps(engine, rule, 2, lr=0.0)
+    assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == -2.0
+
+
+@both
+def test_the_option_fixes_the_radius(engine, rule):
+    rule = type(rule)(radius=rule.radius, start_radius=1.0)
+    _, opt, p = steps(engine, rule, 1)
+    assert opt.state[p]["radius"].item() == -1.0
+    set_grads([p], 3)
+    opt.step()
+    assert opt.state[p]["radius"].item() == 1.0
+    if rule.radius == "initial":
+        assert p.detach().double().norm().item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_resumes_while_it_grows(engine):
+    _, opt, p = steps(engine, rules.Layca(), 1)
+    (q,) = engine.params([p.detach().cpu()])
+    other = layerlr.SGD([q], lr=0.2, rule="layca", backend=engine.backend)
+    other.load_state_dict(opt.state_dict())
+    for seed in range(4):
+        set_grads([p], seed)
+        set_grads([q], seed)
+        opt.step()
+        other.step()
+        assert same_bits([p], [q])
+
+
+def test_a_number_puts_it_on_the_sphere_at_once(engine):
+    norms, opt, p = steps(engine, rules.Hyperball(radius=3.0), 2)
+    assert norms == pytest.approx([3.0, 3.0], rel=1e-6)
+    assert "radius" not in opt.state[p]
+
+
+def test_rows_of_the_part_of_a_split_tensor():
+    p = nn.Parameter(torch.zeros(12, 5))
+    opt = layerlr.SGD([{"params": [p], "split": [9, 3]}], lr=0.1, rule="layca")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.state[p]["radius"].tolist() == pytest.approx([-math.sqrt(3), -1.0])
+
+
+@pytest.mark.parametrize("warmup", [0, 20, 100])
+@pytest.mark.parametrize("family", ["SGD", "Adam"])
+@pytest.mark.parametrize("rule", ["layca", "hyperball"])
+def test_a_head_that_starts_at_zero_learns(engine, rule, family, warmup):
+    """It ends within twice the loss of the head drawn as usual, whatever the warm-up."""
+    if engine.backend not in ("reference", "cpu"):  # 300 steps; the others equal these above
+        pytest.skip("as the engines agree, two of them answer a question about training")
+    losses = []
+    for zero in (False, True):
+        torch.manual_seed(0)
+        x, y = torch.randn(64, 8), torch.arange(64) % 4
+        model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        if zero:
+            nn.init.zeros_(model[2].weight)
+        model.to(engine.device)
+        lr = 0.1 if family == "SGD" else 0.02
+        opt = getattr(layerlr, family)(model.parameters(), lr=lr, rule=rule, backend=engine.backend)
+        for step in range(300):
+            opt.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(warmup, 1))
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(engine.device)), y.to(engine.device))
+            loss.backward()
+            opt.step()
+        losses.append(loss.item())
+    usual, zeroed = losses
+    assert usual < 1.2 and zeroed < 2 * usual
