@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, backends, checks, devices, options, rules, state
+from . import _C, backends, checks, devices, options, plain_lr, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import (
     DECOUPLED_DECAY,
@@ -227,17 +227,18 @@ class PlanCache:
                 "CUDA graph"
             )
         group["rule"] = rules.resolve(group["rule"])
+        plain_lr.settle(group)
         options.check(group, index)
         checks.params(group, index)
         direction = optimizer.direction(group)
         first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
         old = self.groups[index].tables if index < len(self.groups) else []
-        carried = {(t.table.device, tuple(t.table.layers)): t.stats for t in old}
+        carried = {_place(t.table): t.stats for t in old}
         self._check_state(optimizer)
         tables = []
-        for table in build_tables(group, index):
+        for table in build_tables(group, index, plain_lr.ratio(group)):
             states = state.complete_table(optimizer.state, table, group, direction, first)
-            stats = carried.get((table.device, tuple(table.layers)))
+            stats = carried.get(_place(table))
             if stats is None:
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
@@ -251,6 +252,11 @@ class PlanCache:
         self._snapshot = _C.Snapshot(optimizer.state)
         key = group_key(optimizer, group)
         return GroupPlans(group, key, list(group["params"]), direction, tables)
+
+
+def _place(table: LayerTable) -> tuple[Any, ...]:
+    """What makes a table's layers the same as another's, whatever their names."""
+    return table.device, tuple(map(id, table.params)), tuple(table.spans)
 
 
 def make_plan(backend: Backend, spec: PlanSpec) -> Plan:
@@ -277,7 +283,9 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any
         group["adapt"],
         group["on_nonfinite"],
         _hashable(group.get("split")),
-        _hashable(group.get("lr_scale")),
+        _hashable(group.get("lr_factor")),
+        _hashable(group.get("plain_lr")),
+        group.get("reference_lr"),
         group["precision"],
     )
 

@@ -98,7 +98,7 @@ def test_update_that_decay_cancels(engine, wide, rule, lr):
 
 
 RATES = [(case, "number") for case in CASES]
-RATES += [(case, kind) for case in SHORT for kind in ("tensor", "lr_scale")]
+RATES += [(case, kind) for case in SHORT for kind in ("tensor", "lr_factor")]
 
 
 @pytest.mark.parametrize(("case", "rate"), RATES, ids=[f"{c.id}-{kind}" for c, kind in RATES])
@@ -116,13 +116,13 @@ def test_zero_rate_changes_no_weight(engine, case, rate):
         before = copies(params)
         radii = [opt.state.get(p, {}).get("radius", torch.ones(1) * trained) for p in params]
         radii = copies(radii)
-        if rate == "lr_scale":
-            group["lr_scale"] = 0.0
+        if rate == "lr_factor":
+            group["lr_factor"] = 0.0
         else:
             group["lr"] = 0.0 if rate == "number" else torch.tensor(0.0)
         set_grads(params, 7)
         opt.step()
-        group["lr"], group["lr_scale"] = case.args["lr"], 1.0
+        group["lr"], group["lr_factor"] = case.args["lr"], 1.0
         assert same_bits(params, before)
         for p, radius in zip(params, radii):
             assert torch.equal(opt.state.get(p, {}).get("radius", radius), radius)

@@ -31,9 +31,9 @@ def test_values(engine, wide, case):
     params = engine.params(random(((4, 3), (3, 5), (6,)), seed=3), wide)
     # a rate of its own for each layer: 0 for the first
     governed = 3 if case.rule.adapts == "all" else 2
-    lr_scale = [0.0, 0.5, 2.0][:governed]
-    opt = engine.make(case, [{"params": params, "lr_scale": lr_scale}])
-    spec = Spec(case.kind, opt.param_groups[0], params, lr_scale=lr_scale)
+    lr_factor = [0.0, 0.5, 2.0][:governed]
+    opt = engine.make(case, [{"params": params, "lr_factor": lr_factor}])
+    spec = Spec(case.kind, opt.param_groups[0], params, lr_scale=lr_factor)
     # the sums are of float32 steps: 64 roundings of relative size eps, some of terms that cancel
     rel = 64 * torch.finfo(wide).eps
     for seed in range(2):
@@ -157,7 +157,7 @@ def test_describe(engine, capsys):
     named = list(zip(("a.weight", "a.bias", "qkv.weight", "head.bias"), params))
     groups = [
         {"params": named[:2], "layers": "module"},
-        {"params": named[2:3], "split": [2, 4], "lr_scale": [0.5, 2.0]},
+        {"params": named[2:3], "split": [2, 4], "lr_factor": [0.5, 2.0]},
         {"params": named[3:], "rule": None},
     ]
     opt = layerlr.AdamW(groups, lr=0.01, rule=Lamb(clip=10.0), backend=engine.backend)

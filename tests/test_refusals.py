@@ -108,8 +108,8 @@ def test_a_group_key_set_to_nonsense(engine):
         ("layers", "block", "'block'"),
         ("adapt", "weights", "'weights'"),
         ("split", 5, "split=5"),
-        ("lr_scale", [1.0], "lr_scale has 1 entries for 2 layers"),
-        ("lr_scale", -1.0, "lr_scale: -1.0, wanted finite numbers >= 0"),
+        ("lr_factor", [1.0], "lr_factor has 1 entries for 2 layers"),
+        ("lr_factor", -1.0, "lr_factor: -1.0, wanted finite numbers >= 0"),
     ]:
         group = opt.param_groups[0]
         before, missing = photograph(opt), object()

@@ -146,7 +146,7 @@ def test_options_of_a_rule_and_of_groups_come_back():
         return layerlr.Adam(groups, lr=0.3)
 
     rules = layerlr.rules.Lamb(clip=3.0, trust_clip=True), None, layerlr.rules.Layca("current")
-    opt = build(rules, lr_scale=0.5, on_nonfinite="propagate", adapt="all", split=2)
+    opt = build(rules, lr_factor=0.5, on_nonfinite="propagate", adapt="all", split=2)
     other = build(("singh", "lars", None))
     other.load_state_dict(through_file(opt.state_dict()))
     mine, wanted = (photograph(o)["groups"] for o in (other, opt))
@@ -243,10 +243,10 @@ def test_torch_s_state_loads_under_a_rule_that_stays(backend):
     theirs, mine = weights(), weights()
     twin, opt = make_twin("adam", theirs), make("adam", mine, backend=backend)
     train(twin, theirs, 2)
-    opt.param_groups[0].update(rule="layca", lr_scale=0.5)
+    opt.param_groups[0].update(rule="layca", lr_factor=0.5)
     opt.load_state_dict(twin.state_dict())
     assert opt.param_groups[0]["rule"] == layerlr.rules.Layca()
-    assert opt.param_groups[0]["lr_scale"] == 0.5
+    assert opt.param_groups[0]["lr_factor"] == 0.5
     norms = [p.norm().item() for p in mine]
     train(opt, mine, 2, start=2)
     assert [p.norm().item() for p in mine][::2] == pytest.approx(norms[::2], rel=1e-12)

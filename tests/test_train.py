@@ -195,7 +195,7 @@ def test_alpha_gives_each_kernel_and_its_bias_a_rate() -> None:
     model = models.build("convnet", (1, 8, 8), 10, 0)
     optimizer = configs.build_optimizer(replace(QUICK, rule="layca", alpha=0.2), model)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2, 2]
-    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    scales = [group["lr_factor"] for group in optimizer.param_groups]
     assert scales == pytest.approx([0.8 ** (5 * (3 - layer) / 3) for layer in range(4)])
 
 
