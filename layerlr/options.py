@@ -135,11 +135,11 @@ class LayerwiseOptions(TypedDict, total=False):
         the other layers go on (the default with a rule). ``"propagate"``: torch's way (the default
         without).
     max_grad_norm : float or None
-        None and 0: do not clip. Else clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
+        Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
         ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
-        where it is not None, found at ``optimizer.grad_norm`` after the step, on the device. A
-        layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs another pass
-        over the gradients, under sharding another message.
+        that have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
+        clipping. A layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs
+        another pass over the gradients, under sharding another message.
     precision : str or None
         How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
         than half a unit in the last place); others step as without it. ``"master"``: a float32 copy
@@ -162,7 +162,7 @@ class LayerwiseOptions(TypedDict, total=False):
     rule: Annotated[Rule, Option(None)]
     layers: Annotated[str | LayerKey, Option("tensor", _check_layers)]
     adapt: Annotated[str | Adapt | None, Option(None, _check_adapt)]
-    plain_lr: Annotated[float | None, Option(None, plain_lr.check)]
+    plain_lr: Annotated[float | None, Option(None, plain_lr.settle)]
     backend: Annotated[str, Option("auto")]
     on_nonfinite: Annotated[OnNonfinite, Option(None, _check_on_nonfinite)]
     max_grad_norm: Annotated[float | None, Option(None, _check_max_grad_norm)]

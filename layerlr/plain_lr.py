@@ -12,42 +12,35 @@ from typing import Any
 Group = dict[str, Any]
 
 
-def settle(group: Group) -> None:
+def settle(group: Group, index: int) -> None:
     """Remember the lr that a group's ``plain_lr`` goes with, unless that is known already.
 
     An lr on a device is waited for, once.
+
+    Raises
+    ------
+    ValueError
+        For a rate that is none, and where lr is none to follow, naming what to give instead.
     """
-    if group.get("plain_lr") is not None:
-        group["plain_lr"] = float(group["plain_lr"])
-        if not group.get("reference_lr"):
-            group["reference_lr"] = float(group["lr"])
+    if group.get("plain_lr") is None:
+        return
+    plain = group["plain_lr"] = float(group["plain_lr"])
+    if not 0.0 <= plain < float("inf"):
+        raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
+    reference = float(group.get("reference_lr") or group["lr"])
+    if not 0.0 < reference < float("inf"):
+        raise ValueError(
+            f"plain_lr={plain} follows lr by its ratio, and lr of param group {index} is "
+            f"{reference}: give a nonzero lr and let a scheduler warm it up, or the group key "
+            "reference_lr, the lr at which plain_lr is meant"
+        )
+    group["reference_lr"] = reference
 
 
 def ratio(group: Group) -> float:
     """Factor on lr of what the rule does not govern, in a group that is settled."""
     plain = group.get("plain_lr")
     return 1.0 if plain is None else float(plain) / float(group["reference_lr"])
-
-
-def check(group: Group, index: int) -> None:
-    """Refuse a rate that is none, and one without an lr to follow.
-
-    Raises
-    ------
-    ValueError
-        Naming the key and what to give instead.
-    """
-    plain = group.get("plain_lr")
-    if plain is None:
-        return
-    if not 0.0 <= plain < float("inf"):
-        raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
-    if not 0.0 < group["reference_lr"] < float("inf"):
-        raise ValueError(
-            f"plain_lr={plain} follows lr by its ratio, and lr of param group {index} is "
-            f"{group['reference_lr']}: give a nonzero lr and let a scheduler warm it up, or the "
-            "group key reference_lr, the lr at which plain_lr is meant"
-        )
 
 
 def check_use(given: float | None, groups: Iterable[Group]) -> None:

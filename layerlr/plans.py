@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, backends, checks, devices, options, plain_lr, rules, state
+from . import _C, advice, backends, checks, devices, options, plain_lr, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import (
     DECOUPLED_DECAY,
@@ -93,6 +93,7 @@ class PlanCache:
     def __init__(self, optimizer: LayerwiseOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._snapshot: _C.Snapshot | None = None  # of optimizer.state, as the plans know it
+        self._said: set[str] = set()
         self.groups: list[GroupPlans] = []
 
     def __iter__(self) -> Iterator[GroupPlans]:
@@ -227,7 +228,6 @@ class PlanCache:
                 "CUDA graph"
             )
         group["rule"] = rules.resolve(group["rule"])
-        plain_lr.settle(group)
         options.check(group, index)
         checks.params(group, index)
         direction = optimizer.direction(group)
@@ -250,6 +250,8 @@ class PlanCache:
             plan, view = make_plan(backend, spec), _view(spec)
             tables.append(TablePlan(table, states, backend.name, stats, plan, view))
         self._snapshot = _C.Snapshot(optimizer.state)
+        governed = any(any(t.table.ruled) for t in tables)
+        advice.give(self._said, type(optimizer), group, direction, governed)
         key = group_key(optimizer, group)
         return GroupPlans(group, key, list(group["params"]), direction, tables)
 
