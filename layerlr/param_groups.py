@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .layers import is_kernel
 
@@ -74,14 +74,16 @@ def param_groups(
     >>> opt = layerlr.AdamW(groups, lr=0.02, plain_lr=4e-3, weight_decay=0.1, rule="lamb")
     >>> layerlr.describe(opt)  # what is adapted and what plain, at which lr and decay
     """
-    params: dict[int, Tensor] = {}
+    params: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         params[id(p)] = p
         names.setdefault(id(p), []).append(name)
-    said = _said_by(model, names)
-    outside = _of_modules([m for m in model.modules() if isinstance(m, (*_EMBEDDINGS, *_NORMS))])
-    norms = _of_modules([m for m in model.modules() if isinstance(m, _NORMS)])
+    said = {key for pattern in _said_by(model) for key in _found(names, pattern)}
+    embeddings, norms = (
+        _of_modules(m for m in model.modules() if isinstance(m, kind))
+        for kind in (_EMBEDDINGS, _NORMS)
+    )
     heads = _of_modules(_heads(model)) if head is None else _matching(names, "head", head)
     to_govern, to_plain = (
         _matching(names, key, given) for key, given in (("governed", governed), ("plain", plain))
@@ -99,7 +101,7 @@ def param_groups(
     for key, p in params.items():
         bias = any("bias" in name.rpartition(".")[2] for name in names[key])
         matrix = is_kernel(p) and not bias and key not in said | norms
-        ruled = key in to_govern or (matrix and key not in to_plain | outside | heads)
+        ruled = key in to_govern or (matrix and key not in to_plain | embeddings | heads)
         decays = key in to_decay or (matrix and key not in not_to_decay)
         groups[ruled, decays]["params"].append(p)
         groups[ruled, decays]["param_names"].append(names[key][0])
@@ -120,20 +122,20 @@ def _of_modules(modules: Iterable[nn.Module]) -> set[int]:
 def _heads(model: nn.Module) -> list[nn.Module]:
     """The output layers, as the model says, or else its last linear layer."""
     for ask in ("get_output_embeddings", "get_classifier"):
-        found = getattr(model, ask)() if callable(getattr(model, ask, None)) else None
+        answer: Any = getattr(model, ask, None)
+        found = answer() if callable(answer) else None
         found = found if isinstance(found, (tuple, list)) else [found]
         modules = [module for module in found if isinstance(module, nn.Module)]
         if modules:
             return modules
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    linear: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[-1:]
 
 
-def _said_by(model: nn.Module, names: dict[int, list[str]]) -> set[int]:
-    """What ``model.no_weight_decay()`` names."""
-    said = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else ()
-    return {
-        key for key, of_one in names.items() if any(_matches(n, p) for n in of_one for p in said)
-    }
+def _said_by(model: nn.Module) -> Patterns:
+    """What the model says should not decay."""
+    answer: Any = getattr(model, "no_weight_decay", None)
+    return answer() if callable(answer) else ()
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -143,7 +145,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _matching(names: dict[int, list[str]], argument: str, given: Patterns) -> set[int]:
     found: set[int] = set()
     for pattern in [given] if isinstance(given, str) else given:
-        keys = {key for key, of_one in names.items() if any(_matches(n, pattern) for n in of_one)}
+        keys = _found(names, pattern)
         if not keys:
             raise ValueError(
                 f"{argument}: {pattern!r} matches no parameter or module; patterns are whole names "
@@ -151,6 +153,10 @@ def _matching(names: dict[int, list[str]], argument: str, given: Patterns) -> se
             )
         found |= keys
     return found
+
+
+def _found(names: dict[int, list[str]], pattern: str) -> set[int]:
+    return {key for key, of_one in names.items() if any(_matches(n, pattern) for n in of_one)}
 
 
 def _disjoint(
