@@ -73,7 +73,11 @@ WRONG = [
     ({"rule": 3}, TypeError, ["rule must be None, a name or a layerlr.rules.LayerRule, got 3"]),
     ({"layers": "block"}, ValueError, ["layers: 'block'", "'tensor', 'module' or a callable"]),
     ({"layers": "module"}, ValueError, ["layers='module'", "model.named_parameters()"]),
-    ({"adapt": "weights"}, ValueError, ["adapt: 'weights'", "'all', 'kernels', 'none' or a callable"]),
+    (
+        {"adapt": "weights"},
+        ValueError,
+        ["adapt: 'weights'", "'all', 'kernels', 'none' or a callable"],
+    ),
     ({"rule": "lars", "plain_lr": -0.1}, ValueError, ["plain_lr: -0.1, wanted None or a finite"]),
     ({"rule": "lars", "plain_lr": float("nan")}, ValueError, ["Invalid plain_lr: nan"]),
     ({"on_nonfinite": "stop"}, ValueError, ["on_nonfinite: 'stop'", "'skip' or 'propagate'"]),
