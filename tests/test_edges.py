@@ -90,7 +90,7 @@ def test_update_that_decay_cancels(engine, wide, rule, lr):
     w = torch.tensor([[0.125, -0.125, 0.125]], dtype=wide)
     (p,) = engine.params([w])
     kwargs = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 8.0}
-    opt = layerlr.AdamW([p], lr=lr, rule=rule, backend=engine.backend, **kwargs)
+    opt = layerlr.AdamW([p], lr=lr, rule=rule, adapt="all", backend=engine.backend, **kwargs)
     p.grad = torch.tensor([[-3.0, 0.5, -1.0]], dtype=wide).to(p)
     opt.step()
     assert opt.layer_stats()["uu"].item() == opt.layer_stats()["skipped"].item() == 0
@@ -204,7 +204,7 @@ def test_parallel_is_relative_to_the_step(engine, eps, side):
     # u = 1000*(w + perp), |perp| = side*eps*|w|: below eps it stays, above it rotates by atan(lr)
     w = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     (p,) = engine.params([w])
-    opt = layerlr.SGD([p], lr=0.1, rule=Layca(eps=eps), backend=engine.backend)
+    opt = layerlr.SGD([p], lr=0.1, rule=Layca(eps=eps), adapt="all", backend=engine.backend)
     p.grad = 1000 * (w + side * eps * torch.tensor([[-4.0, 3.0]])).to(p)
     opt.step()
     if side < 1:

@@ -41,7 +41,7 @@ def through_file(state):
 def one(values, **kwargs):
     """A monitor of one layer, and the layer."""
     weight = nn.Parameter(torch.as_tensor(values, dtype=torch.float64))
-    return LayerRotation([("w", weight)], **kwargs), weight
+    return LayerRotation([("w", weight)], adapt="all", **kwargs), weight
 
 
 def distance(rotation, weight, values):
@@ -101,7 +101,7 @@ def test_tiny_distances_keep_their_digits(turn):
 def test_float32_layers_are_measured_in_float64():
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(300, 70))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     start = w.detach().double()
     with torch.no_grad():
         w[3, 5] += 1e-4
@@ -145,8 +145,8 @@ def test_a_half_turn_is_pi_whatever_the_rounding():
 @pytest.mark.parametrize("lr", [0.1, 3**-3])
 def test_layca_turns_by_arctan_lr(lr):
     w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
-    optimizer = layerlr.SGD([w], lr=lr, rule="layca")
-    rotation = LayerRotation([("w", w)], angles=True)
+    optimizer = layerlr.SGD([w], lr=lr, rule="layca", adapt="all")
+    rotation = LayerRotation([("w", w)], adapt="all", angles=True)
     w.grad = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     optimizer.step()
     rotation.record()
@@ -157,7 +157,7 @@ def test_layca_turns_by_arctan_lr(lr):
 
 def test_complex_layers_count_as_pairs_of_reals():
     w = nn.Parameter(torch.tensor([[1 + 0j, 0j]]))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     w.data = torch.tensor([[1j, 0j]])
     rotation.record()
     assert rotation.curves().distances.item() == 1.0
@@ -165,7 +165,7 @@ def test_complex_layers_count_as_pairs_of_reals():
 
 def test_memory_format_does_not_matter():
     w = nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     w.data = w.data.contiguous()
     rotation.record()
     assert rotation.curves().distances.item() == 0.0
