@@ -50,7 +50,7 @@ def _about(
             yield key, f"layerlr knows no param-group key {key!r}: was {close[0]!r} meant?"
     if "backend" in group:
         yield "backend", "backend is no param-group key and has no effect: give the constructor one"
-    decay = group["weight_decay"]
+    decay = group["weight_decay"]  # a default is nobody's wish, and not spoken of
     usual = arguments["weight_decay"].default if "weight_decay" in arguments else 0
     if (
         governed

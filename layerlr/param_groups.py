@@ -40,6 +40,8 @@ def param_groups(
     All but these are under the rule, kernels of convolutions included. Weight decay, where the
     optimizer has it, is on matrices: hidden ones, embeddings and heads; the others have none.
     Position embeddings that are bare parameters are matrices as any other: name them in ``plain``.
+    Layers lie within one group: under ``layers="module"`` a bias that is sorted out is not in its
+    module's layer (``governed`` and ``decay`` bring it there).
 
     Parameters
     ----------

@@ -154,6 +154,21 @@ def test_options_of_a_rule_and_of_groups_come_back():
     assert [g["rule"] for g in mine] == list(rules)
 
 
+def test_the_former_name_of_lr_factor():
+    """A list under ``lr_scale`` was ours and is read; a number may be timm's and is left alone."""
+    opt = layerlr.SGD(weights(), lr=0.1, rule="layca")
+    for value, ours in (([0.5, 2.0], True), (torch.tensor([0.5, 2.0]), True), (0.5, False)):
+        saved = opt.state_dict()
+        saved["param_groups"][0]["lr_scale"] = value
+        other = layerlr.SGD(weights(), lr=0.1, rule="layca")
+        other.load_state_dict(saved)
+        group = other.param_groups[0]
+        assert ("lr_factor" in group) == ours and ("lr_scale" in group) != ours
+        lines = [line.split() for line in layerlr.describe(other).splitlines()[1:]]
+        rates = [line[-3] for line in lines if "adapted" in line]
+        assert rates == (["0.05", "0.2"] if ours else ["0.1", "0.1"])
+
+
 def test_callables_are_not_saved_and_survive_a_load():
     def build(params, **options):
         return layerlr.SGD([{"params": named(params), **options}], lr=0.1, rule="layca")
