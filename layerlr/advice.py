@@ -33,7 +33,17 @@ def give(
     for kind, message in _about(owner, group, direction, governed):
         if kind not in said:
             said.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """``stacklevel`` of the first frame that is neither ours nor torch's."""
+    level, frame = 1, inspect.currentframe()
+    while (frame := frame and frame.f_back) is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("layerlr", "torch"):
+            break
+        level += 1
+    return level
 
 
 def _about(

@@ -78,6 +78,12 @@ def test_options_without_effect(what):
     assert said(opt.step)[0] == []
 
 
+def test_warnings_point_at_who_called():
+    with pytest.warns(UserWarning, match="meant") as caught:
+        layerlr.SGD([{"params": weights(), "plainlr": 0.1}], rule="layca")
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("what", SILENT)
 def test_options_with_effect(what):
     cls, options = SILENT[what]

@@ -112,7 +112,7 @@ def test_timm_layer_decay(timm):
         groups = timm.optim.param_groups_layer_decay(model, weight_decay=0.0, layer_decay=0.5)
         scales = [group["lr_scale"] for group in groups]
         if not scheduled:
-            groups = [{**group, "lr": 0.05 * group["lr_scale"]} for group in groups]
+            groups = [{"lr": 0.05 * group.pop("lr_scale"), **group} for group in groups]
         opt = layerlr.SGD(groups, lr=0.05, rule="singh")
         if scheduled:
             schedule = timm.scheduler.CosineLRScheduler(opt, t_initial=8, t_in_epochs=False)

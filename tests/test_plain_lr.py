@@ -144,7 +144,11 @@ def test_set_between_steps():
     assert same_bits(ours, twins)
     opt.param_groups[0].update(lr=0.25, plain_lr=0.25)  # still at lr = 0.5
     assert rates(opt) == pytest.approx([0.25, 0.125, 0.125, 0.25])
-    opt.param_groups[0]["plain_lr"] = None
+    opt.param_groups[0]["reference_lr"] = 0.25
+    assert rates(opt) == pytest.approx([0.25] * 4)
+    opt.param_groups[0].update(lr=0.125)
+    assert rates(opt) == pytest.approx([0.125] * 4)
+    opt.param_groups[0].update(lr=0.25, plain_lr=None)
     assert rates(opt) == pytest.approx([0.25] * 4)
 
 
