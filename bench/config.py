@@ -236,6 +236,6 @@ def _parameters(config: Config, model: nn.Module) -> Any:
         groups[-1].append((name, parameter))
     scales = layerlr.depth_multipliers(len(groups), config.alpha)
     return [
-        {"params": group, "lr_scale": float(scale)}
+        {"params": group, "lr_factor": float(scale)}
         for group, scale in zip(groups, scales, strict=True)
     ]

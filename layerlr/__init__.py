@@ -6,6 +6,7 @@ from . import monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
+from .param_groups import param_groups
 from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
 
@@ -24,6 +25,7 @@ __all__ = [
     "depth_multipliers",
     "describe",
     "monitor",
+    "param_groups",
     "rules",
     "selfcheck",
     "step_in_backward",

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from .backends import COLUMNS
 from .layers import names_of
 from .optimizer import LayerwiseOptimizer
 
-_HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "backend")
+_HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend")
 
 
 def describe(optimizer: LayerwiseOptimizer) -> str:
     """Print and return a table with a line for each parameter.
 
     Its columns: parameter, shape, layer, rule, role (``adapted``: the rule governs it; ``plain``:
-    it takes the plain step; ``frozen``: it does not move), lr times lr_scale, backend. A parameter
-    that is split over several layers has a line for each.
+    it takes the plain step; ``frozen``: it does not move), lr (its own: with ``lr_factor``, and
+    ``plain_lr`` for the plain), weight decay, backend. A parameter that is split over several
+    layers has a line for each. Layers that were skipped for a non-finite gradient follow below,
+    with their number of steps; to read it, the device is waited for.
     """
     lines: list[tuple[str, ...]] = [_HEADER]
+    skipped: list[str] = []
     for index, group in enumerate(optimizer.param_groups):
         rows: dict[str, list[tuple[str, ...]]] = {}
         for of_table in optimizer.plans.fitting(index).tables:
             table, backend = of_table.table, of_table.backend
+            counts = of_table.stats[:, COLUMNS.index("skipped")].tolist()
+            skipped += [f"{n} ({k:.0f})" for n, k in zip(table.layers, counts, strict=True) if k]
             for span in table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]
@@ -27,15 +33,18 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
                 rule = repr(group["rule"]) if ruled else "-"
                 lr = f"{float(group['lr']) * table.lr_scale[span.layer]:.4g}"
                 layer = table.layers[span.layer] if ruled else "-"
-                line = (name, str(tuple(p.shape)), layer, rule, role, lr, backend)
+                decay = f"{float(group['weight_decay']):.4g}"
+                line = (name, str(tuple(p.shape)), layer, rule, role, lr, decay, backend)
                 rows.setdefault(name, []).append(line)
         for name, p in zip(names_of(group, index), group["params"], strict=True):
-            frozen = (name, str(tuple(p.shape)), "-", "-", "frozen", "0", "-")
+            frozen = (name, str(tuple(p.shape)), "-", "-", "frozen", "0", "0", "-")
             lines += rows.get(name, [frozen])
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
     text = "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+    if skipped:
+        text += f"\nskipped for a non-finite gradient: {', '.join(skipped)}"
     print(text)
     return text

@@ -43,7 +43,8 @@ class LayerTable:
         Whether the rule governs the layer. A parameter outside every layer has a row of its own
         here with ``ruled`` false: it takes the plain step, and its non-finite gradient is its own.
     lr_scale
-        Factor on lr for each layer.
+        Factor on lr for each layer: the group's ``lr_factor``, and the ratio of ``plain_lr`` to lr
+        where the rule does not govern.
     start_radius
         The norm at which a layer that starts at zero comes under a rule with a radius; 0 where the
         rule has none.
@@ -123,20 +124,27 @@ def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, s
     return name, name
 
 
+def is_kernel(p: Tensor) -> bool:
+    """Whether a parameter is a matrix or more: two or more dimensions are larger than 1."""
+    return sum(n > 1 for n in p.shape) >= 2
+
+
 def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     """Whether ``adapt`` puts a parameter under the rule."""
     if callable(adapt):
         return bool(adapt(name, p))
-    return adapt == "all" or p.dim() >= 2
+    return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
-def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
+def build_tables(group: dict[str, Any], index: int, plain: float) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
+
+    ``plain``: factor on lr of what the rule does not govern.
 
     Raises
     ------
     ValueError
-        Where ``split`` does not fit a parameter, ``lr_scale`` has another length than there are
+        Where ``split`` does not fit a parameter, ``lr_factor`` has another length than there are
         layers, or a layer has parameters on several devices.
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
@@ -172,7 +180,7 @@ def build_tables(group: dict[str, Any], index: int) -> list[LayerTable]:
                 )
             table.spans.append(Span(tensor, begin, begin + size, layer))
             begin += size
-    _set_lr_scale(group.get("lr_scale", 1.0), list(tables.values()), ruled)
+    _set_lr_scale(group.get("lr_factor", 1.0), plain, list(tables.values()), ruled)
     for table in tables.values():
         table.start_radius = _start_radii(table, rule)
     return list(tables.values())
@@ -189,8 +197,8 @@ def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
     squares = [0.0] * len(table.layers)
     for span in table.spans:
         p = table.params[span.tensor]
-        wide = sum(n > 1 for n in p.shape) >= 2
-        squares[span.layer] += (span.end - span.begin if wide else 1) / 3 if p.numel() else 0.0
+        blocks = span.end - span.begin if is_kernel(p) else 1
+        squares[span.layer] += blocks / 3 if p.numel() else 0.0
     return [math.sqrt(square) for square in squares]
 
 
@@ -212,29 +220,31 @@ def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
 
 
 def _set_lr_scale(
-    lr_scale: float | Sequence[float] | Tensor,
+    factor: float | Sequence[float] | Tensor,
+    plain: float,
     tables: list[LayerTable],
     ruled: list[tuple[LayerTable, int]],
 ) -> None:
-    if isinstance(lr_scale, Tensor):
-        lr_scale = lr_scale.tolist()
-    one = isinstance(lr_scale, (int, float))
-    values = [float(lr_scale)] * len(ruled) if one else [float(v) for v in lr_scale]  # type: ignore
+    if isinstance(factor, Tensor):
+        factor = factor.tolist()
+    one = isinstance(factor, (int, float))
+    values = [float(factor)] * len(ruled) if one else [float(v) for v in factor]  # type: ignore
     if len(values) != len(ruled):
         raise ValueError(
-            f"lr_scale has {len(values)} entries for {len(ruled)} layers "
+            f"lr_factor has {len(values)} entries for {len(ruled)} layers "
             f"({', '.join(t.layers[i] for t, i in ruled)})"
         )
     if not all(0.0 <= v < float("inf") for v in values):
-        raise ValueError(f"Invalid lr_scale: {lr_scale!r}, wanted finite numbers >= 0")
+        raise ValueError(f"Invalid lr_factor: {factor!r}, wanted finite numbers >= 0")
     for table in tables:
-        table.lr_scale = [float(lr_scale) if one else 1.0] * len(table.layers)  # type: ignore
+        outside = plain * (float(factor) if one else 1.0)  # type: ignore
+        table.lr_scale = [outside] * len(table.layers)
     for (table, layer), value in zip(ruled, values, strict=True):
-        table.lr_scale[layer] = value
+        table.lr_scale[layer] = value if table.ruled[layer] else plain * value
 
 
 def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
-    """Layer-wise rates by depth, for the param-group key ``lr_scale``.
+    """Layer-wise rates by depth, for the param-group key ``lr_factor``.
 
     ``(1-alpha)^(5*(L-1-l)/(L-1))`` for alpha > 0, which favours the last layers, and
     ``(1+alpha)^(5*l/(L-1))`` for alpha <= 0, which favours the first; l = 0..L-1 in forward order.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checks, compiled, options, rules, state, statistics, stepping
+from . import checks, compiled, names, options, plain_lr, rules, state, statistics, stepping
 from .directions import Direction
 from .estimation import Estimation
 from .graphs import CapturedSteps, check_capturable
@@ -44,6 +44,7 @@ class LayerwiseOptimizer(Optimizer):
         defaults |= given
         checks.flags(defaults)
         super().__init__(params, defaults)
+        plain_lr.check_use(defaults["plain_lr"], self.param_groups)
 
     def _equip(self) -> None:
         """Give the optimizer what copies and pickles of it do not take along."""
@@ -66,11 +67,16 @@ class LayerwiseOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and create its state; a group that is refused leaves nothing behind."""
+        own = list(param_group) if isinstance(param_group, dict) else []
+        if self._estimation.replay is not None and "params" in own:
+            names.join(param_group, self.param_groups, self._estimation.replay.model)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             # a copy: torch.compile watches one of several ways to an object, not each group's
             group["rule"] = copy.copy(rules.resolve(group["rule"]))
+            if group["rule"] is None and "lr" in own and "plain_lr" not in own:
+                group["plain_lr"] = None  # its lr is a plain rate already
             self.plans.rebuild(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -171,7 +177,11 @@ class LayerwiseOptimizer(Optimizer):
     # -- rules that look at the model ------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Let rules look at the model: remember the last batch that goes through it.
+        """Know the model: its parameters' names, and the last batch that goes through it.
+
+        Parameters that came without a name have the model's from now on, as if they had been
+        ``model.named_parameters()``: in `describe`, `layer_stats`, error messages and the groups'
+        ``param_names``, which state dicts have too. Then ``group["layers"] = "module"`` works.
 
         A hook on the model keeps a reference to the arguments of its last forward pass with
         gradients. Copies and pickles of optimizer and model do not have it: attach again after
@@ -184,6 +194,9 @@ class LayerwiseOptimizer(Optimizer):
             For anything but a module.
         """
         self._estimation.attach(model)
+        assert self._estimation.replay is not None
+        if names.adopt(self.param_groups, self._estimation.replay.model):
+            self.plans.rebuild_all()
 
     def detach(self) -> None:
         """Let go of the model."""
@@ -212,8 +225,9 @@ class LayerwiseOptimizer(Optimizer):
         dict
             ``names`` (list, parameter order), then 1-D tensors: float64 ``ww gg uu wu`` (sums over
             the weights before the update, the gradient and the step), ``scale`` (the rule's
-            number), ``lr`` (effective: lr times lr_scale times scale), ``angle`` (radians between
-            the weights before and after) and int64 ``skipped`` (steps left out because of a
+            number), ``lr`` (effective: lr times the group's ``lr_factor`` or
+            the ratio of ``plain_lr``, times scale), ``angle`` (radians between the weights before
+            and after) and int64 ``skipped`` (steps left out because of a
             non-finite gradient).
 
             Of sharded parameters under a rule in gradient order ``ww uu wu`` are those of the step

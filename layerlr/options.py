@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 
 import torch
 
-from . import backends, precision, rules
+from . import backends, plain_lr, precision, rules
 from .layers import Adapt, LayerKey, names_of
 from .precision import Precision
 from .rules import Rule
@@ -39,15 +39,16 @@ def _check_layers(group: Group, index: int) -> None:
     if layers == "module" and group.get("param_names") is None:
         raise ValueError(
             "layers='module' needs parameter names: pass model.named_parameters() instead of "
-            "model.parameters()"
+            "model.parameters(), or call optimizer.attach(model) and set the group's 'layers' then"
         )
 
 
 def _check_adapt(group: Group, index: int) -> None:
     adapt = group["adapt"]
-    if not (adapt is None or callable(adapt) or adapt in ("all", "kernels")):
+    if not (adapt is None or callable(adapt) or adapt in ("all", "kernels", "none")):
         raise ValueError(
-            f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels' or a callable (name, param)"
+            f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels', 'none' or a callable (name, "
+            "param)"
         )
 
 
@@ -63,18 +64,18 @@ def _check_max_grad_norm(group: Group, index: int) -> None:
 
 
 def max_grad_norm(group: Group) -> float | None:
-    """A group's bound on the norm of all gradients.
+    """A group's bound on the norm of all gradients; None where it has none, or 0.
 
     Raises
     ------
     ValueError
-        For a bound that is not above 0, and where it does not go with the rule.
+        For a bound below 0, and where it does not go with the rule.
     """
     limit = group.get("max_grad_norm")
-    if limit is None:
+    if limit is None or limit == 0.0:
         return None
     if not limit > 0.0:
-        raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number above 0")
+        raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number >= 0")
     if rules.is_estimated(group["rule"]):
         raise ValueError(
             f"max_grad_norm does not go with rule {group['rule'].name!r}, whose rates are those of "
@@ -119,9 +120,14 @@ class LayerwiseOptions(TypedDict, total=False):
         What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a module;
         needs named parameters) or ``(name, param) -> key``.
     adapt : str, callable or None
-        What the rule governs: ``"all"``, ``"kernels"`` (two dimensions or more) or ``(name, param)
-        -> bool``. None: the rule's own choice (all for singh, else kernels). The other parameters
-        take the plain step.
+        What the rule governs: ``"all"``, ``"kernels"`` (two or more dimensions larger than 1: no
+        class token of shape (1, 1, D)), ``"none"`` or ``(name, param) -> bool``. None: the rule's
+        own choice (all for singh, else kernels). The other parameters take the plain step.
+    plain_lr : float or None
+        Rate of the plain step, where lr is what it was when the group was added (the group key
+        ``reference_lr``); schedulers, which write lr, scale it along: ``plain_lr * lr /
+        reference_lr``. It goes for every parameter that the rule does not govern, those of a group
+        with ``rule=None`` included, unless that group has an lr of its own. None: lr.
     backend : str
         ``"auto"`` takes the fastest that supports the case; a name that does not support it raises.
     on_nonfinite : str or None
@@ -131,9 +137,9 @@ class LayerwiseOptions(TypedDict, total=False):
     max_grad_norm : float or None
         Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
         ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
-        where it is not None, found at ``optimizer.grad_norm`` after the step, on the device. A
-        layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs another pass
-        over the gradients, under sharding another message.
+        that have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
+        clipping. A layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs
+        another pass over the gradients, under sharding another message.
     precision : str or None
         How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
         than half a unit in the last place); others step as without it. ``"master"``: a float32 copy
@@ -150,12 +156,13 @@ class LayerwiseOptions(TypedDict, total=False):
     ``fused=True`` the step divides a `torch.amp.GradScaler`'s scale out itself, without an extra
     pass, and does nothing at all where an overflow was found, without asking the device. State and
     arithmetic are float32 for parameters of lower precision. The param-group keys ``split``,
-    ``lr_scale`` and ``seed`` are described at `layerlr.options.GroupOptions`.
+    ``lr_factor``, ``reference_lr`` and ``seed`` are described at `layerlr.options.GroupOptions`.
     """
 
     rule: Annotated[Rule, Option(None)]
     layers: Annotated[str | LayerKey, Option("tensor", _check_layers)]
     adapt: Annotated[str | Adapt | None, Option(None, _check_adapt)]
+    plain_lr: Annotated[float | None, Option(None, plain_lr.settle)]
     backend: Annotated[str, Option("auto")]
     on_nonfinite: Annotated[OnNonfinite, Option(None, _check_on_nonfinite)]
     max_grad_norm: Annotated[float | None, Option(None, _check_max_grad_norm)]
@@ -163,18 +170,21 @@ class LayerwiseOptions(TypedDict, total=False):
 
 
 class GroupOptions(TypedDict, total=False):
-    """Keys that param groups alone have; ``split`` and ``lr_scale`` are checked with the layers.
+    """Keys that param groups alone have; ``split`` and ``lr_factor`` are checked with the layers.
 
     split : int or list of int
         Blocks of dim 0 that are layers of their own: a number of equal blocks, or their sizes.
-    lr_scale : float or list of float
-        A factor on lr: a number, or one for each layer.
+    lr_factor : float or list of float
+        A factor on lr: a number for all parameters of the group, or one for each layer.
+    reference_lr : float
+        The lr at which ``plain_lr`` is meant, which the optimizer remembers; a state dict has it.
     seed : int or None
         Seed of stochastic rounding.
     """
 
     split: Annotated[int | Sequence[int] | None, Option(None)]
-    lr_scale: Annotated[float | Sequence[float], Option(1.0)]
+    lr_factor: Annotated[float | Sequence[float], Option(1.0)]
+    reference_lr: Annotated[float, Option(None)]
     seed: Annotated[int | None, Option(None, _check_seed)]
 
 
@@ -201,11 +211,25 @@ def complete(owner: type, given: Mapping[str, Any]) -> dict[str, Any]:
         For an unknown backend or rule.
     """
     for name in given.keys() - OPTIONS.keys():
-        raise TypeError(f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}")
+        raise TypeError(
+            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}"
+            + _where_it_belongs(name)
+        )
     options = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     backends.validate(options["backend"])
     options["rule"] = rules.resolve(options["rule"])
     return options
+
+
+def _where_it_belongs(name: str) -> str:
+    """What to do with an argument that is a rule's or a param group's."""
+    owners = [r for r in rules.KNOWN.values() if name in inspect.signature(r).parameters]
+    if owners:
+        uses = " or ".join(f"rule=layerlr.rules.{r.__name__}({name}=...)" for r in owners)
+        return f": it belongs to the rule, {uses}"
+    if name in GROUP_ONLY:
+        return f": it is a key of param groups, {{'params': ..., {name!r}: ...}}"
+    return ""
 
 
 def check(group: Group, index: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _C, backends, checks, devices, options, rules, state
+from . import _C, advice, backends, checks, devices, options, plain_lr, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import (
     DECOUPLED_DECAY,
@@ -23,6 +23,7 @@ from .backends.config import (
     GRAD_FACTOR,
     L2,
     LR,
+    PLAIN,
     RULE,
     SKIP,
 )
@@ -93,6 +94,7 @@ class PlanCache:
     def __init__(self, optimizer: LayerwiseOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._snapshot: _C.Snapshot | None = None  # of optimizer.state, as the plans know it
+        self._said: set[str] = set()
         self.groups: list[GroupPlans] = []
 
     def __iter__(self) -> Iterator[GroupPlans]:
@@ -147,6 +149,7 @@ class PlanCache:
             values[LR] = lr
         values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = group["weight_decay"]
         values[SKIP] = on_nonfinite == "skip" or (on_nonfinite is None and rule is not None)
+        values[PLAIN] = plain_lr.ratio(group)
         values[GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
         grad_scale = getattr(optimizer, "grad_scale", None)
         if grad_scale is not None:
@@ -232,12 +235,12 @@ class PlanCache:
         direction = optimizer.direction(group)
         first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
         old = self.groups[index].tables if index < len(self.groups) else []
-        carried = {(t.table.device, tuple(t.table.layers)): t.stats for t in old}
+        carried = {_place(t.table): t.stats for t in old}
         self._check_state(optimizer)
         tables = []
-        for table in build_tables(group, index):
+        for table in build_tables(group, index, plain_lr.ratio(group)):
             states = state.complete_table(optimizer.state, table, group, direction, first)
-            stats = carried.get((table.device, tuple(table.layers)))
+            stats = carried.get(_place(table))
             if stats is None:
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
@@ -249,8 +252,15 @@ class PlanCache:
             plan, view = make_plan(backend, spec), _view(spec)
             tables.append(TablePlan(table, states, backend.name, stats, plan, view))
         self._snapshot = _C.Snapshot(optimizer.state)
+        governed = any(any(t.table.ruled) for t in tables)
+        advice.give(self._said, type(optimizer), group, direction, governed)
         key = group_key(optimizer, group)
         return GroupPlans(group, key, list(group["params"]), direction, tables)
+
+
+def _place(table: LayerTable) -> tuple[Any, ...]:
+    """What makes a table's layers the same as another's, whatever their names."""
+    return table.device, tuple(map(id, table.params)), tuple(table.spans)
 
 
 def make_plan(backend: Backend, spec: PlanSpec) -> Plan:
@@ -277,7 +287,9 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any
         group["adapt"],
         group["on_nonfinite"],
         _hashable(group.get("split")),
-        _hashable(group.get("lr_scale")),
+        _hashable(group.get("lr_factor")),
+        _hashable(group.get("plain_lr")),
+        group.get("reference_lr"),
         group["precision"],
     )
 

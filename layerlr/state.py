@@ -153,6 +153,8 @@ def unpack_groups(
         for key in options.GROUP_ONLY:
             if key in old:
                 group.setdefault(key, old[key])
+        if not isinstance(group.get("lr_scale", 1.0), (int, float)):
+            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name: see README
         group["rule"] = rules.resolve(group["rule"])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from . import devices, rules
+from . import devices, options, rules
 from .graphs import check_capturable
 from .optimizer import LayerwiseOptimizer
 from .plans import GroupPlans
@@ -238,7 +238,7 @@ def _refuse(optimizer: LayerwiseOptimizer) -> None:
                 f"step_in_backward does not work with rule {rule.name!r}, which looks at the model "
                 "once all gradients are complete"
             )
-        if group.get("max_grad_norm") is not None:
+        if options.max_grad_norm(group) is not None:
             raise ValueError(
                 "step_in_backward does not work with max_grad_norm: the norm of all gradients is "
                 "known only after the first layers have stepped"

@@ -32,6 +32,10 @@ def dot(xs, ys) -> float:
     return math.fsum(float(np.sum(x * y)) for x, y in zip(xs, ys, strict=True))
 
 
+def is_kernel(w) -> bool:
+    return sum(n > 1 for n in w.shape) > 1
+
+
 def over(x, y):
     """``x / y`` where y is not zero, else 0."""
     return np.divide(x, y, out=np.zeros(np.shape(x)), where=np.asarray(y) != 0)
@@ -129,10 +133,11 @@ class Spec:
     """One param group.
 
     ``layers`` lists the parameters of each layer that the rule governs (default: every parameter
-    for singh, those of two dimensions for the others, one a layer); the rest takes the plain step.
+    for singh, those of two dimensions for the others, one a layer); the rest takes the plain step
+    at ``plain`` times lr.
     """
 
-    def __init__(self, kind, group, weights, layers=None, lr_scale=None):
+    def __init__(self, kind, group, weights, layers=None, lr_scale=None, plain=1.0):
         self.kind, self.h, self.rule = kind, group, group["rule"]
         self.w = [array(w) for w in weights]
         self.state = [{} for _ in self.w]
@@ -140,9 +145,10 @@ class Spec:
         name = self.rule.name if self.rule is not None else None
         if layers is None:
             everything = name in ("singh", "plain", "rated")
-            layers = [[i] for i, w in enumerate(self.w) if everything or w.ndim >= 2]
+            layers = [[i] for i, w in enumerate(self.w) if everything or is_kernel(w)]
         self.layers = layers if name else []
         self.lr_scale = lr_scale or [1.0] * len(self.layers)
+        self.plain_scale = plain
         self.radius = [0.0] * len(self.layers)
         inside = {i for layer in self.layers for i in layer}
         frozen = getattr(self.rule, "others", "plain") == "freeze"
@@ -159,7 +165,7 @@ class Spec:
         sign = -1.0 if self.h["maximize"] else 1.0
         grads = [sign * array(g) for g in grads]
         for i in self.plain:
-            self._step([i], grads, None, 1.0, None)
+            self._step([i], grads, None, self.plain_scale, None)
         for index, members in enumerate(self.layers):
             self._step(members, grads, self.rule, self.lr_scale[index], index)
 

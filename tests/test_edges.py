@@ -90,7 +90,7 @@ def test_update_that_decay_cancels(engine, wide, rule, lr):
     w = torch.tensor([[0.125, -0.125, 0.125]], dtype=wide)
     (p,) = engine.params([w])
     kwargs = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 8.0}
-    opt = layerlr.AdamW([p], lr=lr, rule=rule, backend=engine.backend, **kwargs)
+    opt = layerlr.AdamW([p], lr=lr, rule=rule, adapt="all", backend=engine.backend, **kwargs)
     p.grad = torch.tensor([[-3.0, 0.5, -1.0]], dtype=wide).to(p)
     opt.step()
     assert opt.layer_stats()["uu"].item() == opt.layer_stats()["skipped"].item() == 0
@@ -98,7 +98,7 @@ def test_update_that_decay_cancels(engine, wide, rule, lr):
 
 
 RATES = [(case, "number") for case in CASES]
-RATES += [(case, kind) for case in SHORT for kind in ("tensor", "lr_scale")]
+RATES += [(case, kind) for case in SHORT for kind in ("tensor", "lr_factor")]
 
 
 @pytest.mark.parametrize(("case", "rate"), RATES, ids=[f"{c.id}-{kind}" for c, kind in RATES])
@@ -116,13 +116,13 @@ def test_zero_rate_changes_no_weight(engine, case, rate):
         before = copies(params)
         radii = [opt.state.get(p, {}).get("radius", torch.ones(1) * trained) for p in params]
         radii = copies(radii)
-        if rate == "lr_scale":
-            group["lr_scale"] = 0.0
+        if rate == "lr_factor":
+            group["lr_factor"] = 0.0
         else:
             group["lr"] = 0.0 if rate == "number" else torch.tensor(0.0)
         set_grads(params, 7)
         opt.step()
-        group["lr"], group["lr_scale"] = case.args["lr"], 1.0
+        group["lr"], group["lr_factor"] = case.args["lr"], 1.0
         assert same_bits(params, before)
         for p, radius in zip(params, radii):
             assert torch.equal(opt.state.get(p, {}).get("radius", radius), radius)
@@ -195,7 +195,7 @@ def test_parallel_is_relative_to_the_step(engine, eps, side):
     # u = 1000*(w + perp), |perp| = side*eps*|w|: below eps it stays, above it rotates by atan(lr)
     w = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     (p,) = engine.params([w])
-    opt = layerlr.SGD([p], lr=0.1, rule=Layca(eps=eps), backend=engine.backend)
+    opt = layerlr.SGD([p], lr=0.1, rule=Layca(eps=eps), adapt="all", backend=engine.backend)
     p.grad = 1000 * (w + side * eps * torch.tensor([[-4.0, 3.0]])).to(p)
     opt.step()
     if side < 1:

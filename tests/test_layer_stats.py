@@ -31,9 +31,9 @@ def test_values(engine, wide, case):
     params = engine.params(random(((4, 3), (3, 5), (6,)), seed=3), wide)
     # a rate of its own for each layer: 0 for the first
     governed = 3 if case.rule.adapts == "all" else 2
-    lr_scale = [0.0, 0.5, 2.0][:governed]
-    opt = engine.make(case, [{"params": params, "lr_scale": lr_scale}])
-    spec = Spec(case.kind, opt.param_groups[0], params, lr_scale=lr_scale)
+    lr_factor = [0.0, 0.5, 2.0][:governed]
+    opt = engine.make(case, [{"params": params, "lr_factor": lr_factor}])
+    spec = Spec(case.kind, opt.param_groups[0], params, lr_scale=lr_factor)
     # the sums are of float32 steps: 64 roundings of relative size eps, some of terms that cancel
     rel = 64 * torch.finfo(wide).eps
     for seed in range(2):
@@ -157,23 +157,37 @@ def test_describe(engine, capsys):
     named = list(zip(("a.weight", "a.bias", "qkv.weight", "head.bias"), params))
     groups = [
         {"params": named[:2], "layers": "module"},
-        {"params": named[2:3], "split": [2, 4], "lr_scale": [0.5, 2.0]},
-        {"params": named[3:], "rule": None},
+        {"params": named[2:3], "split": [2, 4], "lr_factor": [0.5, 2.0]},
+        {"params": named[3:], "rule": None, "weight_decay": 0},
     ]
-    opt = layerlr.AdamW(groups, lr=0.01, rule=Lamb(clip=10.0), backend=engine.backend)
+    options = {"plain_lr": 0.02, "weight_decay": 0.1, "backend": engine.backend}
+    opt = layerlr.AdamW(groups, lr=0.01, rule=Lamb(clip=10.0), **options)
     text = layerlr.describe(opt)
     assert capsys.readouterr().out == text + "\n"
     lines = [line.split("  ") for line in text.splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     rule, backend = repr(Lamb(clip=10.0)), engine.backend
     assert cells == [
-        ["parameter", "shape", "layer", "rule", "role", "lr", "backend"],
-        ["a.weight", "(4, 3)", "a", rule, "adapted", "0.01", backend],
-        ["a.bias", "(4,)", "-", "-", "plain", "0.01", backend],
-        ["qkv.weight", "(6, 2)", "qkv.weight[0]", rule, "adapted", "0.005", backend],
-        ["qkv.weight", "(6, 2)", "qkv.weight[1]", rule, "adapted", "0.02", backend],
-        ["head.bias", "(2,)", "-", "-", "plain", "0.01", backend],
+        ["parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend"],
+        ["a.weight", "(4, 3)", "a", rule, "adapted", "0.01", "0.1", backend],
+        ["a.bias", "(4,)", "-", "-", "plain", "0.02", "0.1", backend],
+        ["qkv.weight", "(6, 2)", "qkv.weight[0]", rule, "adapted", "0.005", "0.1", backend],
+        ["qkv.weight", "(6, 2)", "qkv.weight[1]", rule, "adapted", "0.02", "0.1", backend],
+        ["head.bias", "(2,)", "-", "-", "plain", "0.02", "0", backend],
     ]
+
+
+def test_describe_names_what_was_skipped(engine):
+    params = engine.params(random(((4, 3), (4,)), seed=3), torch.float32)
+    opt = layerlr.SGD(list(zip("wb", params)), rule="layca", backend=engine.backend)
+    set_grads(params, 0)
+    opt.step()
+    assert "skipped" not in layerlr.describe(opt)
+    for _ in range(3):
+        params[0].grad[0, 0] = torch.nan
+        opt.step()
+    last = layerlr.describe(opt).splitlines()[-1]
+    assert last == "skipped for a non-finite gradient: w (3)"
 
 
 def test_describe_frozen_and_unnamed(engine):
@@ -181,7 +195,7 @@ def test_describe_frozen_and_unnamed(engine):
     opt = engine.make(BY_ID["mom-layca-frozen"], params)
     lines = layerlr.describe(opt).splitlines()
     assert lines[1].split()[0] == "group0.param0" and "adapted" in lines[1]
-    assert lines[2].split() == ["group0.param1", "(4,)", "-", "-", "frozen", "0", "-"]
+    assert lines[2].split() == ["group0.param1", "(4,)", "-", "-", "frozen", "0", "0", "-"]
 
 
 def test_auto_takes_the_first_backend_that_can():

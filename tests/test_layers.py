@@ -39,6 +39,7 @@ ASSIGNED = {
     "callable": (by_ending, "all", [[0, 2, 4], [1, 3]], ["weight", "bias"]),
     "one key": (lambda name, p: None, "all", [[0, 1, 2, 3, 4]], ["None"]),
     "kernels": ("tensor", "kernels", [[0], [2]], list(NAMES)),
+    "none": ("module", "none", [], list(NAMES)),
     "kernels of modules": (
         "module",
         "kernels",
@@ -79,6 +80,23 @@ def test_default_of_adapt(engine, rule):
     kernels = ["adapted", "plain", "adapted", "plain", "plain"]
     wanted = {"none": ["plain"] * 5} | dict.fromkeys(("plain", "singh", "rated"), all_of_them)
     assert roles == wanted.get(rule, kernels)
+
+
+@pytest.mark.asked(triton=NONE)
+def test_kernels_have_two_dimensions_larger_than_1(engine):
+    shapes = ((1, 1, 8), (8, 1), (1, 8), (1,), (), (2, 2), (4, 1, 3, 3), (4, 3, 1, 1), (4, 1, 1, 1))
+    params = engine.params(random(shapes))
+    opt = layerlr.SGD(params, rule="layca", backend=engine.backend)
+    lines = layerlr.describe(opt).splitlines()[1:]
+    adapted = ["adapted" in line for line in lines]
+    assert adapted == [False, False, False, False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("rule", ["LARS", "Lars", layerlr.rules.Lars])
+def test_a_rule_by_name_in_any_letters_or_by_its_class(rule):
+    p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    opt = layerlr.SGD([{"params": p}, {"params": q, "rule": rule}], rule=rule)
+    assert [g["rule"] for g in opt.param_groups] == [layerlr.rules.Lars()] * 2
 
 
 def test_module_of_a_parameter_without_one(engine):

@@ -140,7 +140,18 @@ def test_state_dict_and_copies_keep_the_bound():
     assert opt.param_groups[0]["max_grad_norm"] == 1.0
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_a_bound_of_0_is_none():
+    """As Hugging Face, Lightning and nanoGPT write it."""
+    a, b = pair()
+    off, none = layerlr.SGD(a, lr=1.0, max_grad_norm=0.0), layerlr.SGD(b, lr=1.0)
+    for params, opt in ((a, off), (b, none)):
+        fill(params, 3.0)
+        opt.step()
+    assert off.grad_norm is None
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
 def test_refuses_a_bound_that_is_none(bad):
     a, _ = pair()
     with pytest.raises(ValueError, match="max_grad_norm"):

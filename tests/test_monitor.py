@@ -41,7 +41,7 @@ def through_file(state):
 def one(values, **kwargs):
     """A monitor of one layer, and the layer."""
     weight = nn.Parameter(torch.as_tensor(values, dtype=torch.float64))
-    return LayerRotation([("w", weight)], **kwargs), weight
+    return LayerRotation([("w", weight)], adapt="all", **kwargs), weight
 
 
 def distance(rotation, weight, values):
@@ -101,7 +101,7 @@ def test_tiny_distances_keep_their_digits(turn):
 def test_float32_layers_are_measured_in_float64():
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(300, 70))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     start = w.detach().double()
     with torch.no_grad():
         w[3, 5] += 1e-4
@@ -145,8 +145,8 @@ def test_a_half_turn_is_pi_whatever_the_rounding():
 @pytest.mark.parametrize("lr", [0.1, 3**-3])
 def test_layca_turns_by_arctan_lr(lr):
     w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
-    optimizer = layerlr.SGD([w], lr=lr, rule="layca")
-    rotation = LayerRotation([("w", w)], angles=True)
+    optimizer = layerlr.SGD([w], lr=lr, rule="layca", adapt="all")
+    rotation = LayerRotation([("w", w)], adapt="all", angles=True)
     w.grad = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     optimizer.step()
     rotation.record()
@@ -157,7 +157,7 @@ def test_layca_turns_by_arctan_lr(lr):
 
 def test_complex_layers_count_as_pairs_of_reals():
     w = nn.Parameter(torch.tensor([[1 + 0j, 0j]]))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     w.data = torch.tensor([[1j, 0j]])
     rotation.record()
     assert rotation.curves().distances.item() == 1.0
@@ -165,7 +165,7 @@ def test_complex_layers_count_as_pairs_of_reals():
 
 def test_memory_format_does_not_matter():
     w = nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
-    rotation = LayerRotation([("w", w)])
+    rotation = LayerRotation([("w", w)], adapt="all")
     w.data = w.data.contiguous()
     rotation.record()
     assert rotation.curves().distances.item() == 0.0
@@ -245,7 +245,7 @@ def test_construction_refuses_what_cannot_be_watched():
     with pytest.raises(TypeError, match="named_parameters"):
         LayerRotation(model.parameters())
     with pytest.raises(ValueError, match="two parameters are named 'w'"):
-        LayerRotation([("w", torch.ones(1, 1)), ("w", torch.ones(1, 1))])
+        LayerRotation([("w", torch.ones(2, 2)), ("w", torch.ones(2, 2))])
     with pytest.raises(ValueError, match=r"'0\.weight' is uninitialised"):
         LayerRotation(nn.Sequential(nn.LazyLinear(3)))
 
@@ -276,12 +276,12 @@ def test_a_model_cast_in_place_is_followed():
 def test_parametrised_weights_are_watched_behind_the_parametrisation():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
     rotation = LayerRotation(model)
-    names = ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
-    assert rotation.names == names
+    # the other one, of shape (2, 1), holds the norms of the rows
+    assert rotation.names == ["0.parametrizations.weight.original1"]
     with torch.no_grad():
         model[0].parametrizations.weight.original1.neg_()
     rotation.record()
-    assert rotation.curves().distances.tolist() == [[0, pytest.approx(2)]]
+    assert rotation.curves().distances.tolist() == [[pytest.approx(2)]]
 
 
 # -- records -------------------------------------------------------------------------------------
@@ -657,7 +657,7 @@ def _sharded(folder):
 
     sharded = {name: shard(name, t) for name, t in starts.items()}
     whole = {name: t.clone() for name, t in starts.items()}
-    monitors = [LayerRotation(w.items(), angles=True) for w in (sharded, whole)]
+    monitors = [LayerRotation(w.items(), adapt="all", angles=True) for w in (sharded, whole)]
     for factor in (1, -1):
         for name, end in ends.items():
             moved = shard(name, factor * end)

@@ -206,7 +206,11 @@ def _refused_groups():
         "split": ({"params": [("e", e)], "split": 2}, ValueError, "split=2 .*'e'"),
         "layers": ({"params": [("e", e)], "layers": "all"}, ValueError, "Invalid layers: 'all'"),
         "adapt": ({"params": [("e", e)], "adapt": 3}, ValueError, "Invalid adapt: 3"),
-        "lr_scale": ({"params": [("e", e)], "lr_scale": [1.0, 2.0]}, ValueError, "lr_scale has 2"),
+        "lr_factor": (
+            {"params": [("e", e)], "lr_factor": [1.0, 2.0]},
+            ValueError,
+            "lr_factor has 2",
+        ),
         "dtype": ({"params": [("e", e), ("f", f)]}, ValueError, "'f' has dtype torch.int32"),
         "names": ({"params": [e]}, ValueError, "with/without names"),
         "set": ({"params": {e}}, TypeError, "ordered collections"),

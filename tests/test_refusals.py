@@ -69,11 +69,17 @@ def test_wrong_rule_values(make, message):
 #: arguments -> error, and what its message says
 WRONG = [
     ({"rule": "lasr"}, ValueError, ["'lasr'", "'singh', 'lars', 'lamb', 'layca'"]),
-    ({"rule": rules.Lars}, TypeError, ["rule", "an instance is wanted, not the class"]),
+    ({"rule": torch.optim.SGD}, TypeError, ["rule must be None, a name", "SGD"]),
     ({"rule": 3}, TypeError, ["rule must be None, a name or a layerlr.rules.LayerRule, got 3"]),
     ({"layers": "block"}, ValueError, ["layers: 'block'", "'tensor', 'module' or a callable"]),
     ({"layers": "module"}, ValueError, ["layers='module'", "model.named_parameters()"]),
-    ({"adapt": "weights"}, ValueError, ["adapt: 'weights'", "'all', 'kernels' or a callable"]),
+    (
+        {"adapt": "weights"},
+        ValueError,
+        ["adapt: 'weights'", "'all', 'kernels', 'none' or a callable"],
+    ),
+    ({"rule": "lars", "plain_lr": -0.1}, ValueError, ["plain_lr: -0.1, wanted None or a finite"]),
+    ({"rule": "lars", "plain_lr": float("nan")}, ValueError, ["Invalid plain_lr: nan"]),
     ({"on_nonfinite": "stop"}, ValueError, ["on_nonfinite: 'stop'", "'skip' or 'propagate'"]),
 ]
 WRONG_BACKEND = ({"backend": "gpu"}, ValueError, ["'gpu'", "'auto'", "'reference'"])
@@ -85,6 +91,24 @@ def test_wrong_arguments(cls, kwargs, error, words):
     with pytest.raises(error) as refused:
         cls([Parameter(torch.ones(2))], **kwargs)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("cls", cases.CLASSES)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("trust", "'trust': it belongs to the rule, rule=layerlr.rules.Lars(trust=...)"),
+        ("trust_clip", "rules.Lars(trust_clip=...) or rule=layerlr.rules.Lamb(trust_clip=...)"),
+        ("split", "'split': it is a key of param groups, {'params': ..., 'split': ...}"),
+        ("truts", "'truts'"),
+    ],
+)
+def test_arguments_that_belong_elsewhere(cls, name, words):
+    with pytest.raises(TypeError) as refused:
+        cls([Parameter(torch.ones(2))], **{name: 1})
+    message = str(refused.value)
+    assert f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}" in message
+    assert words in message and ("belongs" in message) == ("trust" in name)
 
 
 @pytest.mark.parametrize(("kwargs", "error", "words"), WRONG)
@@ -108,8 +132,9 @@ def test_a_group_key_set_to_nonsense(engine):
         ("layers", "block", "'block'"),
         ("adapt", "weights", "'weights'"),
         ("split", 5, "split=5"),
-        ("lr_scale", [1.0], "lr_scale has 1 entries for 2 layers"),
-        ("lr_scale", -1.0, "lr_scale: -1.0, wanted finite numbers >= 0"),
+        ("plain_lr", -1.0, "plain_lr: -1.0, wanted None or a finite number >= 0"),
+        ("lr_factor", [1.0], "lr_factor has 1 entries for 2 layers"),
+        ("lr_factor", -1.0, "lr_factor: -1.0, wanted finite numbers >= 0"),
     ]:
         group = opt.param_groups[0]
         before, missing = photograph(opt), object()

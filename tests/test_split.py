@@ -1,4 +1,4 @@
-"""Layers within a tensor (``split``) and a rate of its own for each layer (``lr_scale``)."""
+"""Layers within a tensor (``split``) and a rate of its own for each layer (``lr_factor``)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_split_equals_separate_tensors(engine, case, split):
     sizes = blocks(split if isinstance(split, int) else [int(s) for s in split], 6)
     apart = [Parameter(b.clone()) for p in fused for b in p.detach().split(sizes)]
     opt = engine.make(case, [{"params": fused, "split": split}])
-    twin = engine.make(case, apart)
+    # rows of a kernel are governed, a single one too
+    kernels = case.rule is not None and case.rule.adapts == "kernels"
+    twin = engine.make(case, apart, adapt=(lambda _, p: p.dim() == 2) if kernels else None)
     for seed in range(2):
         set_grads(fused, seed)
         parts = [g for p in fused for g in p.grad.split(sizes)]
@@ -95,12 +97,12 @@ def test_split_is_of_governed_parameters_alone(engine):
     assert opt.layer_stats()["names"] == ["w[0]", "w[1]", "w[2]", "b"]
 
 
-# -- lr_scale --------------------------------------------------------------------------------------
+# -- lr_factor -------------------------------------------------------------------------------------
 
 
 @pytest.mark.asked(triton=("nag-lars", "adamw-lamb", "rms-cm-rated"))
 @pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))
-def test_lr_scale(engine, case):
+def test_lr_factor(engine, case):
     """A number scales every parameter; a list has one for each layer, the others keep lr."""
     governed = [p.dim() >= 2 for p in model(engine)]
     if case.rule is None or case.rule.adapts == "all":
@@ -110,7 +112,7 @@ def test_lr_scale(engine, case):
     each = [next(spread) if g else 1.0 for g in governed]
     for scale, expected in [(0.25, [0.25] * 5), (values, each), (torch.tensor(0.25), [0.25] * 5)]:
         ours, apart = model(engine), model(engine)
-        opt = engine.make(case, [{"params": ours, "lr_scale": scale}])
+        opt = engine.make(case, [{"params": ours, "lr_factor": scale}])
         lr = case.args["lr"]
         twin = engine.make(case, [{"params": [p], "lr": lr * s} for p, s in zip(apart, expected)])
         cases.train(opt, ours, 2)
@@ -118,10 +120,10 @@ def test_lr_scale(engine, case):
         assert same_bits(ours, apart)
 
 
-def test_lr_scale_is_of_blocks_too(engine):
+def test_lr_factor_is_of_blocks_too(engine):
     ours, apart = (engine.params(random([(4, 3)], seed=1)) for _ in range(2))
     kwargs = {"lr": 0.1, "rule": "layca", "backend": engine.backend}
-    opt = layerlr.SGD([{"params": ours, "split": 2, "lr_scale": [0.0, 1.0]}], **kwargs)
+    opt = layerlr.SGD([{"params": ours, "split": 2, "lr_factor": [0.0, 1.0]}], **kwargs)
     twin = layerlr.SGD([{"params": apart, "split": 2}], **kwargs)
     (before,) = copies(ours)
     cases.train(opt, ours, 2)
@@ -132,14 +134,14 @@ def test_lr_scale_is_of_blocks_too(engine):
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        ([1.0, 2.0], r"lr_scale has 2 entries for 1 layers \(w\)"),
-        ([], r"lr_scale has 0 entries for 1 layers"),
-        (-0.5, "Invalid lr_scale: -0.5"),
-        (float("nan"), "Invalid lr_scale: nan"),
-        ([float("inf")], r"Invalid lr_scale: \[inf\]"),
+        ([1.0, 2.0], r"lr_factor has 2 entries for 1 layers \(w\)"),
+        ([], r"lr_factor has 0 entries for 1 layers"),
+        (-0.5, "Invalid lr_factor: -0.5"),
+        (float("nan"), "Invalid lr_factor: nan"),
+        ([float("inf")], r"Invalid lr_factor: \[inf\]"),
     ],
 )
-def test_lr_scale_that_does_not_fit(scale, message):
+def test_lr_factor_that_does_not_fit(scale, message):
     params = [("w", Parameter(torch.ones(2, 2))), ("b", Parameter(torch.ones(2)))]
     with pytest.raises(ValueError, match=message):
-        layerlr.SGD([{"params": params, "lr_scale": scale}], rule="lars")
+        layerlr.SGD([{"params": params, "lr_factor": scale}], rule="lars")

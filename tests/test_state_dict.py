@@ -146,12 +146,27 @@ def test_options_of_a_rule_and_of_groups_come_back():
         return layerlr.Adam(groups, lr=0.3)
 
     rules = layerlr.rules.Lamb(clip=3.0, trust_clip=True), None, layerlr.rules.Layca("current")
-    opt = build(rules, lr_scale=0.5, on_nonfinite="propagate", adapt="all", split=2)
+    opt = build(rules, lr_factor=0.5, on_nonfinite="propagate", adapt="all", split=2)
     other = build(("singh", "lars", None))
     other.load_state_dict(through_file(opt.state_dict()))
     mine, wanted = (photograph(o)["groups"] for o in (other, opt))
     assert mine == wanted
     assert [g["rule"] for g in mine] == list(rules)
+
+
+def test_the_former_name_of_lr_factor():
+    """A list under ``lr_scale`` was ours and is read; a number may be timm's and is left alone."""
+    opt = layerlr.SGD(weights(), lr=0.1, rule="layca")
+    for value, ours in (([0.5, 2.0], True), (torch.tensor([0.5, 2.0]), True), (0.5, False)):
+        saved = opt.state_dict()
+        saved["param_groups"][0]["lr_scale"] = value
+        other = layerlr.SGD(weights(), lr=0.1, rule="layca")
+        other.load_state_dict(saved)
+        group = other.param_groups[0]
+        assert ("lr_factor" in group) == ours and ("lr_scale" in group) != ours
+        lines = [line.split() for line in layerlr.describe(other).splitlines()[1:]]
+        rates = [line[-3] for line in lines if "adapted" in line]
+        assert rates == (["0.05", "0.2"] if ours else ["0.1", "0.1"])
 
 
 def test_callables_are_not_saved_and_survive_a_load():
@@ -243,10 +258,10 @@ def test_torch_s_state_loads_under_a_rule_that_stays(backend):
     theirs, mine = weights(), weights()
     twin, opt = make_twin("adam", theirs), make("adam", mine, backend=backend)
     train(twin, theirs, 2)
-    opt.param_groups[0].update(rule="layca", lr_scale=0.5)
+    opt.param_groups[0].update(rule="layca", lr_factor=0.5)
     opt.load_state_dict(twin.state_dict())
     assert opt.param_groups[0]["rule"] == layerlr.rules.Layca()
-    assert opt.param_groups[0]["lr_scale"] == 0.5
+    assert opt.param_groups[0]["lr_factor"] == 0.5
     norms = [p.norm().item() for p in mine]
     train(opt, mine, 2, start=2)
     assert [p.norm().item() for p in mine][::2] == pytest.approx(norms[::2], rel=1e-12)

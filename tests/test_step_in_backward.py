@@ -69,7 +69,7 @@ def groups(net, split=None, device="cpu"):
     named = dict(net.named_parameters())
     fused = [(n, p) for n, p in named.items() if n.startswith("qkv")]
     rest = [(n, p) for n, p in named.items() if not n.startswith("qkv")]
-    own = {"params": fused, "lr_scale": 0.5}
+    own = {"params": fused, "lr_factor": 0.5}
     return [{"params": rest}, own | ({} if split is None else {"split": split})]
 
 
@@ -396,7 +396,7 @@ def test_rate_on_the_device(engine):
 def test_group_options_that_change_plans(engine):
     nets, opts, _ = pair(engine, MOM)
     for seed, change in enumerate(
-        ({"lr_scale": 0.3}, {"rule": rules.Layca()}, {"rule": None}, {"weight_decay": 0.2})
+        ({"lr_factor": 0.3}, {"rule": rules.Layca()}, {"rule": None}, {"weight_decay": 0.2})
     ):
         for opt in opts:
             opt.param_groups[0].update(change)

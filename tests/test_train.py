@@ -195,7 +195,7 @@ def test_alpha_gives_each_kernel_and_its_bias_a_rate() -> None:
     model = models.build("convnet", (1, 8, 8), 10, 0)
     optimizer = configs.build_optimizer(replace(QUICK, rule="layca", alpha=0.2), model)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2, 2]
-    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    scales = [group["lr_factor"] for group in optimizer.param_groups]
     assert scales == pytest.approx([0.8 ** (5 * (3 - layer) / 3) for layer in range(4)])
 
 
@@ -358,8 +358,8 @@ def test_a_diverged_run_says_so(tmp_path: Path) -> None:
 def test_a_task_of_its_own_and_the_callers_settings() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, generator=generator)
-    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
-    task = Task(Data("line", x, y, x, y, 1), nn.Linear(3, 1), nn.functional.mse_loss, None)
+    y = x @ torch.tensor([[1.0, 2.0], [-2.0, 1.0], [0.5, -1.0]])
+    task = Task(Data("line", x, y, x, y, 2), nn.Linear(3, 2), nn.functional.mse_loss, None)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     result = runner.train(replace(QUICK, lr=0.3, steps=60, threads=2), task)
     assert result.final["test_loss"] < 1e-4 and "test_error" not in result.final

@@ -59,7 +59,7 @@ class LayerRotation(Recorder):
         later is found by its name. Pairs, as ``named_parameters()`` gives them, are held as they
         are. The weights as they are now are the start, so build it before training.
     adapt : {"kernels", "all"} or callable (name, parameter) -> bool
-        Which parameters count as layers; ``"kernels"`` (default) are those with ndim >= 2.
+        Which parameters are layers; of ``"kernels"`` (default) two dimensions are larger than 1.
     dtype : torch.dtype, optional
         Of the stored start; by default the parameter's, which is exact. Rounded to bfloat16 it
         reads a distance of 1.4e-6 (an angle of 2e-3) at rest, to float16 2e-8 (2e-4).

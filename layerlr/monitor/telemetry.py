@@ -15,6 +15,9 @@ from .copies import Copy, HasLayerStats, snapshot
 # under way only where a step is recorded while the one before still waits in the stream.
 _IN_FLIGHT = 2
 
+# A layer that was left out in so many steps on end is reported: one bad batch is not.
+_SKIPPED_ON_END = 10
+
 
 class Telemetry:
     """Send ``optimizer.layer_stats()`` of every K-th step to files, TensorBoard or callbacks.
@@ -61,6 +64,9 @@ class Telemetry:
     out of `close`, as RuntimeError; the other sinks have had the record, and all of them are tried
     again with the next one.
 
+    A layer that was skipped (for NaN or infinities in its gradient) in at least ten steps on end,
+    from one record to another, is named in a warning, once.
+
     Layers may come, go or change their names between records. Where ranks train together, build it
     on one of them. ``step`` inside a captured CUDA graph calls no hooks when replayed: call
     `after_step` after each replay.
@@ -85,6 +91,8 @@ class Telemetry:
         self.step = 0
         self.skipped = 0
         self._copies: deque[Copy] = deque()
+        self._taking_part: dict[str, tuple[int, int]] = {}  # step and skips when last known to
+        self._reported: set[str] = set()
         self._sinks = [sinks.resolve(sink) for sink in to]
         self._hook = watched.register_step_post_hook(lambda *_: self.after_step())
 
@@ -172,12 +180,32 @@ class Telemetry:
             if wait:
                 copy.wait()
             table = copy.table()
+            self._report_skipped(copy.step, table)
             for sink in self._sinks:
                 try:
                     sink(copy.step, table)
                 except Exception as error:
                     errors.append((f"{sink!r} failed at step {copy.step}", error))
         return errors
+
+    def _report_skipped(self, step: int, table: dict[str, Any]) -> None:
+        """Warn of layers that have not taken part for long."""
+        if "skipped" not in table:
+            return
+        stuck = []
+        for name, skipped in zip(table["names"], table["skipped"].tolist(), strict=True):
+            since, before = self._taking_part.get(name, (step, skipped))
+            if skipped - before < step - since or skipped == before:
+                self._taking_part[name] = step, skipped
+            elif step - since >= _SKIPPED_ON_END and name not in self._reported:
+                stuck.append(name)
+        if stuck:
+            self._reported.update(stuck)
+            warnings.warn(
+                f"layers {', '.join(stuck)} were skipped in each of the last {_SKIPPED_ON_END} "
+                f"steps or more (at step {step}): their gradients hold NaN or infinities",
+                stacklevel=2,
+            )
 
 
 def _raise(errors: list[tuple[str, Exception]]) -> None:

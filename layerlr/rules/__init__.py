@@ -22,13 +22,17 @@ _FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake)
 RULES: dict[str, type[LayerRule]] = {r.name: r for r in _FORMULAS}
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
+#: name -> class of every rule
+KNOWN: dict[str, type[LayerRule]] = RULES | ESTIMATED
 
-#: what stands for a rule: its name, the rule itself, or none
-Rule = str | LayerRule | None
+#: what stands for a rule: its name (capitals or not), the rule itself or its class, or none
+Rule = str | LayerRule | type[LayerRule] | None
 
 
-def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | None:
-    """Rule from a name, a rule, the plain dict of a state dict, or None.
+def resolve(
+    rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None,
+) -> LayerRule | None:
+    """Rule from a name, a rule, a rule's class, the plain dict of a state dict, or None.
 
     Raises
     ------
@@ -41,31 +45,30 @@ def resolve(rule: str | LayerRule | Mapping[str, Any] | None) -> LayerRule | Non
         return rule
     if isinstance(rule, str):
         return _lookup(rule)()
+    if isinstance(rule, type) and issubclass(rule, LayerRule):
+        return rule()
     if isinstance(rule, Mapping):
         options = dict(rule)
         return _lookup(str(options.pop("name", None)))(**options)
-    raise TypeError(
-        f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}"
-        + (" (an instance is wanted, not the class)" if isinstance(rule, type) else "")
-    )
+    raise TypeError(f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}")
 
 
-def is_estimated(rule: str | LayerRule | Mapping[str, Any] | None) -> bool:
+def is_estimated(rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None) -> bool:
     """Whether a rule looks at the model for its rates."""
     return isinstance(rule if isinstance(rule, LayerRule) else resolve(rule), Estimated)
 
 
 def _lookup(name: str) -> type[LayerRule]:
-    every = RULES | ESTIMATED
     try:
-        return every[name]
+        return KNOWN[name.lower()]
     except KeyError:
-        known = ", ".join(repr(n) for n in every)
+        known = ", ".join(repr(n) for n in KNOWN)
         raise ValueError(f"unknown rule {name!r}, known are {known}") from None
 
 
 __all__ = [
     "ESTIMATED",
+    "KNOWN",
     "RULES",
     "BackMatching",
     "Brake",

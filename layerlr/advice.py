@@ -1,0 +1,86 @@
+"""What an optimizer says once: options that it takes and that change nothing."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from . import options, rules
+from .directions import Direction
+from .directions.adam import Adam
+
+#: keys of a group beside options and constructor arguments
+_OTHERS = ("params", "param_names", "estimated")
+
+
+def give(
+    said: set[str], owner: type, group: dict[str, Any], direction: Direction, governed: bool
+) -> None:
+    """Warn of a group's options without effect, each kind once.
+
+    Parameters
+    ----------
+    said
+        What was said before, by kind; added to.
+    owner
+        The optimizer's class.
+    governed
+        Whether the rule governs a parameter of the group.
+    """
+    for kind, message in _about(owner, group, direction, governed):
+        if kind not in said:
+            said.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """``stacklevel`` of the first frame that is neither ours nor torch's."""
+    level, frame = 1, inspect.currentframe()
+    while (frame := frame and frame.f_back) is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("layerlr", "torch"):
+            break
+        level += 1
+    return level
+
+
+def _about(
+    owner: type, group: dict[str, Any], direction: Direction, governed: bool
+) -> Iterator[tuple[str, str]]:
+    rule = group["rule"]
+    arguments = inspect.signature(owner).parameters
+    ours = options.OPTIONS | options.GROUP_ONLY
+    for key in group.keys() - arguments.keys() - ours.keys() - {*_OTHERS}:
+        close = difflib.get_close_matches(key, ours, 1, 0.8)
+        if key == "lr_scale" and not isinstance(group[key], (int, float)):
+            close = ["lr_factor"]  # a foreign key of this name is a number
+        if close:
+            yield key, f"layerlr knows no param-group key {key!r}: was {close[0]!r} meant?"
+    if "backend" in group:
+        yield "backend", "backend is no param-group key and has no effect: give the constructor one"
+    decay = group["weight_decay"]  # a default is nobody's wish, and not spoken of
+    usual = arguments["weight_decay"].default if "weight_decay" in arguments else 0
+    if (
+        governed
+        and isinstance(rule, rules.Layca)
+        and group.get("decoupled_weight_decay")
+        and isinstance(decay, (int, float))
+        and decay not in (0, usual)
+    ):
+        yield (
+            "weight_decay",
+            f"weight_decay={decay} has no effect on layers under {rule.name!r}, which keeps their "
+            "norms; other parameters decay",
+        )
+    for name, what in (
+        ("bias_correction", "whose moments are not corrected"),
+        ("grad_averaging", "which has no such average"),
+    ):
+        if not getattr(rule, name, True) and not isinstance(direction, Adam):
+            yield (
+                name,
+                f"{type(rule).__name__}({name}=False) has no effect on {owner.__name__}, {what}: "
+                "it is for Adam and AdamW",
+            )

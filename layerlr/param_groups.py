@@ -1,0 +1,168 @@
+"""Which parameters of a model a rule should govern, and which should decay: its param groups."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .layers import is_kernel
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # whose weights may be matrices; others have vectors
+
+Patterns = str | Iterable[str]
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    governed: Patterns = (),
+    plain: Patterns = (),
+    head: Patterns | None = None,
+    decay: Patterns = (),
+    no_decay: Patterns = (),
+) -> list[dict[str, Any]]:
+    """Sort a model's parameters: hidden matrices under the rule, the others plain.
+
+    Plain are
+
+    - what is no matrix: parameters with fewer than two dimensions larger than 1;
+    - biases: parameters with "bias" in the last part of their name;
+    - embeddings: parameters of an `nn.Embedding` or `nn.EmbeddingBag`, and what is tied to them;
+    - norms: parameters of an `nn.LayerNorm` or `nn.RMSNorm`;
+    - heads: see ``head``;
+    - what the model's own ``no_weight_decay()`` names, where it has one (timm: position embeddings,
+      class tokens).
+
+    All but these are under the rule, kernels of convolutions included. Weight decay, where the
+    optimizer has it, is on matrices: hidden ones, embeddings and heads; the others have none.
+    Position embeddings that are bare parameters are matrices as any other: name them in ``plain``.
+    Layers lie within one group: under ``layers="module"`` a bias that is sorted out is not in its
+    module's layer (``governed`` and ``decay`` bring it there).
+
+    Parameters
+    ----------
+    model : nn.Module
+    governed, plain : str or iterable of str
+        Patterns (`fnmatch`: ``*``, ``?``) of parameters to put under the rule, or to keep from it.
+        A pattern matches the name of a parameter, or of a module, for all that is in it.
+    head : str, iterable of str or None
+        Patterns of the output layers; ``()`` for none. None: what the model says itself,
+        ``get_output_embeddings()`` as in transformers or ``get_classifier()`` as in timm; else the
+        last `nn.Linear` of ``model.modules()``. A model without a head has its last hidden
+        layer there: look at `describe`.
+    decay, no_decay : str or iterable of str
+        Patterns of parameters to decay, or not to decay, whatever they are.
+
+    Returns
+    -------
+    list of dict
+        Param groups with names: first what the rule governs (``adapt="all"``), then the plain ones
+        (``adapt="none"``), those without weight decay apart (``weight_decay=0``). A parameter that
+        has several names is in one, under its first; any of them matches. Frozen ones are in.
+
+    Raises
+    ------
+    ValueError
+        For a pattern without a match, a parameter that is to be both, a model of which nothing is
+        left under the rule.
+
+    Examples
+    --------
+    >>> groups = layerlr.param_groups(model, plain="pos_embed")
+    >>> opt = layerlr.AdamW(groups, lr=0.02, plain_lr=4e-3, weight_decay=0.1, rule="lamb")
+    >>> layerlr.describe(opt)  # what is adapted and what plain, at which lr and decay
+    """
+    params: dict[int, nn.Parameter] = {}
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        params[id(p)] = p
+        names.setdefault(id(p), []).append(name)
+    said = {key for pattern in _said_by(model) for key in _found(names, pattern)}
+    embeddings, norms = (
+        _of_modules(m for m in model.modules() if isinstance(m, kind))
+        for kind in (_EMBEDDINGS, _NORMS)
+    )
+    heads = _of_modules(_heads(model)) if head is None else _matching(names, "head", head)
+    to_govern, to_plain = (
+        _matching(names, key, given) for key, given in (("governed", governed), ("plain", plain))
+    )
+    to_decay, not_to_decay = (
+        _matching(names, key, given) for key, given in (("decay", decay), ("no_decay", no_decay))
+    )
+    _disjoint(names, "governed", to_govern, "plain", to_plain)
+    _disjoint(names, "decay", to_decay, "no_decay", not_to_decay)
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {
+        (ruled, decays): {"params": [], "param_names": [], "adapt": "all" if ruled else "none"}
+        for ruled in (True, False)
+        for decays in (True, False)
+    }
+    for key, p in params.items():
+        bias = any("bias" in name.rpartition(".")[2] for name in names[key])
+        matrix = is_kernel(p) and not bias and key not in said | norms
+        ruled = key in to_govern or (matrix and key not in to_plain | embeddings | heads)
+        decays = key in to_decay or (matrix and key not in not_to_decay)
+        groups[ruled, decays]["params"].append(p)
+        groups[ruled, decays]["param_names"].append(names[key][0])
+    if not any(groups[True, decays]["params"] for decays in (True, False)):
+        raise ValueError(
+            f"param_groups leaves nothing of {type(model).__name__} under the rule: name what it "
+            "should govern (governed='...'), or pass model.named_parameters() to the optimizer"
+        )
+    for ruled in (True, False):
+        groups[ruled, False]["weight_decay"] = 0.0
+    return [group for group in groups.values() if group["params"]]
+
+
+def _of_modules(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The output layers, as the model says, or else its last linear layer."""
+    for ask in ("get_output_embeddings", "get_classifier"):
+        answer: Any = getattr(model, ask, None)
+        found = answer() if callable(answer) else None
+        found = found if isinstance(found, (tuple, list)) else [found]
+        modules = [module for module in found if isinstance(module, nn.Module)]
+        if modules:
+            return modules
+    linear: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[-1:]
+
+
+def _said_by(model: nn.Module) -> Patterns:
+    """What the model says should not decay."""
+    answer: Any = getattr(model, "no_weight_decay", None)
+    return answer() if callable(answer) else ()
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _matching(names: dict[int, list[str]], argument: str, given: Patterns) -> set[int]:
+    found: set[int] = set()
+    for pattern in [given] if isinstance(given, str) else given:
+        keys = _found(names, pattern)
+        if not keys:
+            raise ValueError(
+                f"{argument}: {pattern!r} matches no parameter or module; patterns are whole names "
+                f"with * and ?, such as {'*.weight'!r}"
+            )
+        found |= keys
+    return found
+
+
+def _found(names: dict[int, list[str]], pattern: str) -> set[int]:
+    return {key for key, of_one in names.items() if any(_matches(n, pattern) for n in of_one)}
+
+
+def _disjoint(
+    names: dict[int, list[str]], one: str, ones: set[int], other: str, others: set[int]
+) -> None:
+    for key in ones & others:
+        raise ValueError(f"parameter {names[key][0]!r} matches both {one} and {other}")

@@ -1,0 +1,58 @@
+"""The rate of what the rule does not govern: ``plain_lr * lr / reference_lr``.
+
+Under a rule lr may be an angle or a ratio, which is no rate for a bias. Schedulers write lr alone,
+so ``plain_lr`` follows it by the ratio to the lr that it was given with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Group = dict[str, Any]
+
+
+def settle(group: Group, index: int) -> None:
+    """Remember the lr that a group's ``plain_lr`` goes with, unless that is known already.
+
+    An lr on a device is waited for, once.
+
+    Raises
+    ------
+    ValueError
+        For a rate that is none, and where lr is none to follow, naming what to give instead.
+    """
+    if group.get("plain_lr") is None:
+        return
+    plain = group["plain_lr"] = float(group["plain_lr"])
+    if not 0.0 <= plain < float("inf"):
+        raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
+    reference = float(group.get("reference_lr") or group["lr"])
+    if not 0.0 < reference < float("inf"):
+        raise ValueError(
+            f"plain_lr={plain} follows lr by its ratio, and lr of param group {index} is "
+            f"{reference}: give a nonzero lr and let a scheduler warm it up, or the group key "
+            "reference_lr, the lr at which plain_lr is meant"
+        )
+    group["reference_lr"] = reference
+
+
+def ratio(group: Group) -> float:
+    """Factor on lr of what the rule does not govern, in a group that is settled."""
+    plain = group.get("plain_lr")
+    return 1.0 if plain is None else float(plain) / float(group["reference_lr"])
+
+
+def check_use(given: float | None, groups: Iterable[Group]) -> None:
+    """Refuse a constructor's ``plain_lr`` where no group has a rule.
+
+    Raises
+    ------
+    ValueError
+        Saying so.
+    """
+    if given is not None and all(group["rule"] is None for group in groups):
+        raise ValueError(
+            f"plain_lr={given} is the rate of what the rule does not govern, and there is no "
+            "rule: give a rule, or give this rate as lr"
+        )

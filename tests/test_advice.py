@@ -1,0 +1,171 @@
+"""What is said once: options that are taken and change nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import cases
+import pytest
+import torch
+from cases import random, set_grads
+from torch import nn
+from torch.nn import Parameter
+
+import layerlr
+from layerlr.monitor import Telemetry
+from layerlr.rules import Lamb
+
+
+def weights():
+    return [Parameter(v) for v in random(((4, 3), (4,), (2, 4)))]
+
+
+def said(make):
+    """The warnings of a call, and what it returns."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = make()
+    assert all(w.category is UserWarning for w in caught)
+    return [str(w.message) for w in caught], result
+
+
+WARNED = {
+    "decay of AdamW": (
+        layerlr.AdamW,
+        {"rule": "layca", "weight_decay": 0.1},
+        ["weight_decay=0.1 has no effect on layers under 'layca'"],
+    ),
+    "decoupled decay of Adam": (
+        layerlr.Adam,
+        {"rule": "layca", "weight_decay": 0.1, "decoupled_weight_decay": True},
+        ["weight_decay=0.1 has no effect"],
+    ),
+    "bias correction": (
+        layerlr.SGD,
+        {"rule": Lamb(bias_correction=False)},
+        ["Lamb(bias_correction=False) has no effect on SGD", "Adam and AdamW"],
+    ),
+    "averaging": (
+        layerlr.RMSprop,
+        {"rule": Lamb(grad_averaging=False)},
+        ["Lamb(grad_averaging=False) has no effect on RMSprop"],
+    ),
+}
+SILENT = {
+    "the default decay": (layerlr.AdamW, {"rule": "layca"}),
+    "no decay": (layerlr.AdamW, {"rule": "layca", "weight_decay": 0.0}),
+    "decay under lamb": (layerlr.AdamW, {"rule": "lamb", "weight_decay": 0.1}),
+    "decay without a rule": (layerlr.AdamW, {"weight_decay": 0.1}),
+    "nothing governed": (
+        layerlr.AdamW,
+        {"rule": "layca", "adapt": "none", "weight_decay": 0.1},
+    ),
+    "L2, which the buffers see": (layerlr.SGD, {"rule": "layca", "weight_decay": 0.1}),
+    "amsgrad": (layerlr.Adam, {"rule": Lamb(bias_correction=False), "amsgrad": True}),
+    "averaging on Adam": (layerlr.AdamW, {"rule": Lamb(grad_averaging=False)}),
+}
+
+
+@pytest.mark.parametrize("what", WARNED)
+def test_options_without_effect(what):
+    cls, options, words = WARNED[what]
+    groups = [{"params": [p]} for p in weights()]
+    messages, opt = said(lambda: cls(groups, lr=0.1, **options))
+    assert len(messages) == 1, messages  # once, not for each group
+    assert all(word in messages[0] for word in words)
+    opt.param_groups[0]["layers"] = lambda name, p: "one"  # plans are built again
+    set_grads([p for group in opt.param_groups for p in group["params"]], 0)
+    assert said(opt.step)[0] == []
+
+
+def test_warnings_point_at_who_called():
+    with pytest.warns(UserWarning, match="meant") as caught:
+        layerlr.SGD([{"params": weights(), "plainlr": 0.1}], rule="layca")
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("what", SILENT)
+def test_options_with_effect(what):
+    cls, options = SILENT[what]
+    assert said(lambda: cls(weights(), lr=0.1, **options))[0] == []
+
+
+def test_set_later():
+    params = weights()
+    opt = layerlr.AdamW(params, rule="layca", weight_decay=0.0)
+    opt.param_groups[0].update(weight_decay=0.2, rule=Lamb())
+    set_grads(params, 0)
+    assert said(opt.step)[0] == []
+    opt.param_groups[0]["rule"] = "layca"
+    assert len(said(opt.step)[0]) == 1
+
+
+KEYS = {
+    "plainlr": "plain_lr",
+    "lrfactor": "lr_factor",
+    "layer": "layers",
+    "adapts": "adapt",
+    "max_gradnorm": "max_grad_norm",
+    "on_non_finite": "on_nonfinite",
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("cls", cases.CLASSES)
+def test_a_key_that_is_nearly_one_of_ours(cls, key):
+    messages, _ = said(lambda: cls([{"params": weights(), key: None}], rule="singh"))
+    assert messages == [f"layerlr knows no param-group key {key!r}: was {KEYS[key]!r} meant?"]
+
+
+def test_foreign_keys_are_not_spoken_of():
+    keys = ("initial_lr", "max_lr", "min_lr", "lr_mult", "name", "swa_lr", "use_fallback", "betas")
+    group = {"params": weights(), "lr_scale": 0.5} | dict.fromkeys(keys, 0.5)
+    group |= {"momentum": 0.5, "nesterov": False, "eps": 1e-8, "dampening": 0.0}
+    for cls in (layerlr.SGD, layerlr.Adagrad):
+        assert said(lambda cls=cls: cls([dict(group)], rule="singh"))[0] == []
+
+
+def test_a_list_of_lr_scale_was_ours():
+    groups = [{"params": weights(), "lr_scale": [0.5, 1.0]}]
+    messages, _ = said(lambda: layerlr.SGD(groups, rule="layca"))
+    assert messages == ["layerlr knows no param-group key 'lr_scale': was 'lr_factor' meant?"]
+
+
+def test_backend_is_not_of_groups():
+    groups = [{"params": weights(), "backend": "reference"}]
+    messages, _ = said(lambda: layerlr.SGD(groups, rule="layca"))
+    assert messages == ["backend is no param-group key and has no effect: give the constructor one"]
+
+
+# -- layers that are skipped step after step -----------------------------------------------------
+
+
+def watched(bad, every):
+    """Steps at which telemetry speaks; ``bad``: those whose gradient is not finite."""
+    model = nn.Linear(3, 2)
+    opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule="layca")
+    spoken = []
+    with Telemetry(opt, lambda step, table: None, every=every):
+        for step in range(1, 61):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            if step in bad:
+                model.weight.grad[0, 0] = torch.inf
+            messages = said(opt.step)[0]
+            spoken += [(step, message) for message in messages]
+    return spoken
+
+
+@pytest.mark.parametrize(("every", "at"), [(1, 30), (4, 32), (15, 45)])
+def test_telemetry_names_layers_that_stopped(every, at):
+    """Bad from step 21 on: said at the first record that knows of ten skips on end."""
+    spoken = watched(range(21, 61), every)
+    assert [step for step, _ in spoken] == [at]
+    assert "layers weight were skipped in each of the last 10 steps or more" in spoken[0][1]
+    assert "bias" not in spoken[0][1]
+
+
+@pytest.mark.parametrize("every", [1, 4, 15])
+def test_telemetry_is_silent_about_single_skips(every):
+    assert watched({s for s in range(1, 61) if s % 10}, every) == []
+    assert watched({5, 6, 7}, every) == []
