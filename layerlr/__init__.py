@@ -9,6 +9,7 @@ from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, RMSprop
 from .param_groups import param_groups
 from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
+from .wrapping import wrap
 
 try:
     __version__ = version("layerlr")
@@ -29,4 +30,5 @@ __all__ = [
     "rules",
     "selfcheck",
     "step_in_backward",
+    "wrap",
 ]

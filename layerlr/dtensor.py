@@ -70,6 +70,18 @@ def local_part(x: Any) -> Any:
     return x._local_tensor.detach() if is_sharded(x) else x
 
 
+def like(p: Any, local: Tensor) -> Any:
+    """A tensor placed as p is, of which this process holds ``local``."""
+    if not is_sharded(p):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = p.shape, p.stride()
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
 def local_gradient(p: Any) -> Tensor | None:
     """The part of ``p.grad`` that belongs to this process's shard of p.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import devices, rules
 from .layers import names_of
-from .plans import GroupPlans, PlanCache
+from .plans import GroupPlans, PlanCache, every_plan
 
 
 class CapturedSteps:
@@ -16,13 +17,13 @@ class CapturedSteps:
         self._cache = plans
         self.plans: list[GroupPlans] = []  # a graph does not keep what it reads alive
 
-    def prepared(self) -> list[GroupPlans]:
+    def prepared(self, wanted: Callable[[GroupPlans], bool] = every_plan) -> list[GroupPlans]:
         """`PlanCache.prepared`, of a step that may be about to be captured."""
         graph = self._capturing()
         if graph:
             for index, group in enumerate(self._cache.optimizer.param_groups):
                 _check_capture(group, index)
-        ready = self._cache.prepared()
+        ready = self._cache.prepared(wanted)
         if graph:
             self.plans += [plans for plans in ready if plans not in self.plans]
         return ready

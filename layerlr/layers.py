@@ -136,10 +136,10 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
-def build_tables(group: dict[str, Any], index: int, plain: float) -> list[LayerTable]:
+def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
 
-    ``plain``: factor on lr of what the rule does not govern.
+    ``plain``: factor on lr of what the rule does not govern; None leaves that out.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float) -> list[LayerT
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
     adapt = group["adapt"] or (rule.adapts if rule is not None else "all")
-    frozen = rule is not None and rule.freezes
+    frozen = plain is None or (rule is not None and rule.freezes)
     tables: dict[torch.device, LayerTable] = {}
     place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table
     ruled: list[tuple[LayerTable, int]] = []  # governed layers in parameter order
@@ -180,7 +180,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float) -> list[LayerT
                 )
             table.spans.append(Span(tensor, begin, begin + size, layer))
             begin += size
-    _set_lr_scale(group.get("lr_factor", 1.0), plain, list(tables.values()), ruled)
+    _set_lr_scale(group.get("lr_factor", 1.0), plain or 0.0, list(tables.values()), ruled)
     for table in tables.values():
         table.start_radius = _start_radii(table, rule)
     return list(tables.values())

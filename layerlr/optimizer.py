@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checks, compiled, names, options, plain_lr, rules, state, statistics, stepping
+from . import checks, compiled, names, numbers, options, rules, state, statistics, stepping
+from .backends import StepConfig
 from .directions import Direction
 from .estimation import Estimation
 from .graphs import CapturedSteps, check_capturable
 from .options import LayerwiseOptions
+from .plain_lr import check_use, ratio
 from .plans import PlanCache
 
 
@@ -44,7 +46,7 @@ class LayerwiseOptimizer(Optimizer):
         defaults |= given
         checks.flags(defaults)
         super().__init__(params, defaults)
-        plain_lr.check_use(defaults["plain_lr"], self.param_groups)
+        check_use(defaults["plain_lr"], self.param_groups)
 
     def _equip(self) -> None:
         """Give the optimizer what copies and pickles of it do not take along."""
@@ -62,6 +64,14 @@ class LayerwiseOptimizer(Optimizer):
     def decoupled(self, group: dict[str, Any]) -> bool:
         """Whether a param group's weight decay is decoupled from its gradients."""
         return False
+
+    def numbers(self, group: dict[str, Any]) -> StepConfig:
+        """The numbers of a group's step, but for the direction's and the rule's own."""
+        return numbers.of_group(self, group)
+
+    def plain_ratio(self, group: dict[str, Any]) -> float | None:
+        """Factor on lr of what the rule does not govern; None: such parameters are left alone."""
+        return ratio(group)
 
     # -- param groups --------------------------------------------------------------------------
 

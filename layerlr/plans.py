@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _C, advice, backends, checks, devices, options, plain_lr, rules, state
+from . import _C, advice, backends, checks, devices, options, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
-from .backends.config import (
-    DECOUPLED_DECAY,
-    DIRECTION,
-    FOUND_INF,
-    GRAD_FACTOR,
-    L2,
-    LR,
-    PLAIN,
-    RULE,
-    SKIP,
-)
+from .backends.config import DIRECTION, RULE
 from .directions import Direction
 from .dtensor import is_sharded
 from .layers import LayerTable, build_tables
@@ -85,6 +75,11 @@ class GroupPlans:
             table.plan = None
 
 
+def every_plan(plans: GroupPlans) -> bool:
+    """Whatever the plan."""
+    return True
+
+
 class PlanCache:
     """The plans of every param group of one optimizer, in order.
 
@@ -121,8 +116,10 @@ class PlanCache:
         self._check_state(optimizer)
         return [self._fitting(optimizer, index) for index in range(len(optimizer.param_groups))]
 
-    def prepared(self) -> list[GroupPlans]:
+    def prepared(self, wanted: Callable[[GroupPlans], bool] = every_plan) -> list[GroupPlans]:
         """Plans of all param groups, which have read and checked the gradients of a step.
+
+        Where only some are ``wanted``, those.
 
         Raises
         ------
@@ -131,36 +128,20 @@ class PlanCache:
         """
         ready = self.every()
         for index, plans in enumerate(ready):
-            if not all(plan.prepare() for plan in plans.plans):
+            if wanted(plans) and not all(plan.prepare() for plan in plans.plans):
                 ready[index] = self.rebuild(index)
                 if not all(plan.prepare() for plan in ready[index].plans):
                     raise RuntimeError("optimizer.state changed while a step was prepared")
-        return ready
+        return [plans for plans in ready if wanted(plans)]
 
     def config(self, plans: GroupPlans) -> StepConfig:
         """What a step of a group reads afresh."""
-        optimizer, group = self.optimizer, plans.group
-        rule, on_nonfinite, lr = group["rule"], group["on_nonfinite"], group["lr"]
-        config = StepConfig()
-        values = config.values
-        if isinstance(lr, Tensor):
-            config.put(LR, lr if optimizer.defaults["differentiable"] else lr.detach())
-        else:
-            values[LR] = lr
-        values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = group["weight_decay"]
-        values[SKIP] = on_nonfinite == "skip" or (on_nonfinite is None and rule is not None)
-        values[PLAIN] = plain_lr.ratio(group)
-        values[GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        if grad_scale is not None:
-            config.put(GRAD_FACTOR, values[GRAD_FACTOR] / grad_scale.double())
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None:
-            config.put(FOUND_INF, found_inf)
-        for place, value in enumerate(plans.direction.hyper(group), DIRECTION):
-            values[place] = value
+        config = self.optimizer.numbers(plans.group)
+        for place, value in enumerate(plans.direction.hyper(plans.group), DIRECTION):
+            config.values[place] = value
+        rule = plans.group["rule"]
         for place, value in enumerate(rule.hyper() if rule is not None else (), RULE):
-            values[place] = value
+            config.values[place] = value
         return config
 
     def unfit(self) -> Iterator[int]:
@@ -238,7 +219,7 @@ class PlanCache:
         carried = {_place(t.table): t.stats for t in old}
         self._check_state(optimizer)
         tables = []
-        for table in build_tables(group, index, plain_lr.ratio(group)):
+        for table in build_tables(group, index, optimizer.plain_ratio(group)):
             states = state.complete_table(optimizer.state, table, group, direction, first)
             stats = carried.get(_place(table))
             if stats is None:

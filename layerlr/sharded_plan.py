@@ -187,7 +187,7 @@ class ShardedPlan:
         """The second pass, with the sums of whole layers."""
         whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
         self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
-        self._finish()
+        self.finish()
         if self._own:
             rows = self._stats[self.layout.first_row]
             if not self._update:
@@ -203,7 +203,7 @@ class ShardedPlan:
             self.apply(config, sums)
         else:
             self._plan.step(config)
-            self._finish()
+            self.finish()
 
     def refresh(self, config: StepConfig) -> None:
         """Bring the numbers to where captured steps of this process's shards read them."""
@@ -219,7 +219,7 @@ class ShardedPlan:
     def _late(self) -> Tensor:
         return self.layout.of_layers(self._stats[:, _OF_STEP])
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Let go of the gradients, and tell autograd what changed."""
         changed = []
         for p, local in zip(self.spec.table.params, self.layout.table.params, strict=True):

@@ -23,7 +23,7 @@ RULE = _C.CONFIG["rule"]
 UNREAD = -float("inf")
 
 _DEFAULTS = array("d", [0.0] * _C.CONFIG["size"])
-_DEFAULTS[PLAIN] = 1.0
+_DEFAULTS[GRAD_FACTOR] = _DEFAULTS[PLAIN] = 1.0
 
 
 class StepConfig:

@@ -62,8 +62,7 @@ def decide(
     memory = layers.coming(ww) if has_radius else layers.memory
     scale = rule.scale(seen, lr, memory)
     if has_radius:
-        grows, plain = memory < 0, config.values[PLAIN]
-        one = torch.ones_like(lr)
+        grows, plain, one = memory < 0, config.get(PLAIN), torch.ones_like(lr)
         steps = LayerScale(one, one, -(lr * plain), one * plain)
         scale = LayerScale(*(torch.where(grows, x, y) for x, y in zip(steps, scale, strict=True)))
         first = (memory == 0) & (ww > 0) & (scale.b != 0)

@@ -67,6 +67,8 @@ class LayerRule:
     #: reaches it (None: the norm that torch's initialisation would have given it)
     latches: ClassVar[bool] = False
     start_radius: ClassVar[float | None] = None
+    #: whether the step has the same length whatever the length of u
+    sets_length: ClassVar[bool] = False
     #: whether decoupled weight decay is no part of the step that the rule sees
     decays_apart: ClassVar[bool] = False
     #: name under which the engines know the formula, where it is another's

@@ -60,6 +60,7 @@ class Hyperball(LayerRule):
     name = "hyperball"
     order = "update"
     latches = True
+    sets_length = True
 
     def __post_init__(self) -> None:
         ok = self.radius in ("initial", "current") or (

@@ -61,6 +61,11 @@ class Lamb(LayerRule):
         ok = most is None or most >= (least or 0.0)
         self._check("max_ratio", most, ok, "None or a number that is not below min_ratio")
 
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """Unless the ratio is bounded."""
+        return self.hyper()[1:] == (0.0, math.inf)
+
     def hyper(self) -> tuple[float, ...]:
         most = math.inf if self.max_ratio is None else float(self.max_ratio)
         clip = math.inf if self.clip is None else float(self.clip)

@@ -92,6 +92,11 @@ class Layca(LayerRule):
         """Whether parameters outside the layers stay where they are."""
         return self.others == "freeze"
 
+    @property
+    def sets_length(self) -> bool:  # type: ignore[override]
+        """Unless the angle may be that of the direction's own step."""
+        return self.max_angle is None
+
     def hyper(self) -> tuple[float, ...]:
         cap = self.max_angle
         sides = (2.0, 0.0) if cap is None else (math.cos(cap), math.sin(cap))

@@ -1,0 +1,64 @@
+"""Gradient rules on another optimizer: its gradients for a step are ``f*g``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dtensor
+from .backends import COLUMNS, Plan, StepConfig
+from .plans import GroupPlans
+from .rules import LayerStats
+from .sharded_plan import ShardedPlan, reduce
+
+_ONCE = [COLUMNS.index(name) for name in ("ww", "gg", "uu", "wu", "scale", "lr")]
+
+
+@contextmanager
+def scaled_gradients(
+    groups: Sequence[GroupPlans], numbers: Callable[[dict[str, Any]], StepConfig]
+) -> Iterator[None]:
+    """Within, ``.grad`` of governed parameters is the rule's factor times what it was.
+
+    ``groups``: plans that have read their gradients.
+    """
+    plans = [(plan, group.group, numbers(group.group)) for group in groups for plan in group.plans]
+    sums = [plan.measure(config) for plan, _, config in plans]
+    reduce([(p, s) for (p, _, _), s in zip(plans, sums, strict=True) if isinstance(p, ShardedPlan)])
+    own: list[tuple[Tensor, Tensor]] = []
+    try:
+        for (plan, group, config), of_layers in zip(plans, sums, strict=True):
+            factor = _factors(plan, group, config, of_layers)
+            table, values = plan.spec.table, factor
+            if isinstance(plan, ShardedPlan):
+                plan.finish()
+                table, values = plan.layout.table, factor[plan.layout.layer_of]
+            for i, p in enumerate(plan.spec.table.params):
+                if p.grad is None:
+                    continue
+                own.append((p, p.grad))
+                g = dtensor.local_gradient(p)
+                assert g is not None
+                p.grad = dtensor.like(p, g * table.spread(i, values, g))
+        yield
+    finally:
+        for p, g in own:
+            p.grad = g
+
+
+def _factors(plan: Plan, group: dict[str, Any], config: StepConfig, sums: Tensor) -> Tensor:
+    """The factor of each layer, which goes into the statistics too; the step is not measured."""
+    rule, stats = plan.spec.rule, plan.spec.stats
+    assert rule is not None
+    found = LayerStats(*sums[:, :4].unbind(1))
+    lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=stats.device)
+    lr = lr * torch.tensor(plan.spec.table.lr_scale, dtype=torch.float64, device=stats.device)
+    factor = rule.factor(found, lr, 0.0)  # the base's decay is none of the gradient
+    unknown = torch.full_like(factor, torch.nan)
+    rows = torch.stack([found.ww, found.gg, unknown, unknown, factor, lr * factor], 1)
+    stats[:, _ONCE] = rows
+    return factor
