@@ -22,7 +22,7 @@ from .models import build
 from .record import Result, machine, write_atomically
 
 # Large enough for a GPU, small enough for the activations to stay near the cores of a CPU.
-_TEST_BATCH = 250
+TEST_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(self, config: Config, task: Task) -> None:
         self.config, self.task = config, task
-        self.device = _usable(config.device)
+        self.device = usable(config.device)
         self.data = task.data.to(self.device)
         self.model = task.model.to(self.device)
         self.optimizer = task.optimizer(config, self.model)
@@ -124,6 +124,8 @@ class Trainer:
             _backward_twice_differentiable(loss)
         else:
             loss.backward()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         before = time.perf_counter()
         self.optimizer.step()
         self.optimizer_seconds.append(time.perf_counter() - before)
@@ -161,8 +163,8 @@ class Trainer:
         loss = error = 0.0
         with torch.no_grad():
             for x, y in zip(
-                self.data.test_x.split(_TEST_BATCH),
-                self.data.test_y.split(_TEST_BATCH),
+                self.data.test_x.split(TEST_BATCH),
+                self.data.test_y.split(TEST_BATCH),
                 strict=True,
             ):
                 output, part = self.model(x), len(y) / len(self.data.test_y)
@@ -282,7 +284,7 @@ def _backward_twice_differentiable(loss: Tensor) -> None:
         loss.backward(create_graph=True)
 
 
-def _usable(name: str) -> torch.device:
+def usable(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
