@@ -61,13 +61,13 @@ _AVERAGED = ("momentum", "nag", "amom", "adam", "adamw")
 
 def default_rate(optimizer: str, rule: str) -> float:
     """The rate the demo uses; for the other rules there is no value that suits any task."""
-    if rule in ("none", "singh"):
+    if rule in ("none", "singh") and optimizer in BARE_RATES:
         return BARE_RATES[optimizer]
     if rule == "layca":
         return LAYCA_RATE_AVERAGED if optimizer in _AVERAGED else LAYCA_RATE
     if rule == "curvature":
         return 1.0  # a factor on the step that the rule computes
-    raise ValueError(f"no default learning rate for rule {rule!r}: give one")
+    raise ValueError(f"no default learning rate for {optimizer}, rule {rule!r}: give one")
 
 
 def option(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
@@ -183,7 +183,10 @@ def from_arguments(arguments: argparse.Namespace, **more: Any) -> Config:
     return Config(**values)
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Config, model: nn.Module, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, or of these groups."""
     class_name, arguments = OPTIMIZERS[config.optimizer]
     arguments = {"lr": config.rate, **arguments, **parse_options(config.options)}
     for key in ("momentum", "weight_decay"):
@@ -193,11 +196,13 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         if not hasattr(torch.optim, class_name):
             raise ValueError(f"torch.optim has no {class_name}")
         make = getattr(torch.optim, class_name)
+    elif not hasattr(layerlr, class_name):
+        raise ValueError(f"layerlr has no {class_name}: choose --library torch")
     else:
         make = getattr(layerlr, class_name)
         arguments |= {"rule": _rule(config), "layers": config.layers, "backend": config.backend}
     try:
-        return make(_parameters(config, model), **arguments)
+        return make(groups or _parameters(config, model), **arguments)
     except TypeError as error:
         raise ValueError(f"{config.optimizer} with {arguments}: {error}") from error
 

@@ -182,7 +182,8 @@ def train_together(
     """Train each config with its task, all at once; their results.
 
     The tasks share data, loss and the network's layout and have no error. Equal to training them
-    one by one up to the rounding of sums (and of products, on a GPU). Layer rotation is not recorded.
+    one by one up to the rounding of sums (and of products, on a GPU). Layer rotation is not
+    recorded.
     """
     first = configs[0]
     with settings(first), _products(first.device):
