@@ -224,7 +224,7 @@ def fleet(job: Job, data: Data, after_step: AfterStep) -> list[Result]:
 
 def experiment(options: argparse.Namespace) -> Experiment:
     width, depth = _size(options)
-    gpu = options.device.startswith("cuda")
+    as_one = options.together or options.device.startswith("cuda")
     return Experiment(
         name="char_gpt",
         data="tiny_shakespeare",
@@ -239,13 +239,18 @@ def experiment(options: argparse.Namespace) -> Experiment:
         "products are in TF32.",
         table=char_gpt_report.table,
         plot=char_gpt_report.plot,
-        train=fleet if gpu else one_by_one,
-        together=together if gpu else None,
+        train=fleet if as_one else one_by_one,
+        together=together if as_one else None,
     )
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    text = "train the runs of a family as one, as always on a GPU"
+    parser.add_argument("--together", action="store_true", help=text)
+
+
 def run(argv: Sequence[str] | None = None) -> Store:
-    return main(__doc__, experiment, argv)
+    return main(__doc__, experiment, argv, arguments)
 
 
 if __name__ == "__main__":
