@@ -160,17 +160,20 @@ class Trainer:
 
     def _test(self) -> dict[str, Any]:
         self.model.eval()
-        loss = error = 0.0
+        found = []  # read together: each reading waits for the device
         with torch.no_grad():
             for x, y in zip(
                 self.data.test_x.split(TEST_BATCH),
                 self.data.test_y.split(TEST_BATCH),
                 strict=True,
             ):
-                output, part = self.model(x), len(y) / len(self.data.test_y)
-                loss += part * self.task.loss(output, y).item()
-                if self.task.error is not None:
-                    error += part * self.task.error(output, y).item()
+                output, measures = self.model(x), (self.task.loss, self.task.error)
+                found.append(torch.stack([m(output, y).double() for m in measures if m]))
+        parts = [len(y) / len(self.data.test_y) for y in self.data.test_y.split(TEST_BATCH)]
+        loss, *error = (
+            sum(part * value for part, value in zip(parts, values, strict=True))
+            for values in torch.stack(found, 1).tolist()
+        )
         self.model.train()
         recent = self.losses[max(0, self.step - 50) : self.step]
         record = {
@@ -180,7 +183,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds,
         }
-        return record if self.task.error is None else record | {"test_error": error}
+        return record | {"test_error": error[0]} if error else record
 
     # --- checkpoint and result ---
 

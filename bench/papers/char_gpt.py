@@ -71,11 +71,11 @@ ONE_LINE = (
     Family("SGD + lars", "momentum", -1, "lars", 0.0),
 )
 PLAIN = (
+    Family("AdamW, two rates", "adamw", -10, plain="Adam"),
     *(
         replace(family, title=family.title + REST, plain=family.title.split()[0].rstrip("W"))
         for family in ONE_LINE
     ),
-    Family("AdamW, two rates", "adamw", -10, plain="Adam"),
     Family("Muon" + REST, "muon", -8, plain="Adam"),
     Family("Muon + hyperball" + REST, "muon", -8, "hyperball", 0.0, plain="Adam"),
 )

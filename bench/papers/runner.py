@@ -153,13 +153,10 @@ def parser_of(description: str | None, scale: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    description: str | None,
-    experiment: Callable[[argparse.Namespace], Experiment],
-    argv: Sequence[str] | None = None,
-    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
-) -> Store:
-    """Command line of an experiment, and its run."""
+def parser(
+    description: str | None, arguments: Callable[[argparse.ArgumentParser], object] | None
+) -> argparse.ArgumentParser:
+    """Command line of one experiment, with arguments of its own."""
     parser = parser_of(description, "paper")
     add = parser.add_argument
     add("--seeds", type=_positive, help="runs of each arm, seeds 0 to SEEDS - 1")
@@ -175,11 +172,22 @@ def main(
     add("--limit", type=float, default=3600.0, help="seconds that a worker may train in one go")
     if arguments is not None:
         arguments(parser)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(
+    description: str | None,
+    experiment: Callable[[argparse.Namespace], Experiment],
+    argv: Sequence[str] | None = None,
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> Store:
+    """Command line of an experiment, and its run."""
+    ours = parser(description, arguments)
+    options = ours.parse_args(argv)
     try:
         return run(experiment(options), options)
     except (DataError, ValueError, re.error) as error:
-        parser.error(str(error))
+        ours.error(str(error))
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> Store:
