@@ -25,7 +25,6 @@ from bench.data import Data, DataError, load
 from bench.fleet import train_together
 from bench.papers import char_gpt, char_gpt_report, gpt, workers
 from bench.papers.runner import network
-from bench.papers.store import Store
 from bench.train import train
 
 pytestmark = pytest.mark.full("experiments")

@@ -18,13 +18,14 @@ from .evidence import Values, less
 from .store import Store
 
 Run = dict[str, Any]
+CHANCE = math.log(65)  # nats: all characters of the text equally likely
 TOLERANCE = 0.05  # nats above the best: what still counts as the valley
 _NAME = re.compile(r"(?P<title>.*), rate (?P<rate>[^,]*)(, (?P<size>.*))?")
 Curve = dict[float, Values]  # rate -> loss by seed
 
 
 def families(store: Store, size: str | None = None) -> dict[str, Curve]:
-    """Title -> losses by rate and seed, at a size; a run that diverged has a loss without end."""
+    """Title -> losses by rate and seed, at a size."""
     found: dict[str, Curve] = {}
     for arm in store.arms:
         match = _NAME.fullmatch(arm)
@@ -40,8 +41,9 @@ def sizes(store: Store) -> list[str]:
 
 
 def loss(run: Run) -> float:
+    """At the end; a run that diverged knows nothing."""
     final = run["final"]
-    return math.inf if final["diverged"] or final["test_loss"] is None else final["test_loss"]
+    return CHANCE if final["diverged"] or final["test_loss"] is None else final["test_loss"]
 
 
 def best_rate(curve: Curve) -> float:
@@ -68,9 +70,14 @@ def octaves(curve: Curve, seed: str) -> float:
         low, high = sorted((y0, y1))
         if high <= limit:
             width += x1 - x0
-        elif low <= limit and math.isfinite(high):
+        elif low <= limit:
             width += (x1 - x0) * (limit - low) / (high - low)
     return width
+
+
+def valley(curve: Curve) -> Values:
+    """`octaves` of each seed."""
+    return {seed: octaves(curve, seed) for seed in curve[best_rate(curve)]}
 
 
 def steps_to(run: Run, target: float) -> float:
@@ -126,16 +133,16 @@ def table(store: Store) -> Table:
     for title, curve in found.items():
         rate = best_rate(curve)
         edge = " (edge)" if rate in (min(curve), max(curve)) else ""
-        diverged = sum(math.isinf(value) for values in curve.values() for value in values.values())
+        runs = [run for rate in curve for run in store.runs(arm_of(store, title, rate))]
+        diverged = sum(run["final"]["diverged"] for run in runs)
         needed = _mean(steps_needed(store, title)) if reference else math.inf
-        widths = [octaves(curve, seed) for seed in curve[rate]]
         rows.append(
             [
                 title,
                 f"{rate:.3g}{edge}",
                 report.mean_std(list(curve[rate].values()), 3),
                 f"{100 * needed:.0f}%" if math.isfinite(needed) else "never",
-                report.mean_std(widths, 1),
+                report.mean_std(list(valley(curve).values()), 1),
                 report.mean_std(list(regrets(store, title).values()), 3),
                 str(diverged) if diverged else "",
             ]
@@ -185,9 +192,8 @@ def _valleys(
     axes.set_xscale("log", base=2)
     if around is not None:
         axes.axvline(1, color="#444444", linewidth=0.8)
-    finite = [value for value in lowest if math.isfinite(value)]
-    if finite:
-        axes.set_ylim(min(finite) - 0.02, min(finite) + 0.5)
+    if lowest:
+        axes.set_ylim(min(lowest) - 0.02, min(lowest) + 0.5)
     rate = "rate over its best" if around is None else "rate over the one carried over"
     axes.set(xlabel=rate, ylabel="validation loss")
     axes.grid(**report.GRID)

@@ -85,9 +85,10 @@ class Store:
     def runs(self, arm: str) -> list[dict[str, Any]]:
         return list(self.content["arms"].get(arm, {"runs": {}})["runs"].values())
 
-    def complete(self, seeds: int) -> bool:
-        """Whether every arm has as many seeds, and not one of them more than another."""
-        counts = {len(entry["runs"]) for entry in self.content["arms"].values()}
+    def complete(self, seeds: int, needs: str = "") -> bool:
+        """Whether every arm that matches has as many seeds, and none of them more than another."""
+        arms = {arm: entry for arm, entry in self.content["arms"].items() if re.match(needs, arm)}
+        counts = {len(entry["runs"]) for entry in arms.values()}
         return len(counts) == 1 and counts.pop() >= seeds
 
     def by_seed(self, arm: str, of: Callable[[dict[str, Any]], float]) -> dict[str, float]:
