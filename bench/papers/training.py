@@ -51,7 +51,7 @@ class Training:
 
 
 class Queue:
-    """Runs that the store does not have yet, in jobs that are handed out once."""
+    """Runs that the store does not have yet; a job that fails is handed out once more."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class Queue:
             bar,
         )
         self.given: set[tuple[str, int]] = set()
+        self.retried: set[tuple[str, int]] = set()
         self.steps = 0  # of what was handed out
 
     def next(self) -> Job | None:
@@ -80,7 +81,7 @@ class Queue:
         if together is not None:
             key = together(*pending[0])
             job = [one for one in pending if together(*one) == key][:LARGEST]
-        self.given |= {(arm.name, config.seed) for arm, config in job}
+        self.given |= _runs(job)
         self.steps += sum(config.steps for _, config in job)
         self.bar.set_description(f"{job[0][0].name}, seed {job[0][1].seed}")
         return job
@@ -106,9 +107,17 @@ class Queue:
         self.bar.update(steps if before is None else before + steps - self.bar.n)
 
     def failed(self, job: Job, why: str) -> None:
-        names = sorted({arm.name for arm, _ in job})
-        self.training.failures.append(f"{', '.join(names)}: {why.strip().splitlines()[-1]}")
-        tqdm.write(f"FAILED {', '.join(names)}\n{why}")
+        names = ", ".join(sorted({arm.name for arm, _ in job}))
+        tqdm.write(f"FAILED {names}\n{why}")
+        if _runs(job) & self.retried:
+            self.training.failures.append(f"{names}: {why.strip().splitlines()[-1]}")
+        else:
+            self.retried |= _runs(job)
+            self.given -= _runs(job)
+
+
+def _runs(job: Job) -> set[tuple[str, int]]:
+    return {(arm.name, config.seed) for arm, config in job}
 
 
 def settings(arm: Arm) -> dict[str, Any]:
