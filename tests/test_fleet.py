@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -18,13 +19,16 @@ pytest.importorskip("tqdm")
 pytest.importorskip("rich")
 
 import torch.nn.functional as F
+from test_data import cifar10_folder
 from torch import nn
 
 from bench.config import Config
 from bench.data import Data, DataError, load
 from bench.fleet import train_together
-from bench.papers import char_gpt, char_gpt_report, gpt, workers
+from bench.papers import char_gpt, char_gpt_report, gpt, runner, workers
 from bench.papers.runner import network
+from bench.papers.store import Store
+from bench.record import Result
 from bench.train import train
 
 pytestmark = pytest.mark.full("experiments")
@@ -188,6 +192,37 @@ def test_a_hang_a_crash_and_an_error_cost_one_job_each(monkeypatch: pytest.Monke
     jobs = Jobs(["a", "b"])
     workers.run(jobs, broken, 1, limit=1.0)
     assert not jobs.found and "nothing to work with" in jobs.why["b"]
+
+
+def failing_once(job: runner.Job, data: Data, after_step: runner.AfterStep) -> list[Result]:
+    """Of the second seed once, of the first rate always."""
+    ((arm, config),) = job
+    marker = Path(os.environ["MARKER"])
+    if config.lr == 1.0 or (config.seed == 1 and not marker.exists()):
+        marker.touch()
+        raise ValueError("no such luck")
+    return runner.one_by_one(job, data, after_step)
+
+
+def unlucky(_: argparse.Namespace) -> runner.Experiment:
+    def arms(scope: runner.Scope) -> list[runner.Arm]:
+        rates = {"wild": 1.0, "sound": 0.01}
+        return [runner.Arm(n, scope.config(model="mlp", lr=rate)) for n, rate in rates.items()]
+
+    budget = runner.Budget(seeds=2, batch=4, iterations=2)
+    return runner.Experiment("unlucky", "cifar10", "mlp", budget, budget, arms, train=failing_once)
+
+
+def test_a_job_that_fails_gets_a_second_try(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    argv = ["--data", str(cifar10_folder(tmp_path / "data")), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        runner.main(None, unlucky, [*argv, "--workers", "2"])
+    said = capsys.readouterr()
+    assert "2 jobs failed; wild: ValueError: no such luck" in said.err
+    assert said.out.count("FAILED wild") + said.err.count("FAILED wild") == 4
+    store = Store.load(tmp_path / "unlucky.json")
+    assert store.arms == ["sound"] and len(store.runs("sound")) == 2
 
 
 # --- the experiment ---

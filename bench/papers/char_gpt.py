@@ -233,7 +233,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
         cpu=Budget(seeds=3, batch=8, iterations=1000),
         quick=Budget(seeds=2, batch=2, iterations=6, items=16),
         arms=arms,
-        evals=20,
+        evals=10 if options.scale == "cpu" else 20,
         notes="Warm-up over a twentieth of the steps, cosine to a tenth of the rate, gradients "
         "clipped to a norm of 1, betas 0.9 and 0.95. Norms and biases do not decay. On a GPU "
         "products are in TF32.",

@@ -181,6 +181,8 @@ CLAIMS = (
             ("graph network", ("curvature_gcn_cpu", "curvature_gcn"), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "fisher"),
+            ("convolutional network", ("curvature_cnn_cpu",), "hessian"),
+            ("convolutional network", ("curvature_cnn_cpu",), "fisher"),
         )
         for direction in ("SGD", "AdamW")
     ),
