@@ -196,7 +196,7 @@ def test_a_hang_a_crash_and_an_error_cost_one_job_each(monkeypatch: pytest.Monke
 
 def failing_once(job: runner.Job, data: Data, after_step: runner.AfterStep) -> list[Result]:
     """Of the second seed once, of the first rate always."""
-    ((arm, config),) = job
+    ((_, config),) = job
     marker = Path(os.environ["MARKER"])
     if config.lr == 1.0 or (config.seed == 1 and not marker.exists()):
         marker.touch()

@@ -54,20 +54,22 @@ class Store:
     def has(self, arm: str, seed: int) -> bool:
         return str(seed) in self.content["arms"][arm]["runs"]
 
-    def add(self, arm: str, seed: int, result: Result) -> None:
+    def add(self, *runs: tuple[str, int, Result]) -> None:
+        """Arm, seed and result of what has been run; the file is written once."""
         machines = self.content["machines"]
-        if result.machine not in machines:
-            machines.append(result.machine)
-        self.content["arms"][arm]["runs"][str(seed)] = _plain(
-            {
-                "final": result.final,
-                "records": result.records,
-                "losses": _means(result.losses),
-                "rotation": _thinned(result.rotation, "distance"),
-                "rates": _thinned(result.rates, "lr"),
-                "machine": machines.index(result.machine),
-            }
-        )
+        for arm, seed, result in runs:
+            if result.machine not in machines:
+                machines.append(result.machine)
+            self.content["arms"][arm]["runs"][str(seed)] = _plain(
+                {
+                    "final": result.final,
+                    "records": result.records,
+                    "losses": _means(result.losses),
+                    "rotation": _thinned(result.rotation, "distance"),
+                    "rates": _thinned(result.rates, "lr"),
+                    "machine": machines.index(result.machine),
+                }
+            )
         text = json.dumps(self.content, indent=1, allow_nan=False)
         text = re.sub(r"\n {5,}|\n {4}(?=[]}])", " ", text)  # each run on one line
         write_atomically(self.path, lambda file: file.write(text.encode()))

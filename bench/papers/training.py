@@ -101,8 +101,8 @@ class Queue:
 
     def done(self, job: Job, results: list[Result], before: int | None = None) -> None:
         """`before`: where the bar stood when the job began, if it has moved since."""
-        for (arm, config), result in zip(job, results, strict=True):
-            self.store.add(arm.name, config.seed, result)
+        found = zip(job, results, strict=True)
+        self.store.add(*((arm.name, config.seed, result) for (arm, config), result in found))
         steps = sum(config.steps for _, config in job)
         self.bar.update(steps if before is None else before + steps - self.bar.n)
 
