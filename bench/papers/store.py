@@ -85,7 +85,9 @@ class Store:
         return self.content["arms"][arm]["settings"]
 
     def runs(self, arm: str) -> list[dict[str, Any]]:
-        return list(self.content["arms"].get(arm, {"runs": {}})["runs"].values())
+        """By seed, in whatever order they finished."""
+        runs = self.content["arms"].get(arm, {"runs": {}})["runs"]
+        return [runs[seed] for seed in sorted(runs, key=int)]
 
     def complete(self, seeds: int, needs: str = "") -> bool:
         """Whether every arm that matches has as many seeds, and none of them more than another."""
