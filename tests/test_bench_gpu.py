@@ -366,10 +366,10 @@ def test_gpu_script_s_dry_run(tmp_path):
     for module in ("agree", "step_time", "repeat", "sanitize_step", "profile_step", "tune"):
         assert f"bench.{module} imports and reads its arguments" in done.stdout
     stages = [line[1:].partition(",")[0] for line in done.stdout.splitlines() if line[0] == "["]
-    assert stages[:2] in (["agree-triton", "agree-cuda"], ["agree-cuda", "agree-triton"])
-    assert stages[2:4] == ["steps-float32-resnet50", "steps-float32-vit_b"]
-    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[4:9])
-    assert stages[9] == "counters" and stages[-6:-4] == ["tune", "stalls"]
+    assert stages[0] == "self-check" and set(stages[1:3]) == {"agree-triton", "agree-cuda"}
+    assert stages[3:5] == ["steps-float32-resnet50", "steps-float32-vit_b"]
+    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[5:10])
+    assert stages[10] == "counters" and stages[-6:-4] == ["tune", "stalls"]
     assert set(stages[-4:]) == {"char_gpt", "unpack", "singh_cifar10-60", "singh_cifar10-50"}
     assert "bench.papers.char_gpt imports and reads its arguments" in done.stdout
     assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
