@@ -24,14 +24,14 @@ from rich.table import Table
 from torch import nn
 
 from bench.config import Config
-from bench.data import Data, DataError, load
+from bench.data import Data, DataError
 from bench.record import Result, write_atomically
 from bench.train import train
 from bench.trainer import Task
 
 from . import report
 from .store import Store
-from .training import Training
+from .training import Training, read_data
 
 SCALES = ("paper", "cpu")
 
@@ -193,7 +193,7 @@ def main(
 def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     """Train what is not yet in the store, then write table and plot."""
     budget = _budget(experiment, options)
-    read = partial(_read, experiment.data, options.data, experiment.scaling, budget.items)
+    read = partial(read_data, experiment.data, options.data, experiment.scaling, budget.items)
     data = read()
     examples = experiment.examples or len(data.y)
     steps = budget.steps(examples)
@@ -238,11 +238,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     if how.failures:
         raise ValueError(f"{len(how.failures)} jobs failed; {how.failures[0]}")
     return store
-
-
-def _read(name: str, folder: Path, scaling: str, items: int | None) -> Data:
-    data = load(name, folder, scaling)
-    return data if items is None else data.some(items)
 
 
 def _search(

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from bench.data import Data
+from bench.data import Data, load
 from bench.record import Result
 from bench.trainer import Task
 
@@ -118,6 +119,11 @@ class Queue:
 
 def _runs(job: Job) -> set[tuple[str, int]]:
     return {(arm.name, config.seed) for arm, config in job}
+
+
+def read_data(name: str, folder: Path, scaling: str, items: int | None) -> Data:
+    data = load(name, folder, scaling)
+    return data if items is None else data.some(items)
 
 
 def settings(arm: Arm) -> dict[str, Any]:
