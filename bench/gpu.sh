@@ -215,13 +215,13 @@ papers() {
     mkdir -p "$data"
     [ -n "$dry" ] || cp -r .gpu/data/text "$data"
   fi
-  paper char_gpt --limit 200 &
+  paper char_gpt --limit 320 &
   beside=$!
   [ -n "${DEVICE:-}" ] || stage agree-cuda 60 "$python" -m bench.agree --threads 2 --seconds 45 \
     --shapes small large &
   [ -n "${DATA:-}" ] || stage unpack 90 "$python" .gpu/data/unpack.py "$data"
-  paper singh_cifar10-60 --seeds 3 --iterations 7000 --only '^(SGD|AdaGrad)' --limit 240
-  paper singh_cifar10-50 --seeds 3 --iterations 6000 --only '^(SGD|AdaGrad)' --limit 240 \
+  paper singh_cifar10-60 --seeds 3 --iterations 7000 --only '^(SGD|AdaGrad)' --limit 175
+  paper singh_cifar10-50 --seeds 3 --iterations 6000 --only '^(SGD|AdaGrad)' --limit 175 \
     --step-down 50000
   wait $beside
 }
