@@ -47,7 +47,14 @@ def test_grows_by_plain_steps_to_the_radius(engine, rule):
 @both
 def test_waits_at_a_rate_of_zero(engine, rule):
     norms, opt, p = steps(engine, rule, 2, lr=0.0)
-    assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == -2.0
+    assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == 0.0
+    opt.param_groups[0]["lr"] = 0.2
+    p.grad = torch.zeros_like(p)  # a step of nothing leaves no trace either
+    opt.step()
+    assert opt.state[p]["radius"].item() == 0.0
+    p.grad = -torch.ones_like(p)
+    opt.step()
+    assert opt.state[p]["radius"].item() == -2.0
 
 
 @both
