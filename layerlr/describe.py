@@ -50,8 +50,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     )
     if skipped:
         text += f"\nskipped for a non-finite gradient: {', '.join(skipped)}"
-    for line in growing:
-        text += f"\n{line}"
+    text = "\n".join((text, *growing))
     print(text)
     return text
 
@@ -60,7 +59,7 @@ def _growing(plans: TablePlan) -> list[str]:
     """A line for each layer that takes plain steps under a rule with a radius."""
     table, key = plans.table, "radius"
     return [
-        f"grows from zero by plain steps to norm {-float(state[key][k]):.4g} ({table.layers[layer]})"
-        for layer, i, k in table.leaders(plans.states)
+        f"grows from zero by plain steps to norm {-float(state[key][k]):.4g} ({table.layers[at]})"
+        for at, i, k in table.leaders(plans.states)
         if (state := plans.states[i]) is not None and key in state and float(state[key][k]) < 0
     ]

@@ -105,7 +105,7 @@ def _sharded():
     q = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
     opt, sharded = layerlr.SGD([p], lr=0.2, rule="layca"), layerlr.SGD([q], lr=0.2, rule="layca")
     for seed in range(5):
-        set_grads([p], seed, 0.5)
+        set_grads([p], seed, 2.0)
         q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
         opt.step()
         sharded.step()
