@@ -13,6 +13,8 @@ LAYCA = "Carbonnelle & De Vleeschouwer 2018"
 CURVATURE = "Bahamou & Goldfarb 2023"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 TRANSFORMER = "A transformer"
+README = "README: handwritten digits"
+ON_LAYCA = ("SGD", "Averaged momentum", "Adagrad", "RMSprop", "Adam")
 CONTROL = "AdamW, two rates"
 NATS = " nats"
 
@@ -211,6 +213,20 @@ CLAIMS = (
             measures.backmatching(estimator),
         )
         for estimator in ("structural", "probe")
+    ),
+    *(
+        Claim(
+            README,
+            f"{rule} at {rate} errs less than {what} at the best of nine rates",
+            f"test error, bare less {rule}",
+            ("digits",),
+            measures.on_digits(rule, *titles),
+        )
+        for rule, rate, titles, what in (
+            ("layca", "its authors' rates", ON_LAYCA, "five optimizers"),
+            ("layca", "its authors' rate", ("Adam",), "Adam"),
+            ("singh", "the same rate", ("SGD", "NAG", "Adagrad"), "SGD, NAG, Adagrad"),
+        )
     ),
     *_asked_of_a_transformer(),
 )

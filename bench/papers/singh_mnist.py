@@ -8,7 +8,6 @@ paper does not have. ``--scale cpu`` decides it: each arm at the best of five ra
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +87,9 @@ def _paper(store: Store) -> dict[str, dict[int, tuple[float, float]]]:
 def plot(store: Store, path: Path) -> Path:
     """Error over the iterations; where there is but one test, each seed, bare beside ruled."""
     if all(len(store.series(arm)) == 1 for arm in store.arms):
-        return _pairs(store, path)
+        titles = [title for title in DIRECTIONS if f"{title} + singh" in store.arms]
+        sides = {title: {"bare": title, "singh": f"{title} + singh"} for title in titles}
+        return report.pairs(store, sides, path)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, title in zip(figure.subplots(1, 3, sharey=True), DIRECTIONS, strict=True):
         shown = [arm for arm in store.arms if arm.startswith(title)]
@@ -105,24 +106,6 @@ def plot(store: Store, path: Path) -> Path:
             axes.legend(frameon=False, fontsize="small")
         if axes.get_ylim()[1] > 8:
             axes.set_ylim(0, 8)
-    return report.saved(figure, path)
-
-
-def _pairs(store: Store, path: Path) -> Path:
-    """A line a seed from bare to ruled, the mean in colour."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    titles = [title for title in DIRECTIONS if f"{title} + singh" in store.arms]
-    for axes, title in zip(figure.subplots(1, len(titles), sharey=True), titles, strict=True):
-        sides = [store.last(arm) for arm in (title, f"{title} + singh")]
-        rates = [f"rate {store.settings(arm)['lr']:g}" for arm in (title, f"{title} + singh")]
-        for pair in zip(*sides, strict=True):
-            axes.plot(pair, "o-", color="#bbbbbb", markersize=4)
-        axes.plot([statistics.mean(side) for side in sides], "s-", color="#0072B2", label="mean")
-        axes.set_xticks([0, 1], [f"bare\n{rates[0]}", f"singh\n{rates[1]}"])
-        axes.set(title=title, xlim=(-0.4, 1.4))
-        axes.grid(**report.GRID)
-    figure.axes[0].set_ylabel(report.LABELS[store.metric])
-    figure.axes[0].legend(frameon=False)
     return report.saved(figure, path)
 
 
