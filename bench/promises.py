@@ -12,44 +12,46 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench.promise_figures import (
+    ADAM,
+    BARE,
+    SGD,
+    Figures,
+    Spread,
+    beside_peers,
+    host,
+    in_backward,
+    in_backward_memory,
+    messages,
+    sharded,
+    steps,
+)
 from bench.record import write_atomically
 
 COLOURS = {"kept": "#009E73", "not resolved": "#888888", "broken": "#D55E00"}
-SGD = ("layerlr SGD singh", "layerlr SGD lars", "layerlr SGD layca")
-ADAM = ("layerlr Adam singh", "layerlr Adam layca", "layerlr AdamW lamb")
-BARE = ("layerlr SGD None", "layerlr AdamW None")
-TINY = ("tiny128", "tiny300", "tiny1500")
-INTRODUCTION = """# What README promises of times and messages
-
-Written by `python -m bench.promises bench/results` from the JSON files beside it. Figures are medians \
-over rounds, with their 20 and 80% quantiles in brackets; the worst one stands first. **Kept**: all of \
-them within the limit, quantiles too. **Broken**: one of them wholly beyond it. **Not resolved**: else. \
-What README promises of training has [cards](../papers/results/cards.md).
-"""
-WITHOUT = """## Without figures
-
-- several GPUs, NCCL, an H100: not reached ([bench/README.md](../README.md), "Unverified on a GPU")
-- CUDA graphs with numbers that change between replays, `precision`, telemetry on a GPU: emulated on \
-a CPU or not tried
-- the same bits on every grid, the same step on every engine, resumes: not figures but tests; on the \
-H200 `bench.agree` and `bench.repeat` ([verdicts](h200_check_verdicts.txt))
-- bytes a 16-bit weight costs under `precision`: by design, held by tests
-"""
-
-
-class Spread(NamedTuple):
-    """A median between its quantiles."""
-
-    low: float
-    median: float
-    high: float
-
-
-Figures = dict[str, Spread]
+INTRODUCTION = (
+    "# What README promises of times and messages\n\n"
+    "Written by `python -m bench.promises bench/results` from the JSON files beside it. Figures "
+    "are medians over rounds, with their 20 and 80% quantiles in brackets; the worst one stands "
+    "first. **Kept**: all of them within the limit, quantiles too. **Broken**: one of them wholly "
+    "beyond it. **Not resolved**: else. The limits are README's sentences of today, written with "
+    "the figures known: a verdict says whether their spread carries the sentence. What README says "
+    "of training has [cards](../papers/results/cards.md).\n"
+)
+WITHOUT = (
+    "## Without figures\n\n"
+    "- several GPUs, NCCL, an H100: not reached "
+    '([bench/README.md](../README.md), "Unverified on a GPU")\n'
+    "- CUDA graphs with numbers that change between replays, `precision`, telemetry: on a GPU not "
+    "measured, on a CPU emulated\n"
+    "- the same bits on every grid, the same step on every engine, resumes: not figures but tests; "
+    "on the H200 `bench.agree` and `bench.repeat` ([verdicts](h200_check_verdicts.txt))\n"
+    "- bytes that a 16-bit weight costs under `precision`: by design, held by tests\n"
+)
 
 
 @dataclass(frozen=True)
@@ -78,94 +80,6 @@ class Card:
     @property
     def verdict(self) -> str:
         return self.promise.verdict(self.figures)
-
-
-# --- figures ---
-
-
-def _spread(quantiles: Mapping[str, float]) -> Spread:
-    return Spread(quantiles["q20"], quantiles["median"], quantiles["q80"])
-
-
-def _rows(content: Any, dtype: str) -> list[Any]:
-    return [row for row in content["rows"] if row["dtype"] == dtype and row.get("ratio")]
-
-
-def steps(names: Sequence[str], dtype: str, models: Sequence[str] = ()) -> Callable[[Any], Figures]:
-    """Times of contenders over torch's fused step, on all models but the tiny ones, or on some."""
-
-    def of(content: Any) -> Figures:
-        return {
-            f"{row['model']}, {row['contender'].removeprefix('layerlr ')}": _spread(row["ratio"])
-            for row in _rows(content, dtype)
-            if row["contender"] in names
-            and (row["model"] in models if models else row["model"] not in TINY)
-        }
-
-    return of
-
-
-def beside_peers(dtype: str) -> Callable[[Any], Figures]:
-    """Time of our LARS and LAMB over that of the fastest of the others'."""
-
-    def of(content: Any) -> Figures:
-        found, rows = {}, _rows(content, dtype)
-        for ours, rule in (("layerlr SGD lars", "lars"), ("layerlr AdamW lamb", "lamb")):
-            for row in rows:
-                peers = [
-                    _spread(peer["ratio"])
-                    for peer in rows
-                    if (peer["model"], peer["rule"]) == (row["model"], rule)
-                    and peer["package"] != "layerlr"
-                ]
-                if row["contender"] == ours and row["model"] not in TINY and peers:
-                    mine, best = _spread(row["ratio"]), min(peers, key=lambda peer: peer.median)
-                    found[f"{row['model']}, {rule}"] = Spread(
-                        mine.low / best.high, mine.median / best.median, mine.high / best.low
-                    )
-        return found
-
-    return of
-
-
-def host(content: Any) -> Figures:
-    """Host time of a step over 300 tiny tensors, over that of torch's fused step."""
-    rows = {row["contender"]: row for row in content["rows"] if row["model"] == "tiny300"}
-    found = {}
-    for names, other in ((SGD, "torch SGD fused"), (ADAM, "torch AdamW fused")):
-        theirs = _spread(rows[other]["host_seconds"])
-        for name in names:
-            mine = _spread(rows[name]["host_seconds"])
-            found[name.removeprefix("layerlr ")] = Spread(
-                mine.low / theirs.high, mine.median / theirs.median, mine.high / theirs.low
-            )
-    return found
-
-
-def messages(content: Any) -> Figures:
-    return {
-        f"{count} parameters, {name.removeprefix('layerlr ')}": Spread(*3 * (row["messages"],))
-        for count, rows in content["parameters"].items()
-        for name, row in rows.items()
-        if name.startswith("layerlr")
-    }
-
-
-def sharded(count: str) -> Callable[[Any], Figures]:
-    return lambda content: {
-        name.removeprefix("layerlr "): _spread(row["ratio"])
-        for name, row in content["parameters"][count].items()
-        if name.startswith("layerlr")
-    }
-
-
-def in_backward(content: Any) -> Figures:
-    return {"time over the plain loop's": _spread(content["time"]["in backward"]["ratio"])}
-
-
-def in_backward_memory(content: Any) -> Figures:
-    held = {key: part["step"] for key, part in content["memory"].items()}
-    return {"memory over the plain loop's": Spread(*3 * (held["in backward"] / held["plain"],))}
 
 
 # --- promises ---
