@@ -184,6 +184,7 @@ CLAIMS = (
             stores,
             measures.train_loss(direction, kind),
             unit=" in ln",
+            digits=3,
         )
         for network, stores, kind in (
             ("graph network", ("curvature_gcn_cpu",), "hessian"),
