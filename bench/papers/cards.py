@@ -52,8 +52,8 @@ class Card:
         parts = finding.sides.items()
         sides = "; ".join(f"{side} {words(values, claim.digits)}" for side, values in parts)
         return (
-            f"## {number}. {claim.words[0].upper()}{claim.words[1:]}\n\n"
-            f"{claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
+            f"## {claim.words[0].upper()}{claim.words[1:]}\n\n"
+            f"Card {number}. {claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
             f"{settings['steps']:,} steps of {settings['batch']} examples, "
             f"{finding.seeds} seeds.\n\n"
             f"**{finding.verdict.capitalize()}**: {self.difference}. {sides}. "
