@@ -5,6 +5,7 @@ from __future__ import annotations
 from .backends import COLUMNS
 from .layers import names_of
 from .optimizer import LayerwiseOptimizer
+from .plans import TablePlan
 
 _HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend")
 
@@ -16,16 +17,19 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     it takes the plain step; ``frozen``: it does not move), lr (its own: with ``lr_factor``, and
     ``plain_lr`` for the plain), weight decay, backend. A parameter that is split over several
     layers has a line for each. Layers that were skipped for a non-finite gradient follow below,
-    with their number of steps; to read it, the device is waited for.
+    with their number of steps, and layers that started at zero and have not reached their radius;
+    to read both, the device is waited for.
     """
     lines: list[tuple[str, ...]] = [_HEADER]
     skipped: list[str] = []
+    growing: list[str] = []
     for index, group in enumerate(optimizer.param_groups):
         rows: dict[str, list[tuple[str, ...]]] = {}
         for of_table in optimizer.plans.fitting(index).tables:
             table, backend = of_table.table, of_table.backend
             counts = of_table.stats[:, COLUMNS.index("skipped")].tolist()
             skipped += [f"{n} ({k:.0f})" for n, k in zip(table.layers, counts, strict=True) if k]
+            growing += _growing(of_table)
             for span in table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]
@@ -46,5 +50,16 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     )
     if skipped:
         text += f"\nskipped for a non-finite gradient: {', '.join(skipped)}"
+    text = "\n".join((text, *growing))
     print(text)
     return text
+
+
+def _growing(plans: TablePlan) -> list[str]:
+    """A line for each layer that takes plain steps under a rule with a radius."""
+    table, key = plans.table, "radius"
+    return [
+        f"grows from zero by plain steps to norm {-float(state[key][k]):.4g} ({table.layers[at]})"
+        for at, i, k in table.leaders(plans.states)
+        if (state := plans.states[i]) is not None and key in state and float(state[key][k]) < 0
+    ]
