@@ -53,7 +53,8 @@ class Card:
         sides = "; ".join(f"{side} {words(values, claim.digits)}" for side, values in parts)
         return (
             f"## {claim.words[0].upper()}{claim.words[1:]}\n\n"
-            f"Card {number}. {claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
+            f"Card {number}. {claim.paper}. Asked: {claim.asked}. "
+            f"Measured with {self.store.content['network']}; "
             f"{settings['steps']:,} steps of {settings['batch']} examples, "
             f"{finding.seeds} seeds.\n\n"
             f"**{finding.verdict.capitalize()}**: {self.difference}. {sides}. "
