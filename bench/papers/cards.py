@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 from bench.record import write_atomically
 
@@ -26,7 +27,9 @@ INTRODUCTION = (
     "Written by `python -m bench.papers.cards` from the JSON files beside it; the protocol stands "
     "in [README.md](../README.md). Differences are paired by seed and above 0 where the claim "
     "holds; ± is half their 95% interval. *Not resolved*: the interval holds 0 at this scale. Of "
-    "twenty intervals one misses its mark by chance.\n"
+    "twenty intervals one misses its mark by chance. What README says of times and memory is in "
+    "[promises.md](../../results/promises.md), what follows for a user in "
+    "[choosing.md](../../../docs/choosing.md).\n"
 )
 
 
@@ -40,15 +43,18 @@ class Card:
 
     @property
     def difference(self) -> str:
-        return f"{self.finding.mean:+.2f} ± {self.finding.half:.2f}{self.claim.unit}"
+        finding, digits = self.finding, self.claim.digits
+        return f"{finding.mean:+.{digits}f} ± {finding.half:.{digits}f}{self.claim.unit}"
 
     def markdown(self, number: int) -> str:
         claim, finding, name = self.claim, self.finding, self.store.path.stem
         settings = self.store.settings(self.store.arms[0])
-        sides = "; ".join(f"{side} {words(values)}" for side, values in finding.sides.items())
+        parts = finding.sides.items()
+        sides = "; ".join(f"{side} {words(values, claim.digits)}" for side, values in parts)
         return (
-            f"## {number}. {claim.words[0].upper()}{claim.words[1:]}\n\n"
-            f"{claim.paper}. Asked: {claim.asked}. Measured with {self.store.content['network']}; "
+            f"## {claim.words[0].upper()}{claim.words[1:]}\n\n"
+            f"Card {number}. {claim.paper}. Asked: {claim.asked}. "
+            f"Measured with {self.store.content['network']}; "
             f"{settings['steps']:,} steps of {settings['batch']} examples, "
             f"{finding.seeds} seeds.\n\n"
             f"**{finding.verdict.capitalize()}**: {self.difference}. {sides}. "
@@ -92,29 +98,32 @@ def markdown(found: Sequence[Card], claims: Sequence[Claim] = CLAIMS) -> str:
 
 def plot(found: Sequence[Card], path: Path) -> Path:
     """Each difference in units of half its interval: what crosses 0 is not resolved."""
-    count = len(found)
-    figure = Figure(figsize=(14, 1.3 + 0.4 * count), layout="constrained")
+    figure = Figure(figsize=(14, 1.3 + 0.3 * (len(found) + 4)), layout="constrained")
     axes = figure.subplots()
-    for at, card in enumerate(found):
+    rows, papers = [], {}  # a row without a point for each paper's name
+    for card in found:
+        papers.setdefault(card.claim.paper, len(rows) + len(papers))
+        rows.append(len(rows) + len(papers))
+    for at, card in zip(rows, found, strict=True):
         finding = card.finding
         scale = finding.half + finding.threshold
         x, colour = finding.mean / scale, COLOURS[finding.verdict]
         axes.errorbar(x, at, xerr=finding.half / scale, fmt="o", color=colour, capsize=3)
-    papers = [card.claim.paper for card in found]
-    for at in range(1, count):
-        if papers[at] != papers[at - 1]:
-            axes.axhline(at - 0.5, color="#aaaaaa", linewidth=0.8)
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    for paper, at in papers.items():
+        axes.axhspan(at - 0.5, at + 0.5, color="#eeeeee", linewidth=0)
+        axes.text(0.01, at, paper, transform=beside, va="center", weight="bold")
     axes.axvline(0, color="#444444", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=2)
-    side = max(4.0, *(abs(value) for value in axes.get_xlim()))
-    axes.set(xlim=(-side, side), ylim=(count - 0.5, -0.5))
+    side = 1.5 * max(4.0, *(abs(value) for value in axes.get_xlim()))
+    axes.set(xlim=(-side, side), ylim=(rows[-1] + 0.5, -0.5))
     ticks = [tick for tick in (1, 2, 10, 100) if tick < side]
     axes.set_xticks([*(-tick for tick in ticks), 0, *ticks])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(count), [f"{card.claim.words}   {i}" for i, card in enumerate(found, 1)])
+    axes.set_yticks(rows, [f"{card.claim.words}   {i}" for i, card in enumerate(found, 1)])
     axes.set_xlabel("against the claim  <  difference over half its 95% interval  >  for the claim")
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(count), [card.difference for card in found])
+    right.set_yticks(rows, [card.difference for card in found])
     for verdict, colour in COLOURS.items():
         axes.plot([], [], "o", color=colour, label=verdict)
     axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

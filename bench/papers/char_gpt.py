@@ -26,12 +26,12 @@ from bench.fleet import train_together
 from bench.record import Result
 
 from . import char_gpt_report, gpt
+from .char_gpt_report import REST
 from .runner import AfterStep, Arm, Budget, Experiment, Job, Scope, main, network, one_by_one
 from .store import Store
 
 BETAS = ("betas=(0.9, 0.95)",)
 DECAYS = (0.01, 0.1, 1.0)
-REST = ", plain rest"
 
 
 @dataclass(frozen=True)

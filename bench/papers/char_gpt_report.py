@@ -19,6 +19,19 @@ from .store import Store
 
 Run = dict[str, Any]
 CHANCE = math.log(65)  # nats: all characters of the text equally likely
+REST = ", plain rest"
+COLOURS = {
+    "SGD": "#E69F00",
+    "AdamW, two rates": "#56B4E9",
+    "Adam + hyperball": "#CC79A7",
+    "Adam + layca": "#0072B2",
+    "AdamW + lamb": "#D55E00",
+    "AdamW + singh": "#009E73",
+    "SGD + layca": "#88CCEE",
+    "SGD + lars": "#AA4499",
+    "Muon": "#117733",
+    "Muon + hyperball": "#882255",
+}
 TOLERANCE = 0.05  # nats above the best: what still counts as the valley
 _NAME = re.compile(r"(?P<title>.*), rate (?P<rate>[^,]*)(, (?P<size>.*))?")
 Curve = dict[float, Values]  # rate -> loss by seed
@@ -157,25 +170,70 @@ def table(store: Store) -> Table:
 
 
 def plot(store: Store, path: Path) -> Path:
-    """Loss against the rate over its best: one line swapped, plain rest, and at other sizes."""
+    """Loss at the best rate, family by family; loss against the rate; the same at other sizes."""
     found, others = families(store), sizes(store)
     reference = adamw(store) if any(t.startswith("AdamW, decay") for t in found) else ""
-    rest = [t for t in found if t.endswith("plain rest") or t == "AdamW, two rates"]
-    line = [t for t in found if t not in rest]
-    columns = max(2, len(others))
-    figure = Figure(figsize=(4.2 * columns, 9 if others else 5), layout="constrained")
-    grid = figure.add_gridspec(2 if others else 1, 2 * columns)
-    for i, (titles, what) in enumerate(((line, "one line swapped"), (rest, "plain rest"))):
+    rest = [t for t in found if t.endswith(REST) or t == "AdamW, two rates"]
+    decays = [t for t in found if t.startswith("AdamW, decay") and t != reference]
+    line = [t for t in found if t not in [*rest, *decays]]
+    columns = max(3, len(others))
+    figure = Figure(figsize=(5 * columns, 9.5 if others else 5), layout="constrained")
+    grid = figure.add_gridspec(2 if others else 1, 3 * columns)
+    _ranking(figure.add_subplot(grid[0, :columns]), found, reference)
+    for i, (titles, what) in enumerate(((line, "one line swapped"), (rest, "plain rest")), 1):
         axes = figure.add_subplot(grid[0, i * columns : (i + 1) * columns])
         shown = titles if reference in titles or not reference else [reference, *titles]
         _valleys(axes, {title: found[title] for title in shown}, reference)
         axes.set_title(what, fontsize="medium")
     for i, size in enumerate(others):
-        axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
+        axes = figure.add_subplot(grid[1, 3 * i : 3 * i + 3])
         curves = families(store, size)
         _valleys(axes, curves, reference, {t: best_rate(found[t]) for t in curves if t in found})
         axes.set_title(size, fontsize="medium")
+    drawn = {line.get_label(): line for axes in figure.axes[1:] for line in axes.get_lines()}
+    keys = {str(label): line for label, line in drawn.items() if label in map(_label, found)}
+    figure.legend(keys.values(), keys.keys(), loc="outside right center", frameon=False)
     return report.saved(figure, path)
+
+
+def _label(title: str) -> str:
+    return title.removesuffix(REST)
+
+
+def _ranking(axes: Axes, found: dict[str, Curve], reference: str) -> None:
+    """A dot a seed at the best rate, the best family on top; hollow where that is at the edge."""
+    best = {title: curve[best_rate(curve)] for title, curve in found.items()}
+    order = sorted(best, key=lambda title: _mean(best[title]))
+    for at, title in enumerate(order):
+        values, edge = list(best[title].values()), best_rate(found[title]) in _ends(found[title])
+        face = "white" if edge else _colour(title, reference)
+        dots = {"color": _colour(title, reference), "markerfacecolor": face, "markersize": 5}
+        axes.plot(values, [at] * len(values), "o", **dots)
+        axes.plot([_mean(best[title])], [at], "|", color=dots["color"], markersize=14)
+    if reference:
+        axes.axvline(_mean(best[reference]), color="black", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(order)), [t + " *" * (t == reference) for t in order])
+    axes.tick_params(axis="y", labelsize="small")
+    axes.invert_yaxis()
+    axes.grid(**report.GRID)
+    axes.set_title("best rate, each seed (hollow: edge of the grid)", fontsize="medium")
+    axes.set_xlabel("validation loss   < better")
+
+
+def _ends(curve: Curve) -> tuple[float, float]:
+    return min(curve), max(curve)
+
+
+def _rule(title: str) -> str:
+    """What a family has in common with those of the same colour: the rule, or the optimizer."""
+    return _label(title).split(", ")[0]
+
+
+def _colour(title: str, reference: str) -> Any:
+    """AdamW at its best black, its other decays grey, a rule the same colour in every panel."""
+    if title == reference:
+        return "black"
+    return COLOURS.get(_rule(title) if title != "AdamW, two rates" else title, "#999999")
 
 
 def _valleys(
@@ -183,21 +241,22 @@ def _valleys(
 ) -> None:
     """Mean loss against the rate, in units of each family's best, or of the rates `around`."""
     lowest = []
-    for i, (title, curve) in enumerate(curves.items()):
+    for title, curve in curves.items():
         unit = best_rate(curve) if around is None else around.get(title, 1.0)
         means = {rate / unit: _mean(values) for rate, values in curve.items()}
         lowest.append(min(means.values()))
-        colour = "black" if title == reference else report.spread(i, len(curves))
-        axes.plot(list(means), list(means.values()), "o-", color=colour, label=title, markersize=3)
+        look = {"color": _colour(title, reference), "markersize": 3}
+        look["linestyle"] = "--" if "layca" in title else "-"  # hyperball's curve is below it
+        axes.plot(list(means), list(means.values()), marker="o", label=_label(title), **look)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
     if around is not None:
         axes.axvline(1, color="#444444", linewidth=0.8)
     if lowest:
-        axes.set_ylim(min(lowest) - 0.02, min(lowest) + 0.5)
+        axes.set_ylim(min(lowest) - 0.02, min(lowest) + 0.45)
     rate = "rate over its best" if around is None else "rate over the one carried over"
     axes.set(xlabel=rate, ylabel="validation loss")
     axes.grid(**report.GRID)
-    axes.legend(frameon=False, fontsize="x-small")
 
 
 def _mean(values: Values) -> float:

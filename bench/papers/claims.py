@@ -13,6 +13,8 @@ LAYCA = "Carbonnelle & De Vleeschouwer 2018"
 CURVATURE = "Bahamou & Goldfarb 2023"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 TRANSFORMER = "A transformer"
+README = "README: handwritten digits"
+ON_LAYCA = ("SGD", "Averaged momentum", "Adagrad", "RMSprop", "Adam")
 CONTROL = "AdamW, two rates"
 NATS = " nats"
 
@@ -23,7 +25,7 @@ LOSS = "validation loss, AdamW less the rule, each at its best rate"
 
 def _about(words: str, asked: str, measure: measures.Measure, unit: str, *arms: str) -> Claim:
     """A claim that can be answered as soon as these arms and AdamW's have their seeds."""
-    return Claim(TRANSFORMER, words, asked, STORES, measure, unit, arms)
+    return Claim(TRANSFORMER, words, asked, STORES, measure, unit, arms, 3 if unit == NATS else 2)
 
 
 def _here(title: str) -> str:
@@ -97,12 +99,18 @@ CLAIMS = (
         )
         for title in ("SGD", "AdaGrad")
     ),
-    Claim(
-        LAYCA,
-        "training the first layers generalizes better than training the last",
-        "accuracy with one trained layer, first less last",
-        ("layca_toy_cpu", "layca_toy"),
-        measures.shallow_before_deep,
+    *(
+        Claim(
+            LAYCA,
+            f"training the first layers generalizes better than training the last: {size}",
+            "accuracy with one trained layer, first less last",
+            (store,),
+            measures.shallow_before_deep,
+        )
+        for store, size in (
+            ("layca_toy_cpu", "images of 14x14"),
+            ("layca_toy", "of 28x28, a quarter of the epochs"),
+        )
     ),
     Claim(
         LAYCA,
@@ -176,9 +184,10 @@ CLAIMS = (
             stores,
             measures.train_loss(direction, kind),
             unit=" in ln",
+            digits=3,
         )
         for network, stores, kind in (
-            ("graph network", ("curvature_gcn_cpu", "curvature_gcn"), "hessian"),
+            ("graph network", ("curvature_gcn_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "fisher"),
             ("convolutional network", ("curvature_cnn_cpu",), "hessian"),
@@ -191,7 +200,7 @@ CLAIMS = (
             CURVATURE,
             f"untuned step sizes outperform fine-tuned {direction}: graph network's test",
             "test error, best fixed rate less untuned",
-            ("curvature_gcn_cpu", "curvature_gcn"),
+            ("curvature_gcn_cpu",),
             measures.generalisation(direction, "hessian"),
         )
         for direction in ("SGD", "AdamW")
@@ -205,6 +214,20 @@ CLAIMS = (
             measures.backmatching(estimator),
         )
         for estimator in ("structural", "probe")
+    ),
+    *(
+        Claim(
+            README,
+            f"{rule} at {rate} errs less than {what} at the best of nine rates",
+            f"test error, bare less {rule}",
+            ("digits",),
+            measures.on_digits(rule, *titles),
+        )
+        for rule, rate, titles, what in (
+            ("layca", "its authors' rates", ON_LAYCA, "five optimizers"),
+            ("layca", "its authors' rate", ("Adam",), "Adam"),
+            ("singh", "the same rate", ("SGD", "NAG", "Adagrad"), "SGD, NAG, Adagrad"),
+        )
     ),
     *_asked_of_a_transformer(),
 )

@@ -58,6 +58,7 @@ class Claim:
     measure: Callable[[Store], Finding]
     unit: str = " points"  # of per cent
     needs: tuple[str, ...] = ("",)  # the arms that must be complete, as regular expressions
+    digits: int = 2  # after the point
 
 
 # --- values by seed ---

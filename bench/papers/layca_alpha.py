@@ -133,7 +133,9 @@ def plot(store: Store, path: Path) -> Path:
         left.errorbar(list(points), means, off, fmt="o-", color=colour, label=title, capsize=3)
         right.plot([turned for _, turned in points.values()], means, "o", color=colour, label=title)
         for alpha, mean in zip(points, means, strict=True):
-            right.annotate(f" {alpha:g}", (points[alpha][1], mean), fontsize="x-small")
+            offset = (3, 3) if title == "SGD" else (3, -9)
+            where = {"xy": (points[alpha][1], mean), "xytext": offset, "color": colour}
+            right.annotate(f"{alpha:g}", textcoords="offset points", fontsize="small", **where)
         for column, alpha in enumerate(shown):
             axes = figure.add_subplot(grid[row, 2 * column : 2 * column + 2])
             runs = store.runs(_name(title, alpha))

@@ -65,6 +65,19 @@ def _directions(store: Store) -> list[str]:
     return [title for title in singh_mnist.DIRECTIONS if title in store.arms]
 
 
+def on_digits(rule: str, *titles: str) -> Measure:
+    """Test error of README's table, mean over the optimizers: bare less ruled."""
+
+    def measure(store: Store) -> Finding:
+        bare, ruled = (
+            mean(*(test_error(store, title + suffix) for title in titles))
+            for suffix in ("", f" + {rule}")
+        )
+        return _finding("bare", bare, rule, ruled)
+
+    return measure
+
+
 # --- Layca ---
 
 

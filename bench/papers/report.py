@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,26 @@ def lines(
     axes.grid(**GRID)
     if arms:
         axes.legend(frameon=False, fontsize="small", ncols=1 if len(arms) < 9 else 3)
+
+
+def pairs(store: Store, groups: Mapping[str, Mapping[str, str]], path: Path) -> Path:
+    """The metric at the end: title -> label -> arm; a line a seed, the mean in colour."""
+    figure = Figure(figsize=(2.6 * len(groups), 3.6), layout="constrained")
+    grid = figure.subplots(1, len(groups), sharey=True, squeeze=False)
+    for axes, (title, arms) in zip(grid[0], groups.items(), strict=True):
+        sides = [store.last(arm) for arm in arms.values()]
+        for seed in zip(*sides, strict=True):
+            axes.plot(seed, "o-", color="#bbbbbb", markersize=4)
+        axes.plot([statistics.mean(side) for side in sides], "s-", color="#0072B2", label="mean")
+        rates = [f"{store.settings(arm)['lr']:.3g}" for arm in arms.values()]
+        words = [f"{label}\n{rate}" for label, rate in zip(arms, rates, strict=True)]
+        axes.set_xticks(range(len(arms)), words)
+        axes.set(title=title, xlim=(-0.4, len(arms) - 0.6))
+        axes.grid(**GRID)
+    grid[0, 0].set_ylabel(LABELS[store.metric])
+    grid[0, 0].set_xlabel("below: the rate")
+    grid[0, 0].legend(frameon=False)
+    return saved(figure, path)
 
 
 def rotation(axes: Axes, curve: dict[str, Any], title: str) -> None:

@@ -85,6 +85,11 @@ def _paper(store: Store) -> dict[str, dict[int, tuple[float, float]]]:
 
 
 def plot(store: Store, path: Path) -> Path:
+    """Error over the iterations; where there is but one test, each seed, bare beside ruled."""
+    if all(len(store.series(arm)) == 1 for arm in store.arms):
+        titles = [title for title in DIRECTIONS if f"{title} + singh" in store.arms]
+        sides = {title: {"bare": title, "singh": f"{title} + singh"} for title in titles}
+        return report.pairs(store, sides, path)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     for axes, title in zip(figure.subplots(1, 3, sharey=True), DIRECTIONS, strict=True):
         shown = [arm for arm in store.arms if arm.startswith(title)]
