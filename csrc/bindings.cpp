@@ -1,5 +1,6 @@
 // layerlr._C: the cached plans of the eager path, and the registries.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <cstring>
 
