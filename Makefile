@@ -3,6 +3,7 @@
 # make bench             step times                 make lint                     all linters
 # make format            rewrite to our format      make clean                    remove what was built
 # make install           .venv alone               make test-torch TORCH=2.11.0   the tests, there
+# make wheels            a wheel in dist/, tried without a compiler
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
 # environment of your own serves as well: make test VENV=path. A torch that is there is kept.
@@ -17,10 +18,10 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
                                      -o -name '*.cu' -o -name '*.cuh')
 # What an installation is made of beyond the Python files, which an editable one reads in place.
-BUILT_FROM := setup.py pyproject.toml build_backend/backend.py $(wildcard kernels/__init__.py) \
+BUILT_FROM := setup.py pyproject.toml $(wildcard build_backend/*.py) $(wildcard kernels/__init__.py) \
               $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test test-all test-torch proofs bench lint format install clean
+.PHONY: demo test test-all test-torch proofs bench lint format install wheels clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
@@ -64,6 +65,13 @@ format: $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 install: $(VENV)/.layerlr
+
+# For the torch and the Python of the environment (docs/wheels.md). What setuptools left in build/ of
+# files that are gone by now would go into the wheel.
+wheels: $(VENV)/.torch
+	rm -rf build/lib.* build/bdist.* build/wheel dist
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	build_backend/try_wheel.sh $(abspath $(PY)) "$$(realpath dist/*.whl)" $(CURDIR)/build/wheel
 
 # The stamps are files in the environment, so that they vanish with it.
 $(VENV)/.torch:

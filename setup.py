@@ -7,15 +7,11 @@ setuptools expects it. ninja tracks the headers, so after an edit only what depe
 compiled again.
 
 Environment: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS bounds the compiler processes.
-LAYERLR_CUDA: 1 builds the CUDA kernels, 0 does not, auto (the default) does if there is an nvcc in
-CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda. LAYERLR_CUDA_ARCH: what to compile for, by
-default "80;90;100"; PTX serves the GPUs between and after them. nvcc itself reads NVCC_CCBIN and
-NVCC_APPEND_FLAGS.
+build_backend/nvcc.py says what LAYERLR_CUDA and LAYERLR_CUDA_ARCH are.
 """
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +23,11 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import nvcc  # noqa: E402
+from nvcc import stop  # noqa: E402
+
 LINUX = sys.platform == "linux"
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -50,19 +51,7 @@ ISA_FLAGS = {
         *"-Wno-maybe-uninitialized -Wno-uninitialized".split(),
     ],
 }
-NVCC_FLAGS = [
-    *"-std=c++17 -O3 -fmad=false".split(),
-    f"-Xcompiler={','.join(COMPILE_FLAGS)}",
-    # Registers and spills of every kernel, in a log beside the object; the tests read it.
-    "-Xptxas=-v,--warn-on-spills",
-]
 LINK_FLAGS = ["-shared", "-s"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
-CUDA_ARCHITECTURES = "80;90;100"
-
-
-def stop(message):
-    """End the build with one sentence instead of a traceback."""
-    raise SystemExit(f"layerlr: {message}")
 
 
 def isa_flags(source):
@@ -87,14 +76,15 @@ def native_extensions():
             extra_link_args=["-fopenmp"] if LINUX else [],
         )
     ]
-    nvcc = find_nvcc()
-    if nvcc:
+    compiler, _ = nvcc.choose()
+    if compiler:
+        architectures = ";".join(nvcc.architectures(compiler))
         extensions.append(
             Extension(
                 "layerlr._cuda",
                 sources("csrc/cuda/*.cu", cuda_bindings),
-                define_macros=[("LAYERLR_CUDA_ARCH", f'"{";".join(cuda_architectures(nvcc))}"')],
-                library_dirs=cuda_library_dirs(nvcc),
+                define_macros=[("LAYERLR_CUDA_ARCH", f'"{architectures}"')],
+                library_dirs=nvcc.library_dirs(compiler),
                 # The static runtime: loads without a driver, and beside torch's own.
                 libraries=["cudart_static", "dl", "rt", "pthread"],
             )
@@ -131,58 +121,6 @@ def find_compiler():
     return command
 
 
-def find_nvcc():
-    """Return CUDA's compiler, or None where the CUDA kernels are not to be built."""
-    wanted = os.environ.get("LAYERLR_CUDA") or "auto"
-    if wanted not in ("auto", "0", "1"):
-        stop(f"LAYERLR_CUDA is auto, 0 or 1, not '{wanted}'.")
-    if wanted == "0":
-        return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    folders = [os.path.join(home, "bin") for home in homes if home]
-    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
-    if not nvcc and wanted == "1":
-        stop("LAYERLR_CUDA=1 needs nvcc and found none: point CUDA_HOME at the CUDA toolkit.")
-    return nvcc
-
-
-def compare_cuda(nvcc, torch):
-    """Print a word where nvcc's CUDA is a major version ahead of torch's."""
-    listing = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True).stdout
-    (release,) = re.findall(r"release (\d+)\.", listing) or [None]
-    of_torch = torch.version.cuda
-    if release and of_torch and int(release) > int(of_torch.split(".")[0]):
-        print(
-            f"layerlr: {nvcc} is of CUDA {release}, torch of CUDA {of_torch}: the cuda backend "
-            f"will need a driver for CUDA {release}. Else point CUDA_HOME at an older one."
-        )
-
-
-def cuda_architectures(nvcc):
-    """Return the architectures to compile for, oldest first: '80', '90'."""
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True).stdout
-    known = re.findall(r"compute_(\d+)$", listing, flags=re.MULTILINE)
-    asked = os.environ.get("LAYERLR_CUDA_ARCH")
-    wanted = re.findall(r"[^;\s]+", asked or CUDA_ARCHITECTURES)
-    found = sorted(set(wanted) & set(known), key=int)
-    # An older nvcc compiles the default for what it knows; what was asked for must be known.
-    if not found or (asked and not set(wanted) <= set(known)):
-        stop(
-            f"LAYERLR_CUDA_ARCH={';'.join(wanted)} cannot be compiled by {nvcc}, which knows "
-            f"{', '.join(known) or 'none'}. LAYERLR_CUDA=0 leaves the CUDA kernels out."
-        )
-    return found
-
-
-def cuda_library_dirs(nvcc):
-    """Return the folders that nvcc links from. Only nvcc knows: it may be a script in /usr/bin."""
-    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
-    trace = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
-    (line,) = re.findall(r"^#\$ LIBRARIES=(.*)", trace, flags=re.MULTILINE) or [""]
-    return [word.removeprefix("-L") for word in shlex.split(line)]
-
-
 def find_ninja():
     """Return the ninja program: the environment's, activated or not, or the one on the PATH."""
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
@@ -211,19 +149,12 @@ def path(name):
     return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def cuda_rule(nvcc):
-    """Return the ninja rule for .cu files: a cubin per architecture, and PTX.
-
-    All are made from one virtual architecture, the oldest: the compiler's front end runs once. So
-    no source may ask for __CUDA_ARCH__ (tests/test_cuda_build.py).
-    """
-    oldest, *_ = architectures = cuda_architectures(nvcc)
-    codes = ",".join([*(f"sm_{a}" for a in architectures), f"compute_{oldest}"])
-    gencode = f"-gencode=arch=compute_{oldest},code=[{codes}]"
-    flags = [*NVCC_FLAGS, gencode, f"-I{ROOT / 'csrc'}"]
+def cuda_rule(compiler):
+    """Return the ninja rule for .cu files."""
+    command = words([compiler, *nvcc.flags(compiler, COMPILE_FLAGS, ROOT / "csrc")])
     return [
         "rule cuda",
-        f"  command = {words([nvcc, *flags])} -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
+        f"  command = {command} -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
         "|| { cat $out.log; exit 1; }; grep -w warning $out.log || :",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -257,8 +188,8 @@ def build_ninja(torch, extensions):
         "rule link",
         f"  command = $cxx {words(link_flags)} $in -o $out $libraries",
     ]
-    nvcc = find_nvcc()
-    lines += cuda_rule(nvcc) if nvcc else []
+    compiler, why_not = nvcc.choose()
+    lines += cuda_rule(compiler) if compiler else []
     for extension in extensions:
         macros = [f"-D{name}={value}" for name, value in extension.define_macros]
         objects = []
@@ -266,7 +197,8 @@ def build_ninja(torch, extensions):
             objects.append(path(f"{source}.o"))
             rule = "cuda" if source.endswith(".cu") else "compile"
             lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)}")
-            lines.append(f"  more = {words([*isa_flags(source), *macros])}")
+            own = [f'-DLAYERLR_NO_CUDA="{why_not}"'] if source == "csrc/bindings.cpp" else []
+            lines.append(f"  more = {words([*isa_flags(source), *macros, *own])}")
         # No rpath: layerlr imports torch, and with it these libraries, before its own.
         libraries = [f"-L{folder}" for folder in [*library_paths(), *extension.library_dirs]]
         libraries += [*(f"-l{name}" for name in extension.libraries), *extension.extra_link_args]
@@ -287,11 +219,11 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self):
         """Write build.ninja, run it, put the libraries where setuptools wants them."""
-        nvcc, torch = find_nvcc(), find_torch()
-        if nvcc:
-            compare_cuda(nvcc, torch)
-        elif os.environ.get("LAYERLR_CUDA") != "0":
-            print("layerlr: no nvcc found: the cuda backend is not built")
+        torch = find_torch()
+        compiler, why_not = nvcc.choose()
+        word = nvcc.ahead(compiler) if compiler else f"the CUDA engine is left out: {why_not}"
+        if word:
+            print(f"layerlr: {word}", file=sys.stderr)
         program = find_ninja()
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
         folder.mkdir(parents=True, exist_ok=True)

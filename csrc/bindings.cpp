@@ -1,5 +1,6 @@
 // layerlr._C: the cached plans of the eager path, and the registries.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <cstring>
 
@@ -109,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", [](const std::string& name) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
+  m.attr("NO_CUDA") = LAYERLR_NO_CUDA;  // why layerlr._cuda was left out
   m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
   m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")

@@ -1,6 +1,6 @@
 #include "live_plan.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 namespace layerlr {

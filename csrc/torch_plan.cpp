@@ -1,7 +1,8 @@
 #include "torch_plan.h"
 
-#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 
 namespace layerlr {
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def kernels() -> str:
     """What the CUDA engine was built for."""
     if importlib.util.find_spec("layerlr._cuda") is None:
-        return "not built"
+        return f"not built ({_C.NO_CUDA or 'its library is gone, install layerlr again'})"
     import layerlr._cuda
 
     found = [f"{int(a) // 10}.{int(a) % 10}" for a in layerlr._cuda.architectures]

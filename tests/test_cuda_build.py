@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from layerlr import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 #: where setup.py builds
 FOLDER = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
@@ -32,15 +34,19 @@ NVCC = find("nvcc", *(Path(home, "bin") for home in TOOLKITS if home))
 @pytest.fixture(scope="module")
 def cuda():
     if importlib.util.find_spec("layerlr._cuda") is None:
-        pytest.skip("layerlr was built without its CUDA kernels")
+        pytest.skip(f"the CUDA engine was not built: {_C.NO_CUDA}")
     from layerlr import _cuda
 
     return _cuda
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.skipif(os.environ.get("LAYERLR_CUDA") == "0", reason="LAYERLR_CUDA=0")
-def test_kernels_are_built_where_nvcc_is():
+def test_the_engine_is_there_or_the_build_says_why_not():
+    there = importlib.util.find_spec("layerlr._cuda") is not None
+    assert there == (_C.NO_CUDA == "")
+
+
+@pytest.mark.skipif(os.environ.get("LAYERLR_CUDA") != "1", reason="LAYERLR_CUDA is not 1")
+def test_the_engine_is_there_where_it_was_insisted_on():
     assert importlib.util.find_spec("layerlr._cuda") is not None
 
 

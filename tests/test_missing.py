@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 
@@ -11,6 +12,8 @@ import torch
 from torch.nn import Parameter
 
 import layerlr
+from layerlr import _C
+from layerlr import __main__ as command
 from layerlr.backends import HELP, PlanSpec, choose
 from layerlr.backends.cuda import CudaBackend, refusal
 
@@ -80,6 +83,16 @@ def test_an_old_driver(gpu):
     assert asked == [0]
     assert CudaBackend().missing(torch.device("cuda", 1)).startswith("cannot use cuda:1: ")
     assert asked == [0, 1]
+
+
+def test_an_engine_that_was_not_built(monkeypatch):
+    """The reason is the build's; python -m layerlr says it too."""
+    monkeypatch.setitem(sys.modules, "layerlr._cuda", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for reason in ("torch 2.13.0 has no CUDA", "no nvcc"):
+        monkeypatch.setattr(_C, "NO_CUDA", reason)
+        assert CudaBackend().missing(GPU) == f"was not built: {reason}"
+        assert command.kernels() == f"not built ({reason})"
 
 
 def test_messages_that_name_an_engine_say_where_to_look():

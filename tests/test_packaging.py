@@ -90,7 +90,7 @@ esac
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """setup.py as a module, in a world whose only nvcc is the one that nvcc() makes."""
+    """setup.py as a module. The only nvcc is the one that nvcc() makes; torch has CUDA, no GPU."""
     file = ROOT / "setup.py"
     if not file.is_file():
         pytest.skip("these tests are not beside the source tree")
@@ -98,6 +98,8 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
     monkeypatch.setenv("LAYERLR_CUDA", "0")
     monkeypatch.delenv("LAYERLR_CUDA_ARCH", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "nvcc", raising=False)
     spec = importlib.util.spec_from_file_location("setup_under_test", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -109,28 +111,72 @@ def build(monkeypatch, tmp_path):
     def only_ours(name, path=None):
         return which(name, path=str(tmp_path) if name == "nvcc" else path)
 
-    def nvcc(architectures="80 90 100"):
+    def make_nvcc(architectures="80 90 100"):
         program.write_text(NVCC.format(architectures=architectures))
         program.chmod(0o755)
 
     monkeypatch.setattr(module.shutil, "which", only_ours)
-    module.nvcc = nvcc
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module.make_nvcc = make_nvcc
     module.text = lambda: module.build_ninja(torch, module.native_extensions())
     return module
 
 
+@pytest.fixture
+def gpus(build, monkeypatch):
+    """A function that puts GPUs of some compute capabilities into the machine."""
+
+    def make(*capabilities):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+
+    return make
+
+
+def left_out(build):
+    """Why the CUDA engine is left out, as what is built will say."""
+    text = build.text()
+    assert [extension.name for extension in build.native_extensions()] == ["layerlr._C"]
+    assert "cuda.so" not in text and ".cu" not in text
+    (reason,) = re.findall(r'-DLAYERLR_NO_CUDA="(.*?)"', text)
+    return reason
+
+
 def test_build_without_cuda(build, monkeypatch):
-    build.nvcc()
+    build.make_nvcc()
     monkeypatch.setenv("LAYERLR_CUDA", "0")
-    assert "cuda.so" not in build.text()
-    assert ".cu" not in build.text()
+    assert left_out(build) == "LAYERLR_CUDA=0"
 
 
 @pytest.mark.parametrize("wanted", [None, "", "auto"])
 def test_build_goes_on_without_nvcc(build, monkeypatch, wanted):
     if wanted is not None:
         monkeypatch.setenv("LAYERLR_CUDA", wanted)
-    assert [extension.name for extension in build.native_extensions()] == ["layerlr._C"]
+    assert left_out(build).startswith("no nvcc in CUDA_HOME, ")
+
+
+def test_cuda_is_left_out_where_torch_has_none(build, monkeypatch):
+    """It could not be used; whoever wants it compiled all the same says so."""
+    build.make_nvcc()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert left_out(build) == f"torch {torch.__version__} has no CUDA"
+    monkeypatch.setenv("LAYERLR_CUDA", "1")
+    assert '-DLAYERLR_NO_CUDA=""' in build.text()
+    assert len(build.native_extensions()) == 2
+
+
+def test_cuda_is_left_out_where_the_gpu_is_too_old(build, gpus):
+    build.make_nvcc("75 80 90")
+    gpus((7, 5))
+    assert left_out(build) == "compute capability 7.5 of the GPU, 8.0 is needed"
+
+
+def test_a_source_distribution_needs_no_torch(build, monkeypatch):
+    build.make_nvcc()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert build.nvcc.choose() == (None, "no torch")
 
 
 def test_build_stops_where_cuda_is_asked_for_and_nvcc_is_missing(build, monkeypatch):
@@ -145,8 +191,15 @@ def test_build_refuses_an_unknown_choice(build, monkeypatch):
         build.native_extensions()
 
 
+def test_build_stops_without_a_compiler(build, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match=r"a C\+\+ compiler and found no 'c\+\+': install g\+\+ "):
+        build.text()
+
+
 def test_build_with_cuda(build):
-    build.nvcc()
+    build.make_nvcc()
     text = build.text()
 
     def link(name):
@@ -160,20 +213,40 @@ def test_build_with_cuda(build):
     assert "torch_cpu" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
     assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100\"'" in text
+    assert '-DLAYERLR_NO_CUDA=""' in text
 
 
 @pytest.mark.parametrize(
     ("of_torch", "ahead"), [("12.9", True), ("13.0", False), ("14.0", False), (None, False)]
 )
-def test_an_nvcc_ahead_of_torch_is_spoken_of(build, monkeypatch, capsys, of_torch, ahead):
-    build.nvcc()
+def test_an_nvcc_ahead_of_torch_is_spoken_of(build, monkeypatch, of_torch, ahead):
+    build.make_nvcc()
     monkeypatch.setattr(torch.version, "cuda", of_torch)
-    build.compare_cuda(build.find_nvcc(), torch)
-    printed = capsys.readouterr().out
-    assert bool(printed) == ahead
+    word = build.nvcc.ahead(build.nvcc.find_nvcc())
+    assert bool(word) == ahead
     if ahead:
-        assert "nvcc is of CUDA 13, torch of CUDA 12.9: " in printed
-        assert "need a driver for CUDA 13" in printed
+        assert word.startswith("warning: ")
+        assert "nvcc is of CUDA 13, torch of CUDA 12.9: " in word
+        assert "need a driver for CUDA 13" in word
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "word"),
+    [("12.9", "warning: "), ("13.0", None), (None, "the CUDA engine is left out: torch ")],
+)
+def test_a_build_says_it_once(build, monkeypatch, tmp_path, capfd, of_torch, word):
+    """Ninja is a program here that does nothing."""
+    build.make_nvcc()
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "build_ninja", lambda *args: "")
+    monkeypatch.setattr(build, "find_ninja", lambda: "true")
+    command = build.NinjaBuild(importlib.import_module("setuptools").Distribution())
+    command.extensions = []
+    command.build_extensions()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bool(word)
+    assert all(line.startswith(f"layerlr: {word}") for line in lines)
 
 
 def test_cuda_home_comes_before_the_path(build, monkeypatch):
@@ -182,8 +255,14 @@ def test_cuda_home_comes_before_the_path(build, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/home")
     monkeypatch.setenv("CUDA_PATH", "/path")
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert build.find_nvcc() is None
+    assert build.nvcc.find_nvcc() is None
     assert places == ["/home/bin:/path/bin:/usr/bin:/usr/local/cuda/bin"]
+
+
+def compiled_for(build):
+    """The virtual architecture and the codes of the kernels."""
+    ((virtual, codes),) = re.findall(r"arch=compute_(\d+),code=\[(.*?)\]", build.text())
+    return virtual, codes.split(",")
 
 
 @pytest.mark.parametrize(
@@ -201,22 +280,52 @@ def test_cuda_home_comes_before_the_path(build, monkeypatch):
     ],
 )
 def test_architectures(build, monkeypatch, known, wanted, expected):
-    build.nvcc(known)
+    build.make_nvcc(known)
     if wanted is not None:
         monkeypatch.setenv("LAYERLR_CUDA_ARCH", wanted)
     if expected is None:
         with pytest.raises(SystemExit, match=r"LAYERLR_CUDA_ARCH=.* cannot be compiled by"):
             build.text()
         return
-    ((virtual, codes),) = re.findall(r"arch=compute_(\d+),code=\[(.*?)\]", build.text())
     oldest = expected.split()[0]
-    assert virtual == oldest
-    assert codes.split(",") == [*(f"sm_{a}" for a in expected.split()), f"compute_{oldest}"]
+    codes = [*(f"sm_{a}" for a in expected.split()), f"compute_{oldest}"]
+    assert compiled_for(build) == (oldest, codes)
+
+
+@pytest.mark.parametrize(
+    ("known", "there", "expected"),
+    [
+        ("75 80 86 90 100", [(9, 0)], "90"),
+        ("75 80 86 90 100", [(9, 0), (8, 6), (9, 0)], "86 90"),
+        ("75 80 86 90 100", [(7, 5), (9, 0)], "90"),
+        ("75 80 90", [(8, 9)], "80"),
+        ("75 80 90", [(12, 0)], "90"),  # its PTX runs there
+    ],
+)
+def test_the_gpus_that_are_present_are_compiled_for(build, gpus, known, there, expected):
+    build.make_nvcc(known)
+    gpus(*there)
+    _, codes = compiled_for(build)
+    assert codes[:-1] == [f"sm_{a}" for a in expected.split()]
+
+
+def test_what_was_asked_for_comes_before_the_gpus(build, gpus, monkeypatch):
+    build.make_nvcc()
+    gpus((9, 0))
+    monkeypatch.setenv("LAYERLR_CUDA_ARCH", "80;100")
+    assert compiled_for(build) == ("80", ["sm_80", "sm_100", "compute_80"])
+
+
+def test_an_nvcc_that_is_older_than_every_gpu_is_refused(build, gpus):
+    build.make_nvcc("35 50")
+    gpus((9, 0))
+    with pytest.raises(SystemExit, match="LAYERLR_CUDA_ARCH=90 cannot be compiled by"):
+        build.text()
 
 
 def test_sources_cover_every_file(build):
     """Each C++ and CUDA file belongs to one extension."""
-    build.nvcc()
+    build.make_nvcc()
     files = [source for extension in build.native_extensions() for source in extension.sources]
     there = {
         str(file.relative_to(ROOT))

@@ -87,7 +87,7 @@ class CudaBackend:
         if device.type != self.device or torch.version.hip:
             return f"does not support parameters on {device}"
         if importlib.util.find_spec("layerlr._cuda") is None:
-            return "was not built: install layerlr where nvcc is found"
+            return f"was not built: {_C.NO_CUDA or 'its library is gone, install layerlr again'}"
         if reason := devices.absent(device):
             return reason
         return refusal(torch.cuda.current_device() if device.index is None else device.index)
