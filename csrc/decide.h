@@ -75,9 +75,10 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     }
     // a step of nothing, as checkpoint libraries take one, leaves no trace
     if (info.latches && at && !v.skip && c.lr > 0 && v.seen.uu > 0) *at = memory;
+    v.scale.a -= c.lr * (c.decoupled - inside);
     v.shown_a = v.scale.a;
     v.shown_b = v.scale.b;
-    v.scale.a += v.scale.b * inside - c.lr * (c.decoupled - inside);
+    v.scale.a += v.scale.b * inside;
     if (c.taken) v.scale.b += v.scale.a;  // a*v + b*u in terms of w = v - u
     return v;
   }

@@ -175,8 +175,9 @@ def decide(
             first = (memory == 0) & (ww > 0) & (b != 0)
             moves = stored & ~skip & (lr > 0) & (uu > 0)  # a step of nothing leaves no trace
             tl.store(at, tl.where(first, tl.sqrt(ww), memory), mask=moves)
+        a = a - lr * (decay - inside)
         shown_a, shown_b = a, b
-        a = a + (b * inside - lr * (decay - inside))
+        a = a + b * inside
         b = tl.where(taken, b + a, b)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)

@@ -34,6 +34,7 @@ from bench import (
 from layerlr import agreement
 
 ROOT = Path(__file__).resolve().parent.parent
+N = len(small.CASES)
 
 
 class Device:
@@ -245,7 +246,7 @@ def test_host_time_is_shown_apart(monkeypatch):
 def test_repeatability_is_checked(capsys, monkeypatch):
     where = ["--backend", "cpu", "--device", "cpu", "--shapes", "small", "--dtypes", "float32"]
     assert repeat.main([*where, "--runs", "2"]) == 0
-    assert "13 of 13 the same to the bit over 2 runs" in capsys.readouterr().out
+    assert f"{N} of {N} the same to the bit over 2 runs" in capsys.readouterr().out
     turn = iter(range(100))
     step = small.step
 
@@ -263,9 +264,9 @@ def test_repeatability_is_checked(capsys, monkeypatch):
 def test_engine_and_reference_agree(capsys, monkeypatch):
     where = ["--backend", "cpu", "--device", "cpu", "--shapes", "small", "--dtypes", "float32"]
     assert agree.main(where) == 0
-    assert "13 of 13 agree with the reference\n" in capsys.readouterr().out
+    assert f"{N} of {N} agree with the reference\n" in capsys.readouterr().out
     assert agree.main([*where, "--seconds", "0"]) == 2
-    assert "0 of 0 agree with the reference, 13 not tried" in capsys.readouterr().out
+    assert f"0 of 0 agree with the reference, {N} not tried" in capsys.readouterr().out
     step = small.step
 
     def off(case, params, backend, n):
@@ -280,7 +281,7 @@ def test_engine_and_reference_agree(capsys, monkeypatch):
     monkeypatch.setattr(agree, "step", off)
     assert agree.main(where) == 1
     printed = capsys.readouterr().out
-    assert printed.count(": WRONG: ") == 2 and "10 of 13 agree" in printed
+    assert printed.count(": WRONG: ") == 2 and f"{N - 3} of {N} agree" in printed
     assert "centered=True: FAILED: ValueError: no such step" in printed
 
 
@@ -332,7 +333,7 @@ def test_variants_of_the_cuda_engine():
 
 def test_sanitized_steps_run(capsys):
     assert sanitize_step.main(["--backend", "cpu", "--device", "cpu", "--steps", "1"]) == 0
-    assert "26 steps" in capsys.readouterr().out
+    assert f"{2 * N} steps" in capsys.readouterr().out
     with sanitize_step.grid(4):
         assert layerlr.backends.cuda._tuning.blocks == 4
 
@@ -369,8 +370,9 @@ def test_gpu_script_s_dry_run(tmp_path):
     assert stages[0] == "self-check" and set(stages[1:3]) == {"agree-triton", "agree-cuda"}
     assert stages[3:5] == ["steps-float32-resnet50", "steps-float32-vit_b"]
     assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[5:10])
-    assert stages[10] == "counters" and stages[-6:-4] == ["tune", "stalls"]
-    assert set(stages[-4:]) == {"char_gpt", "unpack", "singh_cifar10-60", "singh_cifar10-50"}
+    assert stages[10] == "counters" and stages[-7:-5] == ["tune", "stalls"]
+    papers = {"agree-cuda", "char_gpt", "unpack", "singh_cifar10-60", "singh_cifar10-50"}
+    assert set(stages[-5:]) == papers
     assert "bench.papers.char_gpt imports and reads its arguments" in done.stdout
     assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
     assert not list(tmp_path.iterdir())

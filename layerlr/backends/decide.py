@@ -69,7 +69,8 @@ def decide(
         memory = torch.where(first, ww.sqrt(), memory)
         # a step of nothing, as checkpoint libraries take one, leaves no trace
         memory = torch.where((lr > 0) & (seen.uu > 0), memory, layers.memory)
-    a = scale.a + (scale.b * inside - lr * (decay - inside))
+    scale = scale._replace(a=scale.a - lr * (decay - inside))
+    a = scale.a + scale.b * inside
     b = scale.b + a if taken else scale.b
     return Decision(a, b, scale, seen, memory)
 

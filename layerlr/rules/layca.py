@@ -46,9 +46,10 @@ class Layca(LayerRule):
 
     Notes
     -----
-    lr is an angle here: 3**-3 suits SGD, Adagrad and RMSprop, 3**-5 Adam and averaged momentum
-    (the authors' defaults). Decoupled weight decay is radial, so the projection removes it; L2
-    decay only enters the buffers.
+    lr is an angle here. The authors' defaults, for hundreds of epochs: 3**-3 on SGD, Adagrad and
+    RMSprop, 3**-5 on Adam and averaged momentum; short runs want more, a transformer's 2,000 steps
+    2**-6 on Adam (docs/choosing.md). Decoupled weight decay is radial, so the projection removes
+    it; L2 decay only enters the buffers.
 
     A layer of zero norm (a zero-initialised head, the last layer of a residual branch, LoRA's B)
     has no direction to turn. It takes plain steps until its norm reaches R, and turns from there:
