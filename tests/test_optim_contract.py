@@ -143,6 +143,19 @@ def test_wrong_arguments_of_lion(arguments, words):
         layerlr.Lion(weights(), **arguments)
 
 
+@each_backend
+def test_a_group_of_lion_without_memory_is_refused_before_any_change(backend):
+    params = weights()
+    opt = layerlr.Lion([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+    train(opt, params, 1)
+    opt.param_groups[1]["betas"] = (0.9, 0.0)
+    before = photograph(opt)
+    set_grads(params, 1)
+    with pytest.raises(ValueError, match=r"index 1: 0\.0; .* betas=\(0\.0, b\)"):
+        opt.step()
+    assert same(photograph(opt), before)
+
+
 # -- param groups ------------------------------------------------------------------------------
 
 

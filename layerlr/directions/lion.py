@@ -22,6 +22,11 @@ class Lion(Direction):
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = (float(b) for b in group["betas"])
+        if beta2 == 0:
+            raise ValueError(
+                "Invalid beta parameter at index 1: 0.0; the step is formed from the momentum, "
+                "which must hold some of the past: for signSGD take betas=(0.0, b) with any b > 0"
+            )
         return beta1, beta2
 
     def scalars(self, hyper: Sequence[float], t: Scalar) -> tuple[Scalar, ...]:

@@ -60,11 +60,7 @@ class Lion(LayerwiseOptimizer):
     ) -> None:
         checks.lr(lr)
         betas = checks.betas(betas, foreach, capturable)
-        if betas[1] == 0:
-            raise ValueError(
-                "Invalid beta parameter at index 1: 0.0; the step is formed from the momentum, "
-                "which must hold some of the past: for signSGD take betas=(0.0, b) with any b > 0"
-            )
+        DIRECTIONS["lion"].hyper({"betas": betas})  # refuses what a group may not hold either
         checks.at_least_zero("weight_decay", weight_decay)
         defaults = dict[str, Any](lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
         defaults |= dict(foreach=foreach, differentiable=differentiable, fused=fused)
