@@ -62,4 +62,10 @@ LAYERLR_HD T larger(T x, T y) {
   return x >= y || x != x ? x : y;
 }
 
+/// 1 above 0, -1 below, a zero or NaN as it is.
+template <class T>
+LAYERLR_HD T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : x;
+}
+
 }  // namespace layerlr

@@ -31,6 +31,12 @@ def larger(x, y):
 
 
 @triton.jit
+def sign(x):
+    """1 above 0, -1 below, a zero or NaN as it is."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
 def finite(x):
     """Whether neither NaN nor infinite."""
     return x - x == 0

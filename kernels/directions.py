@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import larger, power, quotient, root
+from .arithmetic import larger, power, quotient, root, sign
 
 
 class Direction(NamedTuple):
@@ -229,6 +229,23 @@ def _amsgrad_direction(g, s, c):
     return _corrected(s[0], s[2], c)
 
 
+# -- lion -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lion_scalars(h, t):
+    """``beta2, 1 - beta2, alpha, 1 - alpha`` with alpha = beta1/beta2."""
+    beta2 = tl.load(h + 1)
+    alpha = tl.load(h) / beta2
+    return beta2, 1.0 - beta2, alpha, 1.0 - alpha
+
+
+@triton.jit
+def _lion_direction(g, s, c):
+    """``u = sign(alpha*m + (1-alpha)*g)``; m moves as a momentum does."""
+    return sign(s[0] * scalar(c, 2, g) + g * scalar(c, 3, g))
+
+
 #: name -> direction, in the order of the C++ engine's
 DIRECTIONS: dict[str, Direction] = {
     "sgd": Direction(_sgd_scalars, _sgd_advance, _sgd_direction, 0, _full_rate, True),
@@ -252,4 +269,5 @@ DIRECTIONS: dict[str, Direction] = {
     ),
     "adam": Direction(_adam_scalars, _adam_advance, _adam_direction, 2, _full_rate),
     "amsgrad": Direction(_adam_scalars, _amsgrad_advance, _amsgrad_direction, 3, _full_rate),
+    "lion": Direction(_lion_scalars, _momentum_advance, _lion_direction, 1, _full_rate),
 }

@@ -46,6 +46,7 @@ CASES = (
     Case("Adam", "layca", torch.float64, {"amsgrad": True}),
     Case("AdamW", None, torch.bfloat16, {}),
     Case("AdamW", "lamb", torch.float32, {}),
+    Case("Lion", "layca", torch.float32, {}),
 )
 STEPS = 2
 

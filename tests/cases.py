@@ -62,6 +62,8 @@ DIRECTION_ROWS: dict[str, tuple[str, type, dict[str, Any]]] = {
     "ams": ("amsgrad", layerlr.Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.7)}),
     "adamw": ("adam", layerlr.AdamW, {"lr": 0.01, "weight_decay": 0.2}),
     "adamw-ams": ("amsgrad", layerlr.AdamW, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.7)}),
+    "lion": ("lion", layerlr.Lion, {"lr": 0.02, "weight_decay": 0.2}),
+    "signum": ("lion", layerlr.Lion, {"lr": 0.02, "betas": (0.8, 0.8), "maximize": True}),
 }
 
 #: id -> rule, with every direction; trust is large enough for half precisions to move
@@ -137,6 +139,7 @@ BY_ID |= {
 #: differently. tests/mutants/ lists mistakes in every engine that this table catches.
 PAIRS = [(d, r) for d in DIRECTION_ROWS for r in ("none", "lars", "layca")]
 PAIRS += [(d, r) for d in ("nag", "adamw") for r in ("plain", "singh", "lamb", "rated")]
+PAIRS += [("lion", r) for r in ("singh", "lamb", "hyperball")]
 PAIRS += [("adagrad", "singh"), ("rms-cm", "rated"), ("rms-c", "rated"), ("ams", "lamb")]
 PAIRS += [("mom", r) for r in ("singh", "lamb", "lars-clip")]
 PAIRS += [("mom", r) for r in ("layca-now", "layca-frozen", "layca-wide")]

@@ -11,7 +11,7 @@ from layerlr import backends, rules
 
 
 class AMomSGD(torch.optim.Optimizer):
-    """The twin that torch.optim lacks, written as torch writes its own."""
+    """A twin that torch.optim lacks, written as torch writes its own."""
 
     def __init__(self, params, lr=1e-3, momentum=0.9, weight_decay=0, *, maximize=False):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -37,6 +37,33 @@ class AMomSGD(torch.optim.Optimizer):
         return loss
 
 
+class Lion(torch.optim.Optimizer):
+    """Lion as its authors write it, from the old momentum; NaN stays NaN."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"maximize": maximize})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, (b1, b2) = float(group["lr"]), map(float, group["betas"])
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                c = m.lerp(g, 1 - b1)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(torch.where(c.isnan(), c, c.sign()), alpha=lr)
+                m.lerp_(g, 1 - b2)
+        return loss
+
+
 #: ours -> the optimizer that it equals without a rule
 TWINS = {
     layerlr.SGD: torch.optim.SGD,
@@ -45,8 +72,9 @@ TWINS = {
     layerlr.RMSprop: torch.optim.RMSprop,
     layerlr.Adam: torch.optim.Adam,
     layerlr.AdamW: torch.optim.AdamW,
+    layerlr.Lion: Lion,
 }
-IN_TORCH = {ours: twin for ours, twin in TWINS.items() if twin is not AMomSGD}
+IN_TORCH = {ours: twin for ours, twin in TWINS.items() if twin not in (AMomSGD, Lion)}
 CLASSES = list(TWINS)
 
 #: every direction: name -> class and arguments
@@ -62,6 +90,7 @@ VARIANTS = {
     "adam": (layerlr.Adam, {"lr": 0.01}),
     "amsgrad": (layerlr.Adam, {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
     "adamw": (layerlr.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "lion": (layerlr.Lion, {"lr": 0.01, "weight_decay": 0.1}),
 }
 
 

@@ -13,10 +13,12 @@ import torch
 EVERY, NONE = None, ()
 
 #: Rows that differ in what the edge rules of an engine branch on: order of the rule, first-order
-#: direction or not, number of states, latched radius, norm of the weights measured or not.
+#: direction or not, number of states, latched radius, norm of the weights measured or not; and
+#: Lion, whose step of a zero gradient is no product with it.
 EDGES = (
     *("nag-layca", "nag-singh", "nag-lars", "mom-lars", "mom-layca-frozen", "mom-none"),
     *("adamw-lamb", "adamw-none", "ams-layca", "adagrad-singh", "rms-cm-rated", "rms-c-rated"),
+    "lion-none",
 )
 #: Rows in the dtypes other than float32. The dtype is a template argument: what loads and stores
 #: does not know the direction, and what computes sees float32 (or float64) alone.

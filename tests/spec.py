@@ -115,6 +115,24 @@ def adam(g, size, s, t, h):
     return quotient(m, m_size, square, square_size, second, h["eps"])
 
 
+class Undecided(AssertionError):
+    """A step hangs on the sign of what rounding may have made of 0: no test can hold it to one."""
+
+
+def lion(g, size, s, t, h):
+    """Lion's step is exact or undecided: its size is itself."""
+    b1, b2 = h["betas"]
+    c = b1 * s["exp_avg"] + (1 - b1) * g  # of the old momentum, as in the paper
+    s["size"] = {"exp_avg": b2 * abs(s["exp_avg"]) + (1 - b2) * size}
+    s["exp_avg"] = b2 * s["exp_avg"] + (1 - b2) * g
+    # of the new one, as the engines form it: other terms, of which rounding takes its share
+    c_size = b1 / b2 * s["size"]["exp_avg"] + abs(1 - b1 / b2) * size
+    doubt = ULPS * np.finfo(np.float32).eps * c_size
+    if ((abs(c) <= doubt) & (c_size > 0)).any():
+        raise Undecided("choose other test data")
+    return np.sign(c), abs(np.sign(c))
+
+
 DIRECTIONS = {
     "SGD": sgd,
     "AMomSGD": averaged,
@@ -122,6 +140,7 @@ DIRECTIONS = {
     "RMSprop": rmsprop,
     "Adam": adam,
     "AdamW": adam,
+    "Lion": lion,
 }
 
 
@@ -171,7 +190,7 @@ class Spec:
 
     def _step(self, members, raw, rule, lr_scale, index) -> None:
         h, name = self.h, rule.name if rule is not None else "plain"
-        decoupled = self.kind == "AdamW" or h.get("decoupled_weight_decay", False)
+        decoupled = self.kind in ("AdamW", "Lion") or h.get("decoupled_weight_decay", False)
         decay = h["weight_decay"]
         w = [self.w[i] for i in members]
         raw = [raw[i] for i in members]

@@ -256,6 +256,7 @@ def test_loops_over_tiles_are_lean(key, listings):
 BUDGETS = {
     "Momentum": {"unmeasured": 16, "gradient_rule": 36, "update_rule": 30},
     "Adam": {"unmeasured": 50, "gradient_rule": 70, "update_rule": 90},
+    "Lion": {"unmeasured": 24, "gradient_rule": 44, "update_rule": 50},
 }
 
 

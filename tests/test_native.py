@@ -77,11 +77,17 @@ HELD += [(d, p) for d in (torch.bfloat16, torch.float16) for p in ("master", "ka
 HELD += [(torch.bfloat16, "stochastic")]
 
 
+#: between them they call all that packs can do
+CALLS = {"root": (layerlr.Adam, {"amsgrad": True}), "sign": (layerlr.Lion, {"weight_decay": 0.1})}
+
+
 @pytest.mark.parametrize(("dtype", "precision"), HELD)
 @pytest.mark.parametrize("rule", [None, "singh", "layca"])
-def test_instruction_sets_agree_to_the_bit(rule, dtype, precision):
+@pytest.mark.parametrize("calls", CALLS)
+def test_instruction_sets_agree_to_the_bit(calls, rule, dtype, precision):
     """Also a check of bfloat16 and float16 rounding, which each set does in its own way."""
     results = []
+    cls, options = CALLS[calls]
     best = _C.instruction_set()
     try:
         for name in instruction_sets():
@@ -89,10 +95,11 @@ def test_instruction_sets_agree_to_the_bit(rule, dtype, precision):
             torch.manual_seed(0)
             params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5, 16, 40_001)]
             how = {"rule": rule, "adapt": "all", "precision": precision}
-            opt = layerlr.Adam(params, lr=0.1, amsgrad=True, **how)
+            opt = cls(params, lr=0.1, **options, **how)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn_like(p)
+                    p.grad[::7] = 0.0
                 opt.step()
             everything = [*params, *(v for p in params for v in opt.state[p].values())]
             results.append(torch.cat([x.detach().flatten().double() for x in everything]))

@@ -18,6 +18,7 @@ from cases import (
     state_of,
 )
 from contract_helpers import photograph, same
+from selection import EVERY
 
 import layerlr
 
@@ -74,6 +75,16 @@ def test_not_finite_is_skipped(engine, case):
     assert [opt.state[p]["step"].item() for p in moved] == [c + 1 for c in counts]
     assert all(torch.isfinite(p).all() for p in moved)
     assert not any(same_bits([p], [b]) for p, b in zip(moved, before) if p.dim() >= 2)
+
+
+@pytest.mark.asked(triton=EVERY)
+def test_the_sign_of_what_is_not_finite(engine, wide):
+    (p,) = engine.params([torch.zeros(4)], wide)
+    opt = layerlr.Lion([p], lr=0.5, on_nonfinite="propagate", backend=engine.backend)
+    p.grad = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0]).to(p)
+    opt.step()
+    expected = torch.tensor([float("nan"), -0.5, 0.5, 0.0], dtype=wide)
+    torch.testing.assert_close(p.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))

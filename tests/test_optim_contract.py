@@ -68,6 +68,16 @@ def test_signature_of_amom():
     }
 
 
+def test_signature_of_lion():
+    mine = list(inspect.signature(layerlr.Lion).parameters.values())
+    positional = [(p.name, p.default) for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
+    wanted = [("params", inspect.Parameter.empty), ("lr", 1e-4), ("betas", (0.9, 0.99))]
+    assert positional == [*wanted, ("weight_decay", 0.0)]
+    assert {"maximize", "foreach", "fused", "capturable", "differentiable"} <= {
+        p.name for p in mine if p.kind is p.KEYWORD_ONLY
+    }
+
+
 ODD_ARGUMENTS = (
     {"nesterov": True},
     {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
@@ -115,6 +125,35 @@ def test_wrong_arguments_are_answered_in_torch_s_words(ours):
 def test_wrong_arguments_of_amom(arguments, words):
     with pytest.raises(ValueError, match=words):
         layerlr.AMomSGD(weights(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+        ({"betas": (0.9, 0.0)}, "Invalid beta parameter at index 1: 0.0"),
+        ({"betas": (0.9, torch.tensor(0.99))}, "betas must be either both floats or both Tensors"),
+        ({"weight_decay": -1}, "Invalid weight_decay value: -1"),
+    ],
+)
+def test_wrong_arguments_of_lion(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        layerlr.Lion(weights(), **arguments)
+
+
+@each_backend
+def test_a_group_of_lion_without_memory_is_refused_before_any_change(backend):
+    params = weights()
+    opt = layerlr.Lion([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+    train(opt, params, 1)
+    opt.param_groups[1]["betas"] = (0.9, 0.0)
+    before = photograph(opt)
+    set_grads(params, 1)
+    with pytest.raises(ValueError, match=r"index 1: 0\.0; .* betas=\(0\.0, b\)"):
+        opt.step()
+    assert same(photograph(opt), before)
 
 
 # -- param groups ------------------------------------------------------------------------------
@@ -436,7 +475,9 @@ def test_inference_mode(ours, backend):
     assert same(*runs)
 
 
-@pytest.mark.parametrize("variant", ["momentum", "amom", "adagrad", "rmsprop", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "variant", ["momentum", "amom", "adagrad", "rmsprop", "adam", "adamw", "lion"]
+)
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4)])  # the first would broadcast
 @each_backend
 def test_a_changed_shape_is_refused_before_any_change(variant, shape, backend):

@@ -45,6 +45,7 @@ KEYS = {
     "adam": {"step", "exp_avg", "exp_avg_sq"},
     "amsgrad": {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "lion": {"step", "exp_avg"},
 }
 IN_TORCH_VARIANTS = [v for v, (cls, _) in VARIANTS.items() if cls in IN_TORCH]
 

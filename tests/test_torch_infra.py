@@ -18,6 +18,8 @@ import torch
 from contract_helpers import BACKENDS, RULES, TWINS, bits, named, photograph, same
 from torch.nn import Parameter
 
+import layerlr
+
 pytest.importorskip("expecttest", reason="torch's test infrastructure needs it")
 pytest.importorskip("numpy", reason="torch's test infrastructure needs it")
 
@@ -35,7 +37,12 @@ from torch.testing._internal.common_utils import TestCase
 from torch.testing._internal.opinfo.core import DecorateInfo
 
 OURS = ("rule", "layers", "adapt", "on_nonfinite")
-_AMOM_INPUTS = ({}, {"lr": 0.01}, {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.5})
+_SHARED_INPUTS = ({}, {"lr": 0.01}, {"weight_decay": 0.1, "maximize": True})
+#: of the classes whose twins torch has not
+INPUTS = {
+    layerlr.AMomSGD: (*_SHARED_INPUTS, {"momentum": 0.5}),
+    layerlr.Lion: (*_SHARED_INPUTS, {"betas": (0.5, 0.9)}, {"betas": (0.9, 0.9)}),
+}
 
 
 #: device -> the backends that are tried on it
@@ -52,8 +59,11 @@ def _skips(backend):
     ]
 
 
-def _amom_inputs(device, dtype=None):
-    return [OptimizerInput(params=None, kwargs=dict(k), desc=str(k)) for k in _AMOM_INPUTS]
+def _inputs_of(ours):
+    def inputs(device, dtype=None):
+        return [OptimizerInput(params=None, kwargs=dict(k), desc=str(k)) for k in INPUTS[ours]]
+
+    return inputs
 
 
 def _info(ours, rule, backend):
@@ -67,7 +77,7 @@ def _info(ours, rule, backend):
     if twin is None:
         return OptimizerInfo(
             cls,
-            optim_inputs_func=_amom_inputs,
+            optim_inputs_func=_inputs_of(ours),
             optim_error_inputs_func=get_error_inputs_for_all_optims,
             supported_impls=("foreach", "fused"),
             supports_fused_on=("cpu", "cuda"),

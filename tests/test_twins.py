@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from cases import same_bits
-from contract_helpers import TWINS, AMomSGD
+from contract_helpers import IN_TORCH, TWINS
 from selection import NONE
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
@@ -95,6 +95,16 @@ OPTIONS = {
         {"lr": 0.05, "maximize": True},
         {"lr": tensor_lr, "weight_decay": 0.2},
     ],
+    layerlr.Lion: [
+        {},
+        {"lr": 0.05, "weight_decay": 0.2},
+        {"lr": 0.05, "betas": (0.5, 0.9), "maximize": True},
+        {"lr": 0.05, "betas": (0.9, 0.9)},
+        {"lr": 0.05, "betas": (0.9, 0.5)},
+        {"lr": 0.05, "betas": (0.0, 0.9), "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.05, "betas": tensor_betas},
+        {"lr": tensor_lr},
+    ],
 }
 ROWS = [
     pytest.param(cls, options, id=f"{cls.__name__}-{i}")
@@ -108,6 +118,7 @@ GROUPED = {
     layerlr.RMSprop: ("momentum", [{}, {"centered": True, "alpha": 0.9}, {"momentum": 0.9}]),
     layerlr.Adam: ("betas", [{}, {"betas": (0.5, 0.9)}, {"amsgrad": True, "maximize": True}]),
     layerlr.AdamW: ("betas", [{}, {"weight_decay": 0.5}, {"eps": 0.5, "lr": 0.3}]),
+    layerlr.Lion: ("betas", [{}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.5, "lr": 0.3}]),
 }
 
 
@@ -207,10 +218,19 @@ def test_scheduled(engine, cls):
     assert len(seen) > STEPS // 2  # the scheduler did change what it should
 
 
-@pytest.mark.parametrize("cls", [c for c in TWINS if TWINS[c] is not AMomSGD])
+@pytest.mark.parametrize("cls", IN_TORCH)
 def test_complex_parameters(engine, cls):
     for options in OPTIONS[cls]:
         Pair(engine, cls, options, COMPLEX).run(5)
+
+
+@pytest.mark.parametrize("options", OPTIONS[layerlr.Lion][:6])
+def test_lion_of_pytorch_optimizer(engine, options):
+    package = pytest.importorskip("pytorch_optimizer")
+    options = {"lr": 1e-4, "betas": (0.9, 0.99), **options}
+    pair = Pair(engine, layerlr.Lion, options)
+    pair.twin = package.Lion(pair.theirs, foreach=False, **options)
+    pair.run()
 
 
 @pytest.mark.parametrize("case", cases.SHORT, ids=cases.ids(cases.SHORT))

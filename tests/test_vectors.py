@@ -43,6 +43,25 @@ def run(engine, wide):
     return run
 
 
+# -- Lion ------------------------------------------------------------------------------------------
+
+#: betas, weight decay -> weights; the gradients change their signs, the momentum not always
+LION_WALK = {
+    ((0.9, 0.99), 0.0): [[0.9, 1.1], [1.0, 1.2]],
+    ((0.9, 0.99), 0.5): [[0.85, 1.05], [0.9075, 1.0975]],
+    ((0.5, 0.5), 0.0): [[0.9, 1.1], [0.8, 1.2]],  # signSGD with momentum
+    ((0.0, 0.9), 0.0): [[0.9, 1.1], [1.0, 1.0]],  # signSGD
+}
+
+
+@pytest.mark.parametrize(("betas", "decay"), LION_WALK)
+def test_lion_two_steps(run, betas, decay):
+    gradients = [[1.0, -2.0], [-0.3, 0.1]]
+    walk = run(layerlr.Lion, [1.0, 1.0], gradients, lr=0.1, betas=betas, weight_decay=decay)
+    for w, e in zip(walk, LION_WALK[betas, decay], strict=True):
+        close(w, e)
+
+
 # -- Singh et al. ----------------------------------------------------------------------------------
 
 FACTORS = {

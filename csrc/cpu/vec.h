@@ -82,6 +82,12 @@ template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
 }
+/// 1 above 0, -1 below, a zero or NaN as it is.
+template <class T>
+inline Pack<T> sign(Pack<T> x) {
+  const auto one = Pack<T>::fill(1).v[0];
+  LAYERLR_EACH(x.v[i] > 0 ? one : x.v[i] < 0 ? -one : x.v[i])
+}
 /// y where the gradient is finite (its difference to itself is 0), x elsewhere.
 template <class T>
 inline Pack<T> where_finite(Pack<T> g, Pack<T> y, Pack<T> x) {

@@ -3,6 +3,7 @@
 
 #include "directions/adagrad.h"
 #include "directions/adam.h"
+#include "directions/lion.h"
 #include "directions/rmsprop.h"
 #include "directions/sgd.h"
 
@@ -18,7 +19,8 @@
   X(RmspropMomentum)          \
   X(RmspropCenteredMomentum)  \
   X(Adam)                     \
-  X(AmsGrad)
+  X(AmsGrad)                  \
+  X(Lion)
 #endif
 
 namespace layerlr {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adagrad import Adagrad
 from .adam import Adam, AmsGrad
 from .base import Direction
+from .lion import Lion
 from .rmsprop import Rmsprop, RmspropCentered, RmspropCenteredMomentum, RmspropMomentum
 from .sgd import AveragedMomentum, Momentum, Nesterov, Sgd
 
@@ -23,6 +24,7 @@ DIRECTIONS: dict[str, Direction] = {
         RmspropCenteredMomentum(),
         Adam(),
         AmsGrad(),
+        Lion(),
     )
 }
 

@@ -34,6 +34,11 @@ def root(x: Tensor) -> Tensor:
     return torch.where((r > 0) & torch.isfinite(wide), r + residual / (2.0 * r), r)
 
 
+def sign(x: Tensor) -> Tensor:
+    """1, 0 or -1; NaN for NaN, of which `torch.sign` makes 0."""
+    return torch.where(x != x, x, x.sign())
+
+
 class Direction:
     """``(g, state) -> u``, elementwise; ``u`` is the step that is subtracted.
 

@@ -1,0 +1,5 @@
+#include "cuda/kernels.cuh"
+
+namespace layerlr {
+template DirectionKernels kernels_of<Lion>();
+}  // namespace layerlr
