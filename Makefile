@@ -31,14 +31,14 @@ demo test test-all proofs: export MPLBACKEND = Agg
 
 # Hashes of what mutants and sanitizers depend on; those whose inputs have changed are run.
 proofs: export LAYERLR_PROOFS = write
-proofs: $(VENV)/.layerlr
+proofs: $(VENV)/.test
 	$(PY) -m pytest -q -n auto --maxprocesses 8 -k "simt_native or simt_shim or test_sanitizers"
 
 # Its last line says what the full run adds.
-test: $(VENV)/.layerlr
+test: $(VENV)/.test
 	$(PY) -m pytest -q -n auto --maxprocesses 8 -m "not full" $(ARGS)
 
-test-all: $(VENV)/.layerlr
+test-all: $(VENV)/.test
 	$(PY) -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 # In a copy with an environment of its own: the libraries in layerlr/ are built for one PyTorch.
@@ -82,10 +82,14 @@ $(VENV)/.torch:
 
 # --no-build-isolation compiles against the torch just installed and needs no second download.
 $(VENV)/.layerlr: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP) --no-build-isolation -e ".[test,bench]"
+	$(PIP) --no-build-isolation -e ".[bench]"
 	touch $@
 
-$(VENV)/.lint: pyproject.toml | $(VENV)/.layerlr
+$(VENV)/.test: pyproject.toml | $(VENV)/.layerlr
+	$(PIP) --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/.test
 	$(PIP) --no-build-isolation -e ".[lint]"
 	touch $@
 
