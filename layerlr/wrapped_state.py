@@ -6,13 +6,34 @@ Everything lies where torch's own tools look for it: per parameter in ``state``,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
+
+from torch.optim.optimizer import Optimizer
 
 _BASE = "base."
 #: keys of a group that base and wrapper share
 SHARED = ("params", "param_names")
 
 Packed = dict[str, Any]
+
+
+class State(defaultdict[Any, Packed]):
+    """A wrapper's state, which counts as empty (``if optimizer.state``) while the base has none.
+
+    `torch.distributed.checkpoint` has an optimizer with an empty state take a step of lr 0, so that
+    there are tensors to load into; most bases create theirs at their first step.
+    """
+
+    def __init__(self, base: Optimizer, own: Packed) -> None:
+        super().__init__(dict, own)
+        self._base = base
+
+    def __bool__(self) -> bool:
+        return bool(self._base.state) and len(self) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self._base, dict(self))
 
 
 def join(ours: Packed, theirs: Packed) -> Packed:
