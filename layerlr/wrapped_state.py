@@ -55,12 +55,14 @@ def split(packed: Packed) -> tuple[Packed, Packed]:
     Raises
     ------
     ValueError
-        For the state dict of an optimizer that is not wrapped.
+        For the state dict of an optimizer that is not wrapped, and for one that
+        `torch.distributed.checkpoint` had flattened, which is no more than the wrapper's part.
     """
     if not any(_is_base(key) for group in packed["param_groups"] for key in group):
         raise ValueError(
             "the state dict is not that of a wrapped optimizer: load one of the base alone with "
-            "optimizer.base.load_state_dict(...)"
+            "optimizer.base.load_state_dict(...); of torch.distributed.checkpoint, which leaves "
+            "the base out where it flattens, use the form that is not flattened"
         )
     ours, theirs = _rest(packed), dict(packed.get(_BASE, {}))
     ours["state"] = {k: own for k, v in packed["state"].items() if (own := _rest(v))}

@@ -17,7 +17,9 @@ from layerlr import rules
 #: base meets one rule of each order, and every rule one base with decay in its step and another
 #: whose step is elementwise.
 PAIRS = [(base, rule) for base in BASES for rule in ("layca", "lars")]
-PAIRS += [(base, rule) for base in ("sgd", "adamw") for rule in RULES if rule not in ("layca", "lars")]
+PAIRS += [
+    (base, rule) for base in ("sgd", "adamw") for rule in RULES if rule not in ("layca", "lars")
+]
 PAIRS += [("muon", "hyperball"), ("soap", "relative"), ("lion", "brake"), ("rmsprop", "singh")]
 ROWS = [pytest.param(*base_param(b).values, r, marks=base_param(b).marks) for b, r in PAIRS]
 
@@ -182,12 +184,18 @@ def test_lr_factor_is_refused_where_it_could_do_nothing():
 
 def test_groups_have_rules_and_rates_of_their_own():
     a, b, c = (Parameter(v) for v in random(((7, 5), (6, 4), (3, 3))))
-    groups = [{"params": [a]}, {"params": [b], "rule": None, "lr": 0.2}, {"params": [c], "rule": "lars"}]
+    groups = [
+        {"params": [a]},
+        {"params": [b], "rule": None, "lr": 0.2},
+        {"params": [c], "rule": "lars"},
+    ]
     opt = layerlr.wrap(torch.optim.SGD(groups, lr=0.1), "layca", lr=0.05)
     before = copies([a, b, c])
     set_grads([a, b, c], 0)
     opt.step()
-    torch.testing.assert_close(a.detach(), RULES["layca"].formula(before[0], a.grad, 0.05, before[0].norm()))
+    torch.testing.assert_close(
+        a.detach(), RULES["layca"].formula(before[0], a.grad, 0.05, before[0].norm())
+    )
     torch.testing.assert_close(b.detach(), before[1] - 0.2 * b.grad)
     f = 1e-3 * before[2].norm() / c.grad.norm()
     torch.testing.assert_close(c.detach(), before[2] - 0.1 * f * c.grad)

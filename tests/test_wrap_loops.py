@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from wrapped import RULES, SHAPES, wrapped
 
 import layerlr
-from layerlr import rules
 
 
 def params_of(dtype=torch.float32, seed=0, shapes=SHAPES):
@@ -251,7 +250,9 @@ def late_groups():
 
 
 @pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize(("group", "message"), list(late_groups()), ids=[m for _, m in late_groups()])
+@pytest.mark.parametrize(
+    ("group", "message"), list(late_groups()), ids=[m for _, m in late_groups()]
+)
 def test_a_group_that_is_refused_leaves_nothing_behind(group, message, ours):
     params = params_of()
     base = (layerlr.AdamW if ours else torch.optim.AdamW)(params, lr=0.01)

@@ -151,8 +151,7 @@ class Oracle:
         self.governed = [p for p in self.params if self.row.every or p.dim() >= 2]
         fixed = getattr(self.row.rule, "radius", None)
         self.radii = [
-            fixed if isinstance(fixed, float) else p.detach().norm()
-            for p in self.governed
+            fixed if isinstance(fixed, float) else p.detach().norm() for p in self.governed
         ]
 
     @torch.no_grad()
