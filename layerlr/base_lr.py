@@ -30,11 +30,9 @@ def settle(ours: Group, theirs: Group, defaults: Group) -> None:
         For a missing lr, and for one that nothing can follow.
     """
     rule = rules.resolve(ours.get("rule", defaults["rule"]))
-    follows = has_own(rule) or (rule is None and has_own(rules.resolve(defaults["rule"])))
-    if not follows:
-        shared = ours.get(
-            "lr", None if has_own(rules.resolve(defaults["rule"])) else defaults["lr"]
-        )
+    beside_own = has_own(rules.resolve(defaults["rule"]))
+    if not (has_own(rule) or (rule is None and beside_own)):
+        shared = ours.get("lr", None if beside_own else defaults["lr"])
         shared = theirs.get("lr") if shared is None else shared
         ours["lr"] = 1.0 if shared is None else shared
         checks.lr(ours["lr"])

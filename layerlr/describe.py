@@ -22,8 +22,8 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     it takes the plain step; ``frozen``: it does not move; ``base``: it takes the step of the
     optimizer that `wrap` was given), lr (its own: with ``lr_factor``, and ``plain_lr`` for the
     plain), weight decay, backend, which of a base is its class. A parameter that is split over
-    several layers has a line for each. Layers that were skipped for a non-finite gradient follow below,
-    with their number of steps; to read it, the device is waited for.
+    several layers has a line for each. Layers that were skipped for a non-finite gradient follow
+    below, with their number of steps; to read it, the device is waited for.
     """
     lines: list[tuple[str, ...]] = [_HEADER]
     skipped: list[str] = []

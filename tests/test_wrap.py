@@ -16,10 +16,9 @@ from layerlr import rules
 #: gradient (in gradient order), never the base; a base sees gradients, never the rule. So every
 #: base meets one rule of each order, and every rule one base with decay in its step and another
 #: whose step is elementwise.
-PAIRS = [(base, rule) for base in BASES for rule in ("layca", "lars")]
-PAIRS += [
-    (base, rule) for base in ("sgd", "adamw") for rule in RULES if rule not in ("layca", "lars")
-]
+BOTH = ("layca", "lars")
+PAIRS = [(base, rule) for base in BASES for rule in BOTH]
+PAIRS += [(base, rule) for base in ("sgd", "adamw") for rule in RULES if rule not in BOTH]
 PAIRS += [("muon", "hyperball"), ("soap", "relative"), ("lion", "brake"), ("rmsprop", "singh")]
 ROWS = [pytest.param(*base_param(b).values, r, marks=base_param(b).marks) for b, r in PAIRS]
 

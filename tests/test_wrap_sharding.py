@@ -145,7 +145,7 @@ def test_whole_state_dicts(name):
 
 
 def test_flattened_state_dicts_are_refused():
-    """torch asks the optimizer for the names that it looks for, and those of the base are not there."""
+    """torch looks for what the optimizer has, and what the base has is not there."""
     model, _ = models()
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     opt = MAKE["layca"](model.named_parameters())

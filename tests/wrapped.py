@@ -1,8 +1,8 @@
 """Rules on other optimizers, written apart from the package: what wrappers are held against.
 
 The oracle has an optimizer of the base's class on copies of the parameters. The base takes its step
-from v to v - u; then the weights are set to what the paper's formula makes of v and u. Under gradient
-rules the base's gradients are set to f*g before its step.
+from v to v - u; then the weights are set to what the paper's formula makes of v and u. Under
+gradient rules the base's gradients are set to f*g before its step.
 """
 
 from __future__ import annotations
@@ -173,6 +173,10 @@ def wrapped(base: str, rule: str, params, backend: str = "auto", **kwargs):
     opt = layerlr.wrap(make_base(base, params), row.rule, lr=row.lr, backend=backend, **kwargs)
     set_rates(opt)
     return opt
+
+
+def params_of(dtype=torch.float32, seed=0, shapes=SHAPES) -> list[Parameter]:
+    return [Parameter(v) for v in random(shapes, dtype, seed)]
 
 
 def values(base: str, dtype=torch.float64, seed=0) -> list[Tensor]:
