@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class AngularRates(Stream):
         if self.step % self.every == 0:
             found = self._steps.end()
             if self._told():
-                found = statistics.rates(self.optimizer.plans)
+                found = statistics.rates(cast(LayerwiseOptimizer, self.optimizer).plans)
             if found is not None:
                 self._rates, self._measured_at = found, self.step
                 if self._sinks:

@@ -16,7 +16,7 @@ from layerlr.plans import make_plan
 from layerlr.rules import Lamb
 from layerlr.sharded_plan import ShardedPlan, reduce
 
-from .cosine import collect
+from .cosine import moved
 
 #: any rule that has all four sums taken; nothing is asked of it
 _RULE = Lamb()
@@ -65,7 +65,9 @@ class MeasuredSteps:
             for plan, _ in sharded:
                 plan.finish()
         names = [name for plan in self._plans for name in plan.spec.table.layers]
-        rows = collect([row for _, x in sums for row in x.unbind(0)])
+        devices = [x.device for _, x in sums]
+        home = next((device for device in devices if device.type != "cpu"), devices[0])
+        rows = torch.cat([moved(x[:, :4], home) for _, x in sums])
         return {"names": names, **_rates(rows)}
 
     def _fit(self) -> None:
@@ -93,7 +95,9 @@ class MeasuredSteps:
                 "param_names": [name for _, name in watched],
             }
             for table in build_tables(like, index, None):
-                states = [{"step": torch.zeros((), device=p.device)} for p in table.params]
+                states: list[dict[str, Any] | None] = [
+                    {"step": torch.zeros((), device=p.device)} for p in table.params
+                ]
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
                 spec = PlanSpec(table, DIRECTIONS["sgd"], _RULE, states, stats, False, None)
