@@ -30,6 +30,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, object]]] = {
     "rmsprop": ("RMSprop", {}),
     "adam": ("Adam", {}),
     "adamw": ("AdamW", {}),
+    "muon": ("Muon", {}),  # torch's, for matrices alone
 }
 
 # The best of the grid that `python -m bench.demo --grid` runs: error in % on a validation third of
@@ -60,13 +61,13 @@ _AVERAGED = ("momentum", "nag", "amom", "adam", "adamw")
 
 def default_rate(optimizer: str, rule: str) -> float:
     """The rate the demo uses; for the other rules there is no value that suits any task."""
-    if rule in ("none", "singh"):
+    if rule in ("none", "singh") and optimizer in BARE_RATES:
         return BARE_RATES[optimizer]
     if rule == "layca":
         return LAYCA_RATE_AVERAGED if optimizer in _AVERAGED else LAYCA_RATE
     if rule == "curvature":
         return 1.0  # a factor on the step that the rule computes
-    raise ValueError(f"no default learning rate for rule {rule!r}: give one")
+    raise ValueError(f"no default learning rate for {optimizer}, rule {rule!r}: give one")
 
 
 def option(default: Any, help: str, kind: Callable[[str], Any] | None = None, **more: Any) -> Any:
@@ -87,6 +88,8 @@ class Config:
     lr: float | None = option(None, "learning rate (default: the demo's, where it has one)", float)
     momentum: float | None = option(None, "default: 0.9 for momentum, nag and amom", float)
     weight_decay: float | None = option(None, "default: the optimizer's own", float)
+    plain_lr: float | None = option(None, "rate of what the rule does not govern (lr)", float)
+    clip: float | None = option(None, "largest norm of all gradients together", float)
     options: tuple[str, ...] = option((), "optimizer keyword, KEY=VALUE", str, nargs="*")
     rule_options: tuple[str, ...] = option((), "rule keyword, KEY=VALUE", str, nargs="*")
     layers: str = option("tensor", "what forms a layer", choices=("tensor", "module"))
@@ -94,7 +97,7 @@ class Config:
     library: str = option("layerlr", "torch: the bare twin", choices=("layerlr", "torch"))
     alpha: float = option(0.0, "rates by depth: > 0 favours last layers, < 0 first ones")
     schedule: str = option(
-        "steps", "course of the rate", choices=("constant", "steps", "cosine", "inv")
+        "steps", "course of the rate", choices=("constant", "steps", "cosine", "warmup", "inv")
     )
     drops: tuple[float, ...] = option(
         (0.8, 0.9, 0.97), "when, in parts of the run", float, nargs="*"
@@ -150,6 +153,10 @@ class Config:
             return self.drop_factor ** sum(step >= round(d * self.steps) for d in self.drops)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
+        if self.schedule == "warmup":  # over a twentieth, then a cosine to a tenth
+            warm = max(self.steps // 20, 1)
+            left = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
+            return min((step + 1) / warm, 1.0) * (0.1 + 0.9 * left if step > warm else 1.0)
         if self.schedule == "inv":
             return (1 + self.gamma * step) ** -self.power
         return 1.0
@@ -176,7 +183,10 @@ def from_arguments(arguments: argparse.Namespace, **more: Any) -> Config:
     return Config(**values)
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Config, model: nn.Module, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters, or of these groups."""
     class_name, arguments = OPTIMIZERS[config.optimizer]
     arguments = {"lr": config.rate, **arguments, **parse_options(config.options)}
     for key in ("momentum", "weight_decay"):
@@ -186,11 +196,13 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         if not hasattr(torch.optim, class_name):
             raise ValueError(f"torch.optim has no {class_name}")
         make = getattr(torch.optim, class_name)
+    elif not hasattr(layerlr, class_name):
+        raise ValueError(f"layerlr has no {class_name}: choose --library torch")
     else:
         make = getattr(layerlr, class_name)
         arguments |= {"rule": _rule(config), "layers": config.layers, "backend": config.backend}
     try:
-        return make(_parameters(config, model), **arguments)
+        return make(groups or _parameters(config, model), **arguments)
     except TypeError as error:
         raise ValueError(f"{config.optimizer} with {arguments}: {error}") from error
 

@@ -4,24 +4,27 @@
 #   bench/gpu.sh check      is it right, how fast is it: most valuable first
 #   bench/gpu.sh times      is it right, and the step times of every model
 #   bench/gpu.sh tune       the tests that failed, then times under each choice of the CUDA engine
+#   bench/gpu.sh papers     a language model under every rule, beside Singh's table of CIFAR-10
 #   bench/gpu.sh --dry-run  anywhere: prints the commands and checks that they would start
 #
 # TOTAL: seconds for all stages (540; 200 see what matters most). PYTHON: the interpreter (python3).
 # OUT: where the findings go (build/gpu), eight files at most. STOP=1: stop where the cuda backend
-# disagrees with the reference. .gpu/, made by bench/gpu_pack.sh, spares the build.
+# disagrees with the reference. .gpu/, made by bench/gpu_pack.sh, spares the build. DATA: folder of
+# data sets for papers (that of .gpu/data, unpacked). WORKERS: processes of each program (12; 6 of
+# papers). DEVICE=cpu rehearses papers, MORE="--quick" shorter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-check | times | tune) dry= ;;
+check | times | tune | papers) dry= ;;
 --dry-run) dry=1 ;;
-*) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+*) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
 python="${PYTHON:-python3}" out="${OUT:-build/gpu}" total="${TOTAL:-540}" work=build/gpu-work
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export PYTHONPATH="$PWD:$PWD/.gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 [ ! -f .gpu/commit ] || export BENCH_COMMIT="$(cat .gpu/commit)"
 rm -rf "$work" && mkdir -p "$out" "$work"
-[ -n "$dry" ] || rm -f "$out"/{verdicts.txt,machine.txt,tests.jsonl,steps.json,ncu.csv,tune.json,stalls.csv,logs.tgz}
+[ -n "$dry" ] || rm -f "$out"/{verdicts.txt,machine.txt,tests.jsonl,steps.json,ncu.csv,tune.json,stalls.csv,logs.tgz,char_gpt.json,singh_cifar10{,_50000}.json}
 
 left() { echo $((total - SECONDS)); }
 note() { echo "$SECONDS s: $*" | tee -a "$out/verdicts.txt"; }
@@ -194,9 +197,40 @@ tune() {
     --section MemoryWorkloadAnalysis "$python" -m bench.profile_step --models vit_l
 }
 
+# paper NAME ARGUMENT...: an experiment, for what time is left; its JSON file grows run by run.
+paper() {
+  local name="$1"
+  shift
+  # shellcheck disable=SC2086
+  stage "$name" $(($(left) - 8)) "$python" -m "bench.papers.${name%%-*}" --data "$data" \
+    --out "$out" --device "${DEVICE:-cuda}" --workers "${WORKERS:-6}" "$@" ${MORE:-}
+  # At most eight files: tables and plots are made anew from the runs; a writer may have been ended.
+  [ -n "$dry" ] || rm -f "$out"/*.md "$out"/*.png "$out"/.*.json-*
+}
+
+papers() {
+  local beside
+  [ -n "${DEVICE:-}" ] || load
+  if [ -z "${DATA:-}" ]; then
+    mkdir -p "$data"
+    [ -n "$dry" ] || cp -r .gpu/data/text "$data"
+  fi
+  paper char_gpt --limit 320 &
+  beside=$!
+  [ -n "${DEVICE:-}" ] || stage agree-cuda 60 "$python" -m bench.agree --threads 2 --seconds 45 \
+    --shapes small large &
+  [ -n "${DATA:-}" ] || stage unpack 90 "$python" .gpu/data/unpack.py "$data"
+  paper singh_cifar10-60 --seeds 3 --iterations 7000 --only '^(SGD|AdaGrad)' --limit 175
+  paper singh_cifar10-50 --seeds 3 --iterations 6000 --only '^(SGD|AdaGrad)' --limit 175 \
+    --step-down 50000
+  wait $beside
+}
+data="${DATA:-build/gpu-data}"
+
 if [ -n "$dry" ]; then
   check
   tune
+  papers
   "$python" - "$work/commands" <<'END' || exit 1
 import importlib, shlex, sys
 
@@ -204,8 +238,12 @@ for line in open(sys.argv[1]):
     words = shlex.split(line.partition("]")[2])
     module = words[words.index("-m") + 1] if "-m" in words else ""
     if module.startswith("bench."):
-        program = importlib.import_module(module)
-        program.parser().parse_args(words[words.index(module) + 1 :])
+        program, given = importlib.import_module(module), words[words.index(module) + 1 :]
+        if module.startswith("bench.papers."):
+            runner = importlib.import_module("bench.papers.runner")
+            runner.parser(None, program.arguments).parse_args(given)
+        else:
+            program.parser().parse_args(given)
         print(module, "imports and reads its arguments")
 END
   exit 0

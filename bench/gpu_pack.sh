@@ -5,6 +5,8 @@
 #
 # .gpu/layerlr: the native libraries, for the GPU's architecture alone (LAYERLR_CUDA_ARCH, 90)
 # .gpu/site:    packages of tests and benchmarks that are missing there (GPU_SITE)
+# .gpu/data:    data sets for `bench/gpu.sh papers` (GPU_DATA: their files and folders): text/, and
+#               a program `unpack.py FOLDER` that writes the others as bench.data reads them
 # .gpu/commit:  what it was built from
 # Take the folder along: bench/gpu.sh uses it. A second run compiles only what has changed.
 set -euo pipefail
@@ -20,7 +22,12 @@ if [ ! -d .gpu/site ]; then
     ${GPU_SITE:-expecttest pytorch_optimizer timm}
   mv .gpu/site.new .gpu/site
 fi
+if [ -n "${GPU_DATA:-}" ]; then
+  rm -rf .gpu/data && mkdir -p .gpu/data
+  # shellcheck disable=SC2086
+  cp -r $GPU_DATA .gpu/data
+fi
 commit="$(git rev-parse --short HEAD)"
 [ -z "$(git status --porcelain)" ] || commit+=+
 echo "$commit" >.gpu/commit
-du -sh .gpu/layerlr .gpu/site
+du -shc .gpu/*

@@ -36,6 +36,9 @@ CASES: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("Adam", "layca", {"amsgrad": True}),
     ("AdamW", None, {}),
     ("AdamW", "lamb", {}),
+    ("SGD", "hyperball", {"momentum": 0.9}),
+    ("AdamW", "relative", {}),
+    ("SGD", "brake", {"momentum": 0.9}),
 )
 
 

@@ -22,7 +22,7 @@ from .trainer import Task, Trainer
 
 
 @contextmanager
-def _settings(config: Config) -> Iterator[None]:
+def settings(config: Config) -> Iterator[None]:
     """The run's threads and random state, and the caller's again afterwards."""
     threads = torch.get_num_threads()
     cudnn = torch.backends.cudnn
@@ -60,7 +60,7 @@ def train(
     stop = config.steps if stop is None else min(stop, config.steps)
     if out is None and (config.checkpoint_every or stop < config.steps):
         raise ValueError("checkpoints need an output folder")
-    with _settings(config):
+    with settings(config):
         trainer = Trainer(config, Task.of(config) if task is None else task)
         if resume is not None:
             trainer.resume(resume)

@@ -22,7 +22,7 @@ from .models import build
 from .record import Result, machine, write_atomically
 
 # Large enough for a GPU, small enough for the activations to stay near the cores of a CPU.
-_TEST_BATCH = 250
+TEST_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(self, config: Config, task: Task) -> None:
         self.config, self.task = config, task
-        self.device = _usable(config.device)
+        self.device = usable(config.device)
         self.data = task.data.to(self.device)
         self.model = task.model.to(self.device)
         self.optimizer = task.optimizer(config, self.model)
@@ -124,6 +124,8 @@ class Trainer:
             _backward_twice_differentiable(loss)
         else:
             loss.backward()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         before = time.perf_counter()
         self.optimizer.step()
         self.optimizer_seconds.append(time.perf_counter() - before)
@@ -158,17 +160,20 @@ class Trainer:
 
     def _test(self) -> dict[str, Any]:
         self.model.eval()
-        loss = error = 0.0
+        found = []  # read together: each reading waits for the device
         with torch.no_grad():
             for x, y in zip(
-                self.data.test_x.split(_TEST_BATCH),
-                self.data.test_y.split(_TEST_BATCH),
+                self.data.test_x.split(TEST_BATCH),
+                self.data.test_y.split(TEST_BATCH),
                 strict=True,
             ):
-                output, part = self.model(x), len(y) / len(self.data.test_y)
-                loss += part * self.task.loss(output, y).item()
-                if self.task.error is not None:
-                    error += part * self.task.error(output, y).item()
+                output, measures = self.model(x), (self.task.loss, self.task.error)
+                found.append(torch.stack([m(output, y).double() for m in measures if m]))
+        parts = [len(y) / len(self.data.test_y) for y in self.data.test_y.split(TEST_BATCH)]
+        loss, *error = (
+            sum(part * value for part, value in zip(parts, values, strict=True))
+            for values in torch.stack(found, 1).tolist()
+        )
         self.model.train()
         recent = self.losses[max(0, self.step - 50) : self.step]
         record = {
@@ -178,7 +183,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds,
         }
-        return record if self.task.error is None else record | {"test_error": error}
+        return record | {"test_error": error[0]} if error else record
 
     # --- checkpoint and result ---
 
@@ -282,7 +287,7 @@ def _backward_twice_differentiable(loss: Tensor) -> None:
         loss.backward(create_graph=True)
 
 
-def _usable(name: str) -> torch.device:
+def usable(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -73,7 +73,8 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
       v.scale = evaluate(id, v.seen, c.lr, c.l2, memory, config.hyper);
       if (memory == 0 && ww > 0 && v.scale.b != 0) memory = sqrt(ww);
     }
-    if (info.latches && at && !v.skip) *at = memory;
+    // a step of nothing, as checkpoint libraries take one, leaves no trace
+    if (info.latches && at && !v.skip && c.lr > 0 && v.seen.uu > 0) *at = memory;
     v.shown_a = v.scale.a;
     v.shown_b = v.scale.b;
     v.scale.a += v.scale.b * inside - c.lr * (c.decoupled - inside);

@@ -92,7 +92,7 @@ void DevicePlan::build(bool measured) {
   spans_at_ = fresh.put(p.spans.size() * sizeof(DeviceSpan));
   counts_at_ = fresh.put(p.tensors.size() * sizeof(DeviceCount));
   presence_at_ = fresh.put(n_layers * sizeof(DevicePresence));
-  kept_at_ = fresh.put(n_layers * sizeof(double*));
+  memory_at_ = fresh.put(n_layers * sizeof(double*));
   fresh_ = at::empty({int64_t(fresh.bytes)}, there);
   now_.assign(fresh.bytes, 0);
   there_.assign(fresh.bytes, 0);
@@ -111,7 +111,7 @@ void DevicePlan::build(bool measured) {
   args_.spans = at_byte<DeviceSpan>(fresh_, spans_at_);
   args_.counts = at_byte<DeviceCount>(fresh_, counts_at_);
   args_.presence = at_byte<DevicePresence>(fresh_, presence_at_);
-  args_.kept = at_byte<double*>(fresh_, kept_at_);
+  args_.memory = at_byte<double*>(fresh_, memory_at_);
   args_.layer = at_byte<DeviceLayer>(fixed_, layers);
   args_.item = at_byte<Item>(fixed_, items);
   args_.tensor_layers = at_byte<int32_t>(fixed_, tensor_layers);
@@ -138,32 +138,6 @@ void DevicePlan::fill_config(const StepConfig& config, const OnDevice& on_device
     }
   }
   std::copy(std::begin(config.rule), std::end(config.rule), args_.rule.hyper);
-}
-
-void DevicePlan::fill_tables() {
-  const Plan& p = plan();
-  auto* spans = reinterpret_cast<DeviceSpan*>(now_.data() + spans_at_);
-  auto* counts = reinterpret_cast<DeviceCount*>(now_.data() + counts_at_);
-  auto* presence = reinterpret_cast<DevicePresence*>(now_.data() + presence_at_);
-  auto* kept = reinterpret_cast<double**>(now_.data() + kept_at_);
-  for (size_t l = 0; l < p.layers.size(); ++l) {
-    presence[l] = {-1, 1};
-    kept[l] = p.layers[l].memory;
-  }
-  for (size_t i = 0; i < p.spans.size(); ++i) {
-    const Span& span = p.spans[i];
-    const bool active = p.tensors[span.tensor].active;
-    fill_span(spans[i], p, span);
-    DevicePresence& layer = presence[span.layer];
-    layer.whole &= active;
-    if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
-  }
-  for (size_t i = 0; i < p.tensors.size(); ++i) {
-    const TensorRow& row = p.tensors[i];
-    const int32_t first = schedule_.first_layer[i];
-    counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
-                 schedule_.first_layer[i + 1] - first, 0};
-  }
 }
 
 /// Send the bytes [begin, end) that are not there yet.
@@ -235,7 +209,12 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   if (!args_.layers) return false;
   if (!engine_->capturing(at)) hold_for(current_stream());
   fill_config(config, on_device);
-  fill_tables();
+  char* const now = now_.data();
+  fill_tables({reinterpret_cast<DeviceSpan*>(now + spans_at_),
+               reinterpret_cast<DeviceCount*>(now + counts_at_),
+               reinterpret_cast<DevicePresence*>(now + presence_at_),
+               reinterpret_cast<double**>(now + memory_at_)},
+              plan(), schedule_);
   upload(at);
   copy(on_device);
   return true;

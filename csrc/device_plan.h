@@ -37,7 +37,6 @@ class DevicePlan : public LivePlan {
   at::Tensor no_sums();
   void build(bool measured);
   void fill_config(const StepConfig& config, const OnDevice& on_device);
-  void fill_tables();
   void copy(const OnDevice& on_device);
   void hold_for(const std::optional<c10::Stream>& now);
   void upload(void* stream);
@@ -58,7 +57,7 @@ class DevicePlan : public LivePlan {
   std::optional<c10::Stream> built_on_;  // none: the host
   bool unknown_ = true;
   bool captured_ = false;  // graphs write there whenever they run
-  size_t spans_at_ = 0, counts_at_ = 0, presence_at_ = 0, kept_at_ = 0;
+  size_t spans_at_ = 0, counts_at_ = 0, presence_at_ = 0, memory_at_ = 0;
 };
 
 }  // namespace layerlr

@@ -173,7 +173,8 @@ def decide(
             a, b = tl.where(grows, 1.0, a), tl.where(grows, -(lr * steps), b)
             scale = tl.where(grows, steps, scale)
             first = (memory == 0) & (ww > 0) & (b != 0)
-            tl.store(at, tl.where(first, tl.sqrt(ww), memory), mask=stored & ~skip)
+            moves = stored & ~skip & (lr > 0) & (uu > 0)  # a step of nothing leaves no trace
+            tl.store(at, tl.where(first, tl.sqrt(ww), memory), mask=moves)
         shown_a, shown_b = a, b
         a = a + (b * inside - lr * (decay - inside))
         b = tl.where(taken, b + a, b)

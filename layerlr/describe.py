@@ -10,6 +10,7 @@ from . import base_lr
 from .backends import COLUMNS
 from .layers import names_of
 from .optimizer import LayerwiseOptimizer
+from .plans import TablePlan
 from .wrapping import Wrapped
 
 _HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend")
@@ -23,10 +24,12 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     optimizer that `wrap` was given), lr (its own: with ``lr_factor``, and ``plain_lr`` for the
     plain), weight decay, backend, which of a base is its class. A parameter that is split over
     several layers has a line for each. Layers that were skipped for a non-finite gradient follow
-    below, with their number of steps; to read it, the device is waited for.
+    below, with their number of steps, and layers that started at zero and have not reached their
+    radius; to read both, the device is waited for.
     """
     lines: list[tuple[str, ...]] = [_HEADER]
     skipped: list[str] = []
+    growing: list[str] = []
     for index, group in enumerate(optimizer.param_groups):
         rows: dict[str, list[tuple[str, ...]]] = {}
         base = _of_base(optimizer, index)
@@ -34,6 +37,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
             table, backend = of_table.table, of_table.backend
             counts = of_table.stats[:, COLUMNS.index("skipped")].tolist()
             skipped += [f"{n} ({k:.0f})" for n, k in zip(table.layers, counts, strict=True) if k]
+            growing += _growing(of_table)
             for span in () if base and group["rule"] is None else table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]
@@ -57,6 +61,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     )
     if skipped:
         text += f"\nskipped for a non-finite gradient: {', '.join(skipped)}"
+    text = "\n".join((text, *growing))
     print(text)
     return text
 
@@ -73,3 +78,13 @@ def _of_base(optimizer: LayerwiseOptimizer, index: int) -> tuple[str, str, str] 
 def _short(x: float | Tensor | Any) -> str:
     """A number to read; ``-`` for none."""
     return "-" if x is None else f"{float(x):.4g}"
+
+
+def _growing(plans: TablePlan) -> list[str]:
+    """A line for each layer that takes plain steps under a rule with a radius."""
+    table, key = plans.table, "radius"
+    return [
+        f"grows from zero by plain steps to norm {-float(state[key][k]):.4g} ({table.layers[at]})"
+        for at, i, k in table.leaders(plans.states)
+        if (state := plans.states[i]) is not None and key in state and float(state[key][k]) < 0
+    ]

@@ -366,10 +366,12 @@ def test_gpu_script_s_dry_run(tmp_path):
     for module in ("agree", "step_time", "repeat", "sanitize_step", "profile_step", "tune"):
         assert f"bench.{module} imports and reads its arguments" in done.stdout
     stages = [line[1:].partition(",")[0] for line in done.stdout.splitlines() if line[0] == "["]
-    assert stages[:2] in (["agree-triton", "agree-cuda"], ["agree-cuda", "agree-triton"])
-    assert stages[2:4] == ["steps-float32-resnet50", "steps-float32-vit_b"]
-    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[4:9])
-    assert stages[9] == "counters" and stages[-2:] == ["tune", "stalls"]
+    assert stages[0] == "self-check" and set(stages[1:3]) == {"agree-triton", "agree-cuda"}
+    assert stages[3:5] == ["steps-float32-resnet50", "steps-float32-vit_b"]
+    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[5:10])
+    assert stages[10] == "counters" and stages[-6:-4] == ["tune", "stalls"]
+    assert set(stages[-4:]) == {"char_gpt", "unpack", "singh_cifar10-60", "singh_cifar10-50"}
+    assert "bench.papers.char_gpt imports and reads its arguments" in done.stdout
     assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -387,6 +389,10 @@ case "$*" in
   exit 1 ;;
 *"-m bench.step_time"*" $HANGS "*) (trap "" TERM; sleep 300) ;;
 *"-m bench.step_time"*) for last; do :; done; echo {} >"$last" ;;
+*"-m bench.papers.$HANGS "*) (trap "" TERM; sleep 300) ;;
+*"-m bench.papers."*)
+  case "$*" in *--step-down*) name=singh_cifar10_50000 ;; *) name="${2##*.}" ;; esac
+  for kind in json md png; do echo {} >"$OUT/$name.$kind"; done; echo "trained $name" ;;
 *"-m bench.merge"*) for last; do :; done; echo {} >"$last"; echo the table ;;
 *"-m "*|*setup.py*|-c*) echo ran ;;
 *) exec "$REAL" "$@" ;;
@@ -400,14 +406,14 @@ def gpu_script(tmp_path):
     fake, root = tmp_path / "python", tmp_path / "root"
     fake.write_text(FAKE)
     fake.chmod(0o755)
-    for folder in ("bench", "tests", "layerlr"):
+    for folder in ("bench", "tests", "layerlr", ".gpu/data/text"):
         (root / folder).mkdir(parents=True)
     shutil.copy(ROOT / "bench/gpu.sh", root / "bench")
 
-    def run(**environment):
+    def run(call="check", **environment):
         where = {"AGREE": "78", "HANGS": "none", "OUT": str(root / "out"), "TOTAL": "60"}
         where |= {"PYTHON": str(fake), "REAL": sys.executable, "ASKED": str(tmp_path / "asked")}
-        done = bash(str(root / "bench/gpu.sh"), "check", **where | environment)
+        done = bash(str(root / "bench/gpu.sh"), call, **where | environment)
         lines = (root / "out/verdicts.txt").read_text().splitlines()
         found = dict(line.partition(" s: ")[2].split(": ", 1) for line in lines)
         return done, found, (tmp_path / "asked").read_text()
@@ -443,6 +449,22 @@ def test_gpu_script_ends_what_hangs(gpu_script):
     assert "(over" in found["steps-float32-resnet50"]
     assert found["steps-float32-vit_b"] == "no time left"
     assert "the table" not in done.stdout and "verdicts:" in done.stdout
+
+
+def test_gpu_script_s_papers(gpu_script, tmp_path):
+    """The language model and CIFAR-10 run beside each other; a hang costs one of them."""
+    done, found, asked = gpu_script("papers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert found["char_gpt"].endswith("trained char_gpt") and "unpack" in found
+    assert found["singh_cifar10-50"].endswith("trained singh_cifar10_50000")
+    out = tmp_path / "root/out"
+    kept = {"char_gpt.json", "singh_cifar10.json", "singh_cifar10_50000.json"}
+    assert kept <= {path.name for path in out.iterdir()} and len(list(out.iterdir())) <= 8
+    assert "unpack.py build/gpu-data" in asked and "--data build/gpu-data" in asked
+    done, found, asked = gpu_script("papers", HANGS="char_gpt", TOTAL="16", DATA="there")
+    assert "(over" in found["char_gpt"] and found["singh_cifar10-60"].startswith("exit 0")
+    assert "--data there" in asked and "unpack" not in found
+    assert not (out / "char_gpt.json").exists() and (out / "singh_cifar10.json").exists()
 
 
 def test_gpu_script_refuses_what_it_does_not_know():

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 from cases import same_bits, set_grads
+from ranks import everywhere_the_same, full, run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import layerlr
 from layerlr import rules
@@ -47,7 +50,14 @@ def test_grows_by_plain_steps_to_the_radius(engine, rule):
 @both
 def test_waits_at_a_rate_of_zero(engine, rule):
     norms, opt, p = steps(engine, rule, 2, lr=0.0)
-    assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == -2.0
+    assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == 0.0
+    opt.param_groups[0]["lr"] = 0.2
+    p.grad = torch.zeros_like(p)  # a step of nothing leaves no trace either
+    opt.step()
+    assert opt.state[p]["radius"].item() == 0.0
+    p.grad = -torch.ones_like(p)
+    opt.step()
+    assert opt.state[p]["radius"].item() == -2.0
 
 
 @both
@@ -87,6 +97,35 @@ def test_rows_of_the_part_of_a_split_tensor():
     p.grad = torch.ones_like(p)
     opt.step()
     assert opt.state[p]["radius"].tolist() == pytest.approx([-math.sqrt(3), -1.0])
+
+
+def _sharded():
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(torch.zeros(11, 5))  # 6 rows on one process, 5 on the other
+    q = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
+    opt, sharded = layerlr.SGD([p], lr=0.2, rule="layca"), layerlr.SGD([q], lr=0.2, rule="layca")
+    for seed in range(5):
+        set_grads([p], seed, 2.0)
+        q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+        opt.step()
+        sharded.step()
+        torch.testing.assert_close(everywhere_the_same(full(q.detach())), p.detach())
+        torch.testing.assert_close(sharded.state[q]["radius"], opt.state[p]["radius"])
+        if seed == 0:
+            assert opt.state[p]["radius"].item() == -math.sqrt(11 / 3)
+    assert opt.state[p]["radius"].item() > 0
+
+
+def test_a_sharded_layer_grows_to_the_radius_of_the_whole():
+    run(2, _sharded)
+
+
+def test_describe_names_layers_that_grow():
+    p = nn.Parameter(torch.zeros(12, 5))
+    opt = layerlr.SGD([("head", p)], lr=0.1, rule="layca")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert "grows from zero by plain steps to norm 2 (head)" in layerlr.describe(opt)
 
 
 @pytest.mark.parametrize("warmup", [0, 20, 100])

@@ -18,6 +18,7 @@ from .cifar import cifar10, cifar100
 from .folders import imagenet, tiny_imagenet
 from .mnist import digits, mnist, read_idx
 from .planetoid import GraphData, cora
+from .text import tiny_shakespeare
 
 __all__ = ["DATASETS", "SCALINGS", "Data", "DataError", "GraphData", "Raw", "load", "read_idx"]
 
@@ -29,6 +30,7 @@ DATASETS: dict[str, Callable[[Path | None], Raw | Data]] = {
     "tiny_imagenet": tiny_imagenet,
     "imagenet": imagenet,
     "cora": cora,
+    "tiny_shakespeare": tiny_shakespeare,
 }
 SCALINGS = ("standard", "unit", "centred")
 
@@ -42,7 +44,7 @@ def load(name: str, folder: str | Path | None = None, scaling: str = "standard")
         ``"standard"``: minus the mean, over the deviation, both scalars over the train set.
         ``"unit"``: pixels over full scale (MNIST: 1/256, as Caffe's LeNet has it).
         ``"centred"``: pixels minus the mean image of the train set, as Caffe's CIFAR-10 has it.
-        A set that comes as `Data` (imagenet, cora) says in ``meta`` how it was scaled.
+        A set that comes as `Data` (imagenet, cora, text) says in ``meta`` how it was scaled.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; there are: {', '.join(DATASETS)}")

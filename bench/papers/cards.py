@@ -62,7 +62,8 @@ def cards(folder: Path, claims: Sequence[Claim] = CLAIMS) -> list[Card]:
     found = []
     for claim in claims:
         for path in (folder / f"{name}.json" for name in claim.stores):
-            if path.exists() and (store := Store.load(path)).complete(FEWEST):
+            store = Store.load(path) if path.exists() else None
+            if store and all(store.complete(FEWEST, arms) for arms in claim.needs):
                 found.append(Card(claim, store, claim.measure(store)))
                 break
     return found

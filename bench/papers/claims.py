@@ -1,14 +1,71 @@
-"""What the four papers claim, and which measure answers it."""
+"""What the four papers claim, and what a language model is asked; which measure answers it."""
 
 from __future__ import annotations
 
+import re
+
 from . import measures
+from .char_gpt import CARRIED, ONE_LINE, PLAIN, REST
 from .evidence import Claim
 
 SINGH = "Singh et al. 2015"
 LAYCA = "Carbonnelle & De Vleeschouwer 2018"
 CURVATURE = "Bahamou & Goldfarb 2023"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
+TRANSFORMER = "A transformer"
+CONTROL = "AdamW, two rates"
+NATS = " nats"
+
+
+STORES = ("char_gpt", "char_gpt_cpu")
+LOSS = "validation loss, AdamW less the rule, each at its best rate"
+
+
+def _about(words: str, asked: str, measure: measures.Measure, unit: str, *arms: str) -> Claim:
+    """A claim that can be answered as soon as these arms and AdamW's have their seeds."""
+    return Claim(TRANSFORMER, words, asked, STORES, measure, unit, arms)
+
+
+def _here(title: str) -> str:
+    """The arms of a family but for those of other sizes."""
+    return re.escape(title) + ", rate [^,]*$"
+
+
+ADAMW_HERE = "AdamW, decay [^,]*, rate [^,]*$"
+
+
+def _asked_of_a_transformer() -> list[Claim]:
+    """What the protocol asks, family by family."""
+    found, loss = [], measures.language_model
+    for title in [family.title for family in ONE_LINE]:
+        rest = title + REST
+        better = f"{title} trains it better than AdamW"
+        plain = f"leaving the rest plain pays under {title}"
+        asked, two = "validation loss, all matrices less the blocks' alone", (rest, title)
+        found += [
+            _about(f"{better}: one line", LOSS, loss(title), NATS, _here(title), ADAMW_HERE),
+            _about(f"{better}: plain rest", LOSS, loss(rest), NATS, _here(rest), ADAMW_HERE),
+            _about(plain, asked, loss(*two), NATS, *map(_here, two)),
+        ]
+    for title in ("Muon", "Muon + hyperball"):
+        rest, words = title + REST, f"{title} trains it better than AdamW"
+        found.append(_about(words, LOSS, loss(rest), NATS, _here(rest), ADAMW_HERE))
+    for title in [family.title for family in PLAIN if family.title != CONTROL]:
+        words = f"{title.removesuffix(REST)} on matrices is worth more than a second rate"
+        asked = "validation loss, AdamW with two rates less the rule"
+        arms = (_here(title), _here(CONTROL))
+        found.append(_about(words, asked, loss(title, CONTROL), NATS, *arms))
+        words = f"{title.removesuffix(REST)} has a wider valley of rates than AdamW"
+        asked = "octaves of rates within 0.05 of the best loss, the rule's less AdamW's"
+        arms = (_here(title), ADAMW_HERE)
+        found.append(_about(words, asked, measures.valley(title), " octaves", *arms))
+    for title in CARRIED:
+        rest, words = title + REST, f"the rate of {title} carries over to other sizes"
+        asked = "loss by carrying the rate over, AdamW's less the rule's"
+        arms = (rf"{re.escape(rest)}, rate [^,]*, ", "AdamW, decay [^,]*, rate [^,]*, ", ADAMW_HERE)
+        found.append(_about(words, asked, measures.carries_over(rest), NATS, _here(rest), *arms))
+    return found
+
 
 CLAIMS = (
     Claim(
@@ -24,6 +81,21 @@ CLAIMS = (
         "test error, bare less singh",
         ("singh_mnist_cpu",),
         measures.singh,
+    ),
+    *(
+        Claim(
+            SINGH,
+            f"better than {title} on CIFAR-10{when}",
+            f"test error at a tenth of the schedule, {title} less singh",
+            (store,),
+            measures.singh_on(title),
+            needs=(rf"{title}( \+ singh)?$",),
+        )
+        for store, when in (
+            ("singh_cifar10", ""),
+            ("singh_cifar10_50000", ", the rate dropped sooner"),
+        )
+        for title in ("SGD", "AdaGrad")
     ),
     Claim(
         LAYCA,
@@ -109,6 +181,8 @@ CLAIMS = (
             ("graph network", ("curvature_gcn_cpu", "curvature_gcn"), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "fisher"),
+            ("convolutional network", ("curvature_cnn_cpu",), "hessian"),
+            ("convolutional network", ("curvature_cnn_cpu",), "fisher"),
         )
         for direction in ("SGD", "AdamW")
     ),
@@ -132,4 +206,5 @@ CLAIMS = (
         )
         for estimator in ("structural", "probe")
     ),
+    *_asked_of_a_transformer(),
 )

@@ -3,7 +3,8 @@
 Six convolutions with batch normalisation learn CIFAR-10. The paper (of which we know the abstract)
 finds steps from each layer's own curvature to spare the search for a rate, with SGD-momentum and
 with AdamW. Fixed rates of a grid, among them torch's untuned 0.001, against ``rule="curvature"``
-at its defaults, by iterations and by time. ``--width 0.5`` halves the channels, for a CPU.
+at its defaults, by iterations and by time. ``--width 0.5`` halves the channels; ``--scale cpu``
+takes a quarter of them and images at half their height and width.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ NOTES = (
 
 def arms(scope: Scope) -> list[Arm]:
     task = network(partial(batch_vgg, stages=STAGES, scale=scope.options.width))
+    if scope.options.scale == "cpu":
+        task = network(partial(batch_vgg, stages=STAGES, scale=1 / 4, shrink=2))
     return by_time.arms(scope, task, DIRECTIONS, CURVATURES)
 
 
 def experiment(options: argparse.Namespace) -> Experiment:
-    width = options.width
+    width = 1 / 4 if options.scale == "cpu" else options.width
     return Experiment(
-        name="curvature_cnn" + ("" if width == 1 else f"_{width:g}"),
+        name="curvature_cnn" + ("" if options.width == 1 else f"_{options.width:g}"),
         data="cifar10",
         network=f"two convolutions each of 32, 64, 128 channels times {width:g}, batch norm, "
         "max-pooling, dense: bench.papers.networks.batch_vgg",
         full=Budget(seeds=3, batch=128, epochs=20),
+        cpu=Budget(seeds=3, batch=64, iterations=1500, items=5000),
         quick=Budget(seeds=1, batch=32, iterations=20, items=64),
         arms=arms,
         notes=NOTES,

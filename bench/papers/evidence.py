@@ -57,6 +57,7 @@ class Claim:
     stores: tuple[str, ...]
     measure: Callable[[Store], Finding]
     unit: str = " points"  # of per cent
+    needs: tuple[str, ...] = ("",)  # the arms that must be complete, as regular expressions
 
 
 # --- values by seed ---

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 
 from . import by_time, layca_toy, singh_mnist
+from . import char_gpt_report as gpt
 from .by_time import Run
 from .evidence import (
     Finding,
@@ -20,6 +21,8 @@ from .evidence import (
     test_error,
 )
 from .store import Store
+
+Measure = Callable[[Store], Finding]
 
 # --- Singh et al. ---
 
@@ -46,6 +49,16 @@ def singh_table(store: Store) -> Finding:
         for suffix in ("", " + singh")
     )
     return _finding("bare", bare, "singh", ruled)
+
+
+def singh_on(title: str) -> Measure:
+    """Test error of one optimizer at the end: bare less ruled."""
+
+    def measure(store: Store) -> Finding:
+        ruled = f"{title} + singh"
+        return _finding(title, test_error(store, title), ruled, test_error(store, ruled))
+
+    return measure
 
 
 def _directions(store: Store) -> list[str]:
@@ -144,7 +157,7 @@ def sgd_needs_decay(store: Store) -> Finding:
 # --- curvature, back-matching ---
 
 
-def train_loss(direction: str, kind: str) -> Callable[[Store], Finding]:
+def train_loss(direction: str, kind: str) -> Measure:
     """Logarithm of the final train loss: of the best fixed rate less that of the rule."""
 
     def measure(store: Store) -> Finding:
@@ -154,7 +167,7 @@ def train_loss(direction: str, kind: str) -> Callable[[Store], Finding]:
     return measure
 
 
-def generalisation(direction: str, kind: str) -> Callable[[Store], Finding]:
+def generalisation(direction: str, kind: str) -> Measure:
     """Test error of the fixed rate of the best test error less that of the rule."""
 
     def measure(store: Store) -> Finding:
@@ -185,7 +198,7 @@ def _log_loss(store: Store, arm: str) -> Values:
     )
 
 
-def backmatching(estimator: str) -> Callable[[Store], Finding]:
+def backmatching(estimator: str) -> Measure:
     """Test error of SGD less that of the rule, each at its best rate."""
 
     def measure(store: Store) -> Finding:
@@ -201,3 +214,38 @@ def backmatching(estimator: str) -> Callable[[Store], Finding]:
 
 def _finding(a: str, ours: Values, b: str, theirs: Values) -> Finding:
     return Finding(less(ours, theirs), {a: ours, b: theirs})
+
+
+# --- the language model ---
+
+
+def language_model(title: str, against: str | None = None) -> Measure:
+    """Loss at the best rate: of another family, or of AdamW, less the title's."""
+
+    def measure(store: Store) -> Finding:
+        found, other = gpt.families(store), against or gpt.adamw(store)
+        sides = [(name, found[name][gpt.best_rate(found[name])]) for name in (other, title)]
+        return _finding(*sides[0], *sides[1])
+
+    return measure
+
+
+def valley(title: str) -> Measure:
+    """Octaves of good rates, less AdamW's."""
+
+    def measure(store: Store) -> Finding:
+        found, names = gpt.families(store), (title, gpt.adamw(store))
+        return _finding(*(part for name in names for part in (name, gpt.valley(found[name]))))
+
+    return measure
+
+
+def carries_over(title: str) -> Measure:
+    """What carrying the rate to other sizes costs AdamW, less what it costs the title."""
+
+    def measure(store: Store) -> Finding:
+        names = (gpt.adamw(store), title)
+        sides = [(name, gpt.regrets(store, name)) for name in names]
+        return _finding(*sides[0], *sides[1])
+
+    return measure

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from . import (
     backmatching_vgg,
+    char_gpt,
     curvature_autoencoder,
+    curvature_cnn,
     curvature_gcn,
     layca_adaptive,
     layca_alpha,
@@ -29,6 +31,8 @@ QUEUE = (
     (curvature_autoencoder, ()),
     (layca_adaptive, ()),
     (backmatching_vgg, ()),
+    (curvature_cnn, ()),
+    (char_gpt, ()),
 )
 
 

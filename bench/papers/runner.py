@@ -1,4 +1,4 @@
-"""The runner that all experiments share: arms x seeds on one data set, resumable.
+"""The runner that all experiments share: arms x seeds on one data set, resumable, in parallel.
 
 An experiment names its arms (a `Config` and a `Task` each), its data set and its budgets: the
 paper's, one for a CPU core (``--scale cpu``: smaller, but trained to its end) and a rehearsal's.
@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
-from tqdm import tqdm
 
 from bench.config import Config
-from bench.data import Data, DataError, load
-from bench.record import write_atomically
+from bench.data import Data, DataError
+from bench.record import Result, write_atomically
 from bench.train import train
 from bench.trainer import Task
 
 from . import report
 from .store import Store
+from .training import Training, read_data
 
 SCALES = ("paper", "cpu")
 
@@ -73,21 +74,34 @@ class Arm:
     search: Search | None = None
 
 
+Job = list[tuple[Arm, Config]]  # what is trained in one go; the config has the seed
+AfterStep = Callable[[int], object]
+
+
 @dataclass(frozen=True)
 class Scope:
-    """What arms are made from: the data, the run's length, the command line."""
+    """What arms are made from: the data, the run's length, the command line, what is known."""
 
     data: Data
     base: Config
     options: argparse.Namespace
+    store: Store | None = None  # of the results so far
+    seeds: int = 1
 
     def config(self, **choices: Any) -> Config:
         return replace(self.base, **choices)
 
 
+def one_by_one(job: Job, data: Data, after_step: AfterStep) -> list[Result]:
+    return [train(config, arm.task(config, data), after_step=after_step) for arm, config in job]
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """Arms on a data set, and what is drawn of them."""
+    """Arms on a data set, and what is drawn of them.
+
+    `arms` is asked again after each run, so that arms can follow from results.
+    """
 
     name: str
     data: str
@@ -104,20 +118,26 @@ class Experiment:
     evals: int = 10  # tests in a run
     records: int = 50  # points of a rotation curve
     more: dict[str, Any] = field(default_factory=dict)  # settings for the record
+    train: Callable[[Job, Data, AfterStep], list[Result]] = one_by_one
+    together: Callable[[Arm, Config], Hashable] | None = None  # equal: trained in one go
 
 
-def network(
-    build: Callable[[tuple[int, ...], int], nn.Module], **more: Any
-) -> Callable[[Config, Data], Task]:
+@dataclass(frozen=True)
+class network:
     """The task of learning the data with a network that the config's seed alone draws."""
 
-    def task(config: Config, data: Data) -> Task:
+    build: Callable[[tuple[int, ...], int], nn.Module]
+    more: dict[str, Any]
+
+    def __init__(self, build: Callable[[tuple[int, ...], int], nn.Module], **more: Any) -> None:
+        object.__setattr__(self, "build", build)
+        object.__setattr__(self, "more", more)
+
+    def __call__(self, config: Config, data: Data) -> Task:
         data = data.holdout() if config.holdout else data
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return Task(data, build(data.shape, data.classes), **more)
-
-    return task
+            return Task(data, self.build(data.shape, data.classes), **self.more)
 
 
 def parser_of(description: str | None, scale: str) -> argparse.ArgumentParser:
@@ -133,13 +153,10 @@ def parser_of(description: str | None, scale: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    description: str | None,
-    experiment: Callable[[argparse.Namespace], Experiment],
-    argv: Sequence[str] | None = None,
-    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
-) -> Store:
-    """Command line of an experiment, and its run."""
+def parser(
+    description: str | None, arguments: Callable[[argparse.ArgumentParser], object] | None
+) -> argparse.ArgumentParser:
+    """Command line of one experiment, with arguments of its own."""
     parser = parser_of(description, "paper")
     add = parser.add_argument
     add("--seeds", type=_positive, help="runs of each arm, seeds 0 to SEEDS - 1")
@@ -151,21 +168,33 @@ def main(
     add("--only", default="", metavar="REGEX", help="only the arms whose names match")
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=_positive, default=1, help="CPU threads")
+    add("--workers", type=_positive, default=1, help="processes that train")
+    add("--limit", type=float, default=3600.0, help="seconds that a worker may train in one go")
     if arguments is not None:
         arguments(parser)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(
+    description: str | None,
+    experiment: Callable[[argparse.Namespace], Experiment],
+    argv: Sequence[str] | None = None,
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> Store:
+    """Command line of an experiment, and its run."""
+    ours = parser(description, arguments)
+    options = ours.parse_args(argv)
     try:
         return run(experiment(options), options)
     except (DataError, ValueError, re.error) as error:
-        parser.error(str(error))
+        ours.error(str(error))
 
 
 def run(experiment: Experiment, options: argparse.Namespace) -> Store:
     """Train what is not yet in the store, then write table and plot."""
     budget = _budget(experiment, options)
-    data = load(experiment.data, options.data, experiment.scaling)
-    if budget.items is not None:
-        data = data.some(budget.items)
+    read = partial(read_data, experiment.data, options.data, experiment.scaling, budget.items)
+    data = read()
     examples = experiment.examples or len(data.y)
     steps = budget.steps(examples)
     base = Config(
@@ -178,10 +207,6 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
         device=options.device,
         threads=options.threads,
     )
-    arms = experiment.arms(Scope(data, base, options))
-    arms = [arm for arm in arms if re.search(options.only, arm.name)]
-    if not arms:
-        raise ValueError(f"no arm matches {options.only!r}")
     name = experiment.name + ("" if options.scale == "paper" else f"_{options.scale}")
     about = {
         "experiment": name,
@@ -191,17 +216,33 @@ def run(experiment: Experiment, options: argparse.Namespace) -> Store:
         "epoch": max(examples // budget.batch, 1),
         **experiment.more,
     }
-    searched = _search(arms, options.out / f"{name}_rates.json", about, data)
-    arms = [
-        replace(a, config=replace(a.config, lr=searched.get(a.name, a.config.lr))) for a in arms
-    ]
     store = Store.open(options.out / f"{name}.json", about)
-    _train(arms, budget.seeds, store, data)
+    scope = Scope(data, base, options, store, budget.seeds)
+
+    def chosen() -> list[Arm]:
+        return [arm for arm in experiment.arms(scope) if re.search(options.only, arm.name)]
+
+    if not chosen():
+        raise ValueError(f"no arm matches {options.only!r}")
+    how = Training(experiment, data, read, options)
+    searched = _search(chosen(), options.out / f"{name}_rates.json", about, how)
+
+    def settled() -> list[Arm]:
+        return [
+            replace(arm, config=replace(arm.config, lr=searched.get(arm.name, arm.config.lr)))
+            for arm in chosen()
+        ]
+
+    how.run(settled, budget.seeds, store)
     _report(experiment, store)
+    if how.failures:
+        raise ValueError(f"{len(how.failures)} jobs failed; {how.failures[0]}")
     return store
 
 
-def _search(arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data) -> dict[str, float]:
+def _search(
+    arms: Sequence[Arm], path: Path, about: dict[str, Any], how: Training
+) -> dict[str, float]:
     """Arm -> its rate, for those that search one."""
     searches = {arm.search.name: (arm.search, arm.task) for arm in arms if arm.search}
     if not searches:
@@ -211,7 +252,7 @@ def _search(arms: Sequence[Arm], path: Path, about: dict[str, Any], data: Data) 
         config = replace(search.config, holdout=True, eval_every=0, monitor_every=0)
         for rate in search.rates:
             tried.append(Arm(rate_name(search.name, rate), replace(config, lr=rate), task))
-    _train(tried, 1, store, data)
+    how.run(lambda: tried, 1, store)
     for name, (search, _) in searches.items():
         kept = {}
         for rate in search.rates:
@@ -228,20 +269,6 @@ def rate_name(name: str, rate: float) -> str:
     return f"{name}, rate {rate:g}"
 
 
-def _train(arms: Sequence[Arm], seeds: int, store: Store, data: Data) -> None:
-    """Each arm with each seed that the store does not have yet."""
-    for arm in arms:
-        store.add_arm(arm.name, _settings(arm))
-    pending = [(arm, s) for arm in arms for s in range(seeds) if not store.has(arm.name, s)]
-    with tqdm(total=sum(a.config.steps for a, _ in pending), unit="step", smoothing=0.02) as bar:
-        for arm, seed in pending:
-            bar.set_description(f"{arm.name}, seed {seed}")
-            config = replace(arm.config, seed=seed)
-            result = train(config, arm.task(config, data), after_step=bar.update)
-            bar.update(config.steps - result.final["steps"])  # the rest of a diverged run
-            store.add(arm.name, seed, result)
-
-
 def _budget(experiment: Experiment, options: argparse.Namespace) -> Budget:
     default = experiment.cpu if options.scale == "cpu" else experiment.full
     if default is None:
@@ -252,15 +279,6 @@ def _budget(experiment: Experiment, options: argparse.Namespace) -> Budget:
     if options.iterations or options.epochs:
         default = replace(default, iterations=options.iterations, epochs=options.epochs)
     return replace(default, **{key: value for key, value in given.items() if value is not None})
-
-
-def _settings(arm: Arm) -> dict[str, Any]:
-    """What a run's numbers depend on, but for its seed; the rate, also where it is a default."""
-    free = ["seed", "folder", "device", "threads", "checkpoint_every"]
-    if arm.task != Task.of:
-        free.append("model")  # the experiment's own
-    settings = asdict(arm.config) | {"lr": arm.config.rate}
-    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _report(experiment: Experiment, store: Store) -> None:

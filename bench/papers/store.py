@@ -54,20 +54,22 @@ class Store:
     def has(self, arm: str, seed: int) -> bool:
         return str(seed) in self.content["arms"][arm]["runs"]
 
-    def add(self, arm: str, seed: int, result: Result) -> None:
+    def add(self, *runs: tuple[str, int, Result]) -> None:
+        """Arm, seed and result of what has been run; the file is written once."""
         machines = self.content["machines"]
-        if result.machine not in machines:
-            machines.append(result.machine)
-        self.content["arms"][arm]["runs"][str(seed)] = _plain(
-            {
-                "final": result.final,
-                "records": result.records,
-                "losses": _means(result.losses),
-                "rotation": _thinned(result.rotation, "distance"),
-                "rates": _thinned(result.rates, "lr"),
-                "machine": machines.index(result.machine),
-            }
-        )
+        for arm, seed, result in runs:
+            if result.machine not in machines:
+                machines.append(result.machine)
+            self.content["arms"][arm]["runs"][str(seed)] = _plain(
+                {
+                    "final": result.final,
+                    "records": result.records,
+                    "losses": _means(result.losses),
+                    "rotation": _thinned(result.rotation, "distance"),
+                    "rates": _thinned(result.rates, "lr"),
+                    "machine": machines.index(result.machine),
+                }
+            )
         text = json.dumps(self.content, indent=1, allow_nan=False)
         text = re.sub(r"\n {5,}|\n {4}(?=[]}])", " ", text)  # each run on one line
         write_atomically(self.path, lambda file: file.write(text.encode()))
@@ -83,11 +85,14 @@ class Store:
         return self.content["arms"][arm]["settings"]
 
     def runs(self, arm: str) -> list[dict[str, Any]]:
-        return list(self.content["arms"].get(arm, {"runs": {}})["runs"].values())
+        """By seed, in whatever order they finished."""
+        runs = self.content["arms"].get(arm, {"runs": {}})["runs"]
+        return [runs[seed] for seed in sorted(runs, key=int)]
 
-    def complete(self, seeds: int) -> bool:
-        """Whether every arm has as many seeds, and not one of them more than another."""
-        counts = {len(entry["runs"]) for entry in self.content["arms"].values()}
+    def complete(self, seeds: int, needs: str = "") -> bool:
+        """Whether every arm that matches has as many seeds, and none of them more than another."""
+        arms = {arm: entry for arm, entry in self.content["arms"].items() if re.match(needs, arm)}
+        counts = {len(entry["runs"]) for entry in arms.values()}
         return len(counts) == 1 and counts.pop() >= seeds
 
     def by_seed(self, arm: str, of: Callable[[dict[str, Any]], float]) -> dict[str, float]:

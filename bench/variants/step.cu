@@ -118,16 +118,12 @@ StepArgs arguments(const Model& model, const Case& c, const Schedule& s, Memory&
   const Plan& plan = model.plan;
   const size_t n = plan.layers.size();
   std::vector<DeviceSpan> spans(n);
-  std::vector<DeviceCount> counts;
-  std::vector<DevicePresence> presence;
-  std::vector<double*> kept;
+  std::vector<DeviceCount> counts(n);
+  std::vector<DevicePresence> presence(n);
+  std::vector<double*> stored(n);
+  fill_tables({spans.data(), counts.data(), presence.data(), stored.data()}, plan, s);
   double* numbers = memory.zeros<double>(n);
-  for (size_t i = 0; i < n; ++i) {
-    fill_span(spans[i], plan, plan.spans[i]);
-    counts.push_back({plan.tensors[i].step, 0, int(i), 1, 0});
-    presence.push_back({int(i), 1});
-    kept.push_back(numbers + i);
-  }
+  for (size_t i = 0; i < n; ++i) stored[i] = numbers + i;
   DeviceConfig config;
   config.lr = 1e-7;
   config.skip = 1;
@@ -145,7 +141,7 @@ StepArgs arguments(const Model& model, const Case& c, const Schedule& s, Memory&
   a.spans = memory.copy(spans);
   a.counts = memory.copy(counts);
   a.presence = memory.copy(presence);
-  a.kept = memory.copy(kept);
+  a.memory = memory.copy(stored);
   a.layer = memory.copy(s.layers);
   a.item = memory.copy(s.items);
   a.tensor_layers = memory.copy(s.tensor_layers);

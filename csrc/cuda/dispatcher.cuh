@@ -180,7 +180,7 @@ struct Dispatcher {
     w.grad = device::read_fresh(&v->grad);
     w.a = device::read_fresh(&v->a);
     w.b = device::read_fresh(&v->b);
-    if (device::read_fresh(&v->keep)) {
+    if (device::read_fresh(&v->skip)) {
       w.what = nothing;
       w.sums = false;
     }

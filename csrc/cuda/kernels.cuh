@@ -11,11 +11,11 @@ LAYERLR_DEVICE void advance_counts(const StepArgs& args) {
   for (int i = threadIdx.x; i < args.tensors; i += block_threads) {
     const DeviceCount& count = args.counts[i];
     if (!count.step) continue;
-    bool kept = args.measured;
-    for (int k = 0; k < count.layers && kept; ++k) {
-      kept = device::read_fresh(&args.verdicts[args.tensor_layers[count.first_layer + k]].keep);
+    bool skipped = args.measured;
+    for (int k = 0; k < count.layers && skipped; ++k) {
+      skipped = device::read_fresh(&args.verdicts[args.tensor_layers[count.first_layer + k]].skip);
     }
-    if (kept) continue;
+    if (skipped) continue;
     if (count.is_double) {
       *static_cast<double*>(count.step) += 1;
     } else {

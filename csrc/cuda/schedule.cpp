@@ -110,6 +110,8 @@ class Maker {
 
 }  // namespace
 
+namespace {
+
 void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
   const TensorRow& row = plan.tensors[span.tensor];
   to.array[array_g].data = nullptr;
@@ -134,6 +136,29 @@ void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
   to.step_is_double = row.step_is_double;
   to.held = row.held;
   to.ruled = layer.ruled;
+}
+
+}  // namespace
+
+void fill_tables(const StepTables& to, const Plan& plan, const Schedule& schedule) {
+  for (size_t l = 0; l < plan.layers.size(); ++l) {
+    to.presence[l] = {-1, 1};
+    to.memory[l] = plan.layers[l].memory;
+  }
+  for (size_t i = 0; i < plan.spans.size(); ++i) {
+    const Span& span = plan.spans[i];
+    const bool active = plan.tensors[span.tensor].active;
+    fill_span(to.spans[i], plan, span);
+    DevicePresence& layer = to.presence[span.layer];
+    layer.whole &= active;
+    if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
+  }
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const TensorRow& row = plan.tensors[i];
+    const int32_t first = schedule.first_layer[i];
+    to.counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
+                    schedule.first_layer[i + 1] - first, 0};
+  }
 }
 
 Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device,

@@ -24,11 +24,19 @@ struct Schedule {
   std::vector<int32_t> first_layer;    // of each tensor in it, and the end
 };
 
-/// A span as the device sees it, its pointers read from the plan's tensors.
-void fill_span(DeviceSpan& to, const Plan& plan, const Span& span);
-
 /// Schedule of a plan whose tensors, spans and layers are set. `measured`: layers have sums.
 Schedule make_schedule(const Plan& plan, bool measured, const DeviceInfo& device,
                        const Tuning& tuning);
+
+/// What a step may change, as the device sees it.
+struct StepTables {
+  DeviceSpan* spans;
+  DeviceCount* counts;       // one a tensor
+  DevicePresence* presence;  // one a layer
+  double** memory;           // one a layer
+};
+
+/// Fill them from a plan whose tensors have been looked up.
+void fill_tables(const StepTables& to, const Plan& plan, const Schedule& schedule);
 
 }  // namespace layerlr

@@ -98,7 +98,7 @@ struct alignas(16) Item {
 /// What the rule says of a layer.
 struct DeviceVerdict {
   double grad, a, b;
-  int32_t keep;
+  int32_t skip;
 };
 
 struct DeviceSync {
@@ -123,7 +123,7 @@ struct StepArgs {
   const DeviceSpan* spans;
   const DeviceCount* counts;
   const DevicePresence* presence;
-  double* const* kept;  // number that each layer keeps, or null
+  double* const* memory;  // the number that each layer stores, or null
 
   const DeviceLayer* layer;
   const Item* item;

@@ -67,6 +67,8 @@ def decide(
         scale = LayerScale(*(torch.where(grows, x, y) for x, y in zip(steps, scale, strict=True)))
         first = (memory == 0) & (ww > 0) & (scale.b != 0)
         memory = torch.where(first, ww.sqrt(), memory)
+        # a step of nothing, as checkpoint libraries take one, leaves no trace
+        memory = torch.where((lr > 0) & (seen.uu > 0), memory, layers.memory)
     a = scale.a + (scale.b * inside - lr * (decay - inside))
     b = scale.b + a if taken else scale.b
     return Decision(a, b, scale, seen, memory)

@@ -66,7 +66,7 @@ class LayerRule:
     #: that starts at zero has minus `start_radius` there and takes plain steps until its norm
     #: reaches it (None: the norm that torch's initialisation would have given it)
     latches: ClassVar[bool] = False
-    start_radius: ClassVar[float | None] = None
+    start_radius = None  # type: float | None  # an annotation would put it first among the fields
     #: whether the step has the same length whatever the length of u
     sets_length: ClassVar[bool] = False
     #: whether decoupled weight decay is no part of the step that the rule sees

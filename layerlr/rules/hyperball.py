@@ -55,7 +55,7 @@ class Hyperball(LayerRule):
     """
 
     radius: Literal["initial", "current"] | float = "initial"
-    start_radius: float | None = None  # type: ignore[misc]
+    start_radius: float | None = None
 
     name = "hyperball"
     order = "update"

@@ -69,7 +69,7 @@ class Layca(LayerRule):
     eps: float = 1e-6
     others: Literal["plain", "freeze"] = "plain"
     max_angle: float | None = None
-    start_radius: float | None = None  # type: ignore[misc]
+    start_radius: float | None = None
 
     name = "layca"
     order = "update"

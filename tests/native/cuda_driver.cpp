@@ -102,7 +102,7 @@ struct Tables {
   std::vector<DeviceSpan> spans;
   std::vector<DeviceCount> counts;
   std::vector<DevicePresence> presence;
-  std::vector<double*> kept;
+  std::vector<double*> stored;
   std::vector<LayerStats> slot_sums, segment_sums, layer_sums;
   std::vector<uint32_t> segment_arrivals, layer_arrivals, ready;
   std::vector<DeviceVerdict> verdicts;
@@ -115,6 +115,7 @@ struct Tables {
         spans(p.spans.size()),
         counts(p.tensors.size()),
         presence(p.layers.size()),
+        stored(p.layers.size()),
         slot_sums(schedule.slots),
         segment_sums(schedule.segments),
         layer_sums(p.layers.size()),
@@ -122,9 +123,8 @@ struct Tables {
         layer_arrivals(p.layers.size()),
         ready(p.layers.size()),
         verdicts(p.layers.size()) {
-    for (const Layer& layer : p.layers) kept.push_back(layer.memory);
     const auto shrink = [](auto&... v) { (v.shrink_to_fit(), ...); };
-    shrink(schedule.layers, schedule.items, schedule.tensor_layers, kept);
+    shrink(schedule.layers, schedule.items, schedule.tensor_layers, stored);
     args.direction = p.direction;
     args.family = schedule.family;
     args.rule = p.rule;
@@ -138,7 +138,7 @@ struct Tables {
     args.spans = spans.data();
     args.counts = counts.data();
     args.presence = presence.data();
-    args.kept = kept.data();
+    args.memory = stored.data();
     args.layer = schedule.layers.data();
     args.item = schedule.items.data();
     args.tensor_layers = schedule.tensor_layers.data();
@@ -181,21 +181,7 @@ struct Tables {
  private:
   void fill(const StepConfig& c) {
     config = c;
-    std::fill(presence.begin(), presence.end(), DevicePresence{-1, 1});
-    for (size_t i = 0; i < plan.spans.size(); ++i) {
-      const Span& span = plan.spans[i];
-      const bool active = plan.tensors[span.tensor].active;
-      fill_span(spans[i], plan, span);
-      DevicePresence& layer = presence[span.layer];
-      layer.whole &= active;
-      if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
-    }
-    for (size_t i = 0; i < plan.tensors.size(); ++i) {
-      const TensorRow& row = plan.tensors[i];
-      const int32_t first = schedule.first_layer[i];
-      counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
-                   schedule.first_layer[i + 1] - first, 0};
-    }
+    fill_tables({spans.data(), counts.data(), presence.data(), stored.data()}, plan, schedule);
   }
 };
 
