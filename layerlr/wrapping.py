@@ -52,12 +52,13 @@ def wrap(
         A rule or its name; see `layerlr.rules`. Those that look at the model need a direction of
         this package.
     lr
-        Under a rule that sets the length of the step (Layca, Hyperball, LAMB and relative steps
-        without bounds): the rule's, an angle or a ratio; must be given. Under the others: the
-        base's (None: the one that it has). Schedulers work on the wrapper.
+        Under a rule that sets the length of the step (Layca, Hyperball, LAMB, relative steps): the
+        rule's, an angle or a ratio; must be given. Under the others: the base's (None: the one
+        that it has). Schedulers work on the wrapper.
     layers, adapt, backend
         As for every optimizer of this package; what the rule does not govern takes the base's own
-        step. Param groups may have keys ``rule``, ``layers``, ``adapt``, ``split``, ``lr_factor``.
+        step. Param groups may have keys ``rule``, ``layers``, ``adapt``, ``split``, ``lr_factor``
+        (refused under a gradient rule: a base has one lr for a group).
 
     Returns
     -------
@@ -67,9 +68,10 @@ def wrap(
     Raises
     ------
     TypeError
-        For what is no optimizer.
+        For what is no optimizer, and for one that steps several times with its closure (L-BFGS).
     ValueError
-        For a rule that looks at the model, ``others="freeze"``, a missing lr, or one of zero.
+        For a rule that looks at the model, ``others="freeze"``, LAMB's bounds, a missing lr, or
+        one of zero.
 
     Notes
     -----
@@ -78,8 +80,9 @@ def wrap(
     =================  ===============================================  ==========================
     the base's         under a rule that sets the step's length         under the others
     =================  ===============================================  ==========================
-    lr                 the rate of what the rule does not govern; it    the wrapper's lr, which is
-                       follows the wrapper's lr by its ratio            written into the base
+    lr                 the rate of what the rule does not govern, in    the wrapper's lr, which is
+                       groups without a rule too; it follows the        written into the base
+                       wrapper's lr by its ratio
     weight decay       part of u; Layca projects it out                 part of u, or taken beside
                                                                         the factor on g
     clipping           before the step, as without a wrapper            the same
@@ -87,11 +90,19 @@ def wrap(
 
     Layers that start at zero take the base's own steps until they reach their radius.
 
-    Memory: one copy of the governed weights during the step (under a gradient rule of the governed
-    gradients), whatever the base. Time: the base's, one copy, and two passes: 24 bytes a float32
-    parameter to copy and measure, 12 to apply. Under sharding one message a process group.
+    u is the difference of stored weights, right to an ulp of them: to ``eps*|w|/|u|`` of its
+    length. So give the base its usual lr, not a tiny one, above all in 16 bits, where steps of less
+    than half an ulp are lost before the rule sees them. An optimizer of this package inside equals
+    the built-in class to that bound under update rules. Under gradient rules second moments see
+    ``f*g``, where the built-in classes keep g in them and scale the step.
 
-    State dicts hold the base's state beside the wrapper's, under keys that begin with ``base.``.
+    Memory: one copy of the governed weights during the step (under a gradient rule of the governed
+    gradients). Time: the base's, one copy, and two passes: 24 bytes a float32 parameter to copy and
+    measure, 12 to apply. Under sharding one message a process group; two where groups have rules of
+    both orders.
+
+    The base's state is at ``optimizer.base.state``. State dicts hold it beside the wrapper's, under
+    keys that begin with ``base.``; so does `torch.distributed.checkpoint`, unless it flattens.
 
     Examples
     --------

@@ -24,6 +24,8 @@ from layerlr import rules
 #: two kernels and two vectors, which rules leave alone unless they are for all parameters
 SHAPES = ((7, 5), (33,), (2, 3, 2, 2), (4,))
 MATRICES = ((7, 5), (6, 9))
+#: large enough for states of 8 bits, which come in blocks
+BLOCKS = ((64, 128), (8, 16))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -114,9 +116,11 @@ BASES: dict[str, tuple[str, str, dict[str, Any], tuple[Any, ...]]] = {
     "shampoo": ("pytorch_optimizer", "Shampoo", {"lr": 0.05, "momentum": 0.5}, SHAPES),
     "lion": ("pytorch_optimizer", "Lion", {"lr": 0.003, "weight_decay": 0.1}, SHAPES),
     "timm-nadamw": ("timm.optim", "NAdamW", {"lr": 0.01}, SHAPES),
-    "adam8": ("bitsandbytes.optim", "Adam8bit", {"lr": 0.01}, MATRICES),
-    "torchao-adam8": ("torchao.optim", "AdamW8bit", {"lr": 0.01}, MATRICES),
+    "bnb-8bit": ("bitsandbytes.optim", "Adam8bit", {"lr": 0.01}, BLOCKS),
+    "torchao-8bit": ("torchao.optim", "AdamW8bit", {"lr": 0.01}, BLOCKS),
 }
+#: those that know no float64
+NARROW = ("bnb-8bit", "torchao-8bit")
 
 
 def has(module: str) -> bool:
@@ -143,10 +147,10 @@ def set_rates(opt, rate=RATE) -> None:
 
 
 class Oracle:
-    """The base and a formula on copies of parameters, float64."""
+    """The base and a formula on copies of parameters."""
 
-    def __init__(self, base: str, rule: str, params) -> None:
-        self.params = [Parameter(p.detach().double().clone()) for p in params]
+    def __init__(self, base: str, rule: str, params, dtype=torch.float64) -> None:
+        self.params = [Parameter(p.detach().to(dtype, copy=True)) for p in params]
         self.base, self.row = make_base(base, self.params), RULES[rule]
         self.governed = [p for p in self.params if self.row.every or p.dim() >= 2]
         fixed = getattr(self.row.rule, "radius", None)
@@ -188,7 +192,7 @@ def compare(opt, params, oracle: Oracle, steps: int, rtol: float) -> None:
     for step in range(steps):
         set_grads(params, step)
         for p, q in zip(params, oracle.params, strict=True):
-            q.grad = p.grad.double().clone()
+            q.grad = p.grad.to(q.dtype, copy=True)
         grads = [(p.grad, p.grad.clone()) for p in params]
         opt.step()
         oracle.step()

@@ -169,8 +169,9 @@ def replay(
     Layca turns by the recorded angle to rounding. Hyperball does where its step is orthogonal to
     the weights, and by less where it is not.
 
-    A ``lr_factor`` that changes has the plan built again, at each step: on the CPU a few
-    microseconds a parameter on the host. With ``per_layer=False`` nothing is built.
+    A ``lr_factor`` that changes has the plan built again, at each step: some 35 microseconds a
+    parameter on the host (200 small matrices: 7 ms, 30 times the step). With ``per_layer=False``
+    nothing is built.
 
     References
     ----------
