@@ -29,7 +29,7 @@ FLOORS = (
     "compiled gradient_factors graphs statistics steppable stepping taken",
     "estimation",
     "optimizer",
-    "base_lr wrapped_state",
+    "base_lr wrapped_checks wrapped_state",
     "agreement optimizers param_groups step_in_backward wrapping",
     "describe",
     "monitor selfcheck",
