@@ -81,7 +81,7 @@ def beside_the_class(family, rule, dtype, steps=20):
     train(opt, first, steps)
     train(other, second, steps)
     return max(
-        float((p.double() - q.double()).norm() / q.double().norm())
+        float(((p.double() - q.double()).norm() / q.double().norm()).detach())
         for p, q in zip(first, second, strict=True)
     )
 

@@ -7,6 +7,7 @@ gradient rules the base's gradients are set to f*g before its step.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import RATE, random, set_grads
+from test_timm import timm_optimizer
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -136,8 +138,9 @@ def base_param(name: str):
 
 def make_base(name: str, params, **kwargs) -> torch.optim.Optimizer:
     module, cls, args, _ = BASES[name]
-    found = importlib.import_module(module)
-    return getattr(found, cls)(params, **{**args, **kwargs})
+    if module == "timm.optim":
+        return timm_optimizer(cls)(params, **{**args, **kwargs})
+    return getattr(importlib.import_module(module), cls)(params, **{**args, **kwargs})
 
 
 def set_rates(opt, rate=RATE) -> None:
