@@ -43,7 +43,9 @@ def scaled_gradients(
                 own.append((p, p.grad))
                 g = dtensor.local_gradient(p)
                 assert g is not None
-                p.grad = dtensor.like(p, g * table.spread(i, values, g))
+                wide = g.to(torch.promote_types(g.dtype, torch.float32))
+                scaled = (wide * table.spread(i, values, wide)).to(g.dtype)  # rounded once
+                p.grad = dtensor.like(p, scaled)
         yield
     finally:
         for p, g in own:

@@ -13,6 +13,28 @@ from .plans import PlanCache
 
 def layer_stats(cache: PlanCache) -> dict[str, Any]:
     """Statistics of the layers of all groups; see `LayerwiseOptimizer.layer_stats`."""
+    names, column = _table(cache)
+    shown = {c: column[c].clone() for c in ("ww", "gg", "uu", "wu", "scale", "lr")}
+    return {
+        "names": names,
+        **shown,
+        "angle": _angle(column),
+        "skipped": column["skipped"].long(),
+    }
+
+
+def rates(cache: PlanCache) -> dict[str, Any]:
+    """``names``, and the last step's ``angle`` and ``relative``, its length over that of w."""
+    names, column = _table(cache)
+    ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
+    c = a - 1.0
+    moved = (c * c * ww + 2.0 * c * b * wu + b * b * uu).clamp(min=0.0)
+    relative = torch.where(ww > 0, (moved / ww).sqrt(), 0.0)
+    return {"names": names, "angle": _angle(column), "relative": relative}
+
+
+def _table(cache: PlanCache) -> tuple[list[str], dict[str, Tensor]]:
+    """The layers that are measured, and the columns of their statistics."""
     names: list[str] = []
     rows: list[Tensor] = []
     for plans in cache.every():
@@ -28,18 +50,12 @@ def layer_stats(cache: PlanCache) -> dict[str, Any]:
         if rows
         else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
     )
-    column = dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
-    shown = {c: column[c].clone() for c in ("ww", "gg", "uu", "wu", "scale", "lr")}
-    return {
-        "names": names,
-        **shown,
-        "angle": _angle(*(column[c] for c in ("ww", "uu", "wu", "a", "b"))),
-        "skipped": column["skipped"].long(),
-    }
+    return names, dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
 
 
-def _angle(ww: Tensor, uu: Tensor, wu: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _angle(column: dict[str, Tensor]) -> Tensor:
     """Angle between w and ``a*w + b*u``; 0 where w is zero."""
+    ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
     cross = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
     angle = torch.atan2(b.abs() * cross, a * ww + b * wu)
     return torch.where(ww > 0, angle, 0.0)

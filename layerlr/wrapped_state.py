@@ -6,13 +6,34 @@ Everything lies where torch's own tools look for it: per parameter in ``state``,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
+
+from torch.optim.optimizer import Optimizer
 
 _BASE = "base."
 #: keys of a group that base and wrapper share
 SHARED = ("params", "param_names")
 
 Packed = dict[str, Any]
+
+
+class State(defaultdict[Any, Packed]):
+    """A wrapper's state, which counts as empty (``if optimizer.state``) while the base has none.
+
+    `torch.distributed.checkpoint` has an optimizer with an empty state take a step of lr 0, so that
+    there are tensors to load into; most bases create theirs at their first step.
+    """
+
+    def __init__(self, base: Optimizer, own: Packed) -> None:
+        super().__init__(dict, own)
+        self._base = base
+
+    def __bool__(self) -> bool:
+        return bool(self._base.state) and len(self) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self._base, dict(self))
 
 
 def join(ours: Packed, theirs: Packed) -> Packed:
@@ -34,12 +55,14 @@ def split(packed: Packed) -> tuple[Packed, Packed]:
     Raises
     ------
     ValueError
-        For the state dict of an optimizer that is not wrapped.
+        For the state dict of an optimizer that is not wrapped, and for one that
+        `torch.distributed.checkpoint` had flattened, which is no more than the wrapper's part.
     """
     if not any(_is_base(key) for group in packed["param_groups"] for key in group):
         raise ValueError(
             "the state dict is not that of a wrapped optimizer: load one of the base alone with "
-            "optimizer.base.load_state_dict(...)"
+            "optimizer.base.load_state_dict(...); of torch.distributed.checkpoint, which leaves "
+            "the base out where it flattens, use the form that is not flattened"
         )
     ours, theirs = _rest(packed), dict(packed.get(_BASE, {}))
     ours["state"] = {k: own for k, v in packed["state"].items() if (own := _rest(v))}

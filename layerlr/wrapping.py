@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from . import rules, stepping, wrapped_state
+from . import base_lr, rules, stepping, taken, wrapped_checks, wrapped_state
 from .backends import StepConfig
-from .backends.config import L2, PLAIN, TAKEN
+from .backends.config import PLAIN
 from .directions import DIRECTIONS, Direction
 from .gradient_factors import scaled_gradients
 from .layers import Adapt, LayerKey
 from .numbers import put_lr
 from .optimizer import LayerwiseOptimizer
 from .plans import GroupPlans
-from .rules import LayerRule, Rule
-from .wrapped_state import SHARED
+from .rules import Rule
+from .wrapped_state import SHARED, State
 
 #: keys of a group that are the wrapper's alone
 _OURS = ("rule", "layers", "adapt", "split", "lr_factor")
@@ -52,12 +51,13 @@ def wrap(
         A rule or its name; see `layerlr.rules`. Those that look at the model need a direction of
         this package.
     lr
-        Under a rule that sets the length of the step (Layca, Hyperball, LAMB and relative steps
-        without bounds): the rule's, an angle or a ratio; must be given. Under the others: the
-        base's (None: the one that it has). Schedulers work on the wrapper.
+        Under a rule that sets the length of the step (Layca, Hyperball, LAMB, relative steps): the
+        rule's, an angle or a ratio; must be given. Under the others: the base's (None: the one
+        that it has). Schedulers work on the wrapper.
     layers, adapt, backend
         As for every optimizer of this package; what the rule does not govern takes the base's own
-        step. Param groups may have keys ``rule``, ``layers``, ``adapt``, ``split``, ``lr_factor``.
+        step. Param groups may have keys ``rule``, ``layers``, ``adapt``, ``split``, ``lr_factor``
+        (refused under a gradient rule: a base has one lr for a group).
 
     Returns
     -------
@@ -67,9 +67,10 @@ def wrap(
     Raises
     ------
     TypeError
-        For what is no optimizer.
+        For what is no optimizer, and for one that steps several times with its closure (L-BFGS).
     ValueError
-        For a rule that looks at the model, ``others="freeze"``, a missing lr, or one of zero.
+        For a rule that looks at the model, ``others="freeze"``, LAMB's bounds, a missing lr, or
+        one of zero.
 
     Notes
     -----
@@ -78,8 +79,9 @@ def wrap(
     =================  ===============================================  ==========================
     the base's         under a rule that sets the step's length         under the others
     =================  ===============================================  ==========================
-    lr                 the rate of what the rule does not govern; it    the wrapper's lr, which is
-                       follows the wrapper's lr by its ratio            written into the base
+    lr                 the rate of what the rule does not govern, in    the wrapper's lr, which is
+                       groups without a rule too; it follows the        written into the base
+                       wrapper's lr by its ratio
     weight decay       part of u; Layca projects it out                 part of u, or taken beside
                                                                         the factor on g
     clipping           before the step, as without a wrapper            the same
@@ -87,11 +89,19 @@ def wrap(
 
     Layers that start at zero take the base's own steps until they reach their radius.
 
-    Memory: one copy of the governed weights during the step (under a gradient rule of the governed
-    gradients), whatever the base. Time: the base's, one copy, and two passes: 24 bytes a float32
-    parameter to copy and measure, 12 to apply. Under sharding one message a process group.
+    u is the difference of stored weights, right to an ulp of them: to ``eps*|w|/|u|`` of its
+    length. So give the base its usual lr, not a tiny one, above all in 16 bits, where steps of less
+    than half an ulp are lost before the rule sees them. An optimizer of this package inside equals
+    the built-in class to that bound under update rules. Under gradient rules second moments see
+    ``f*g``, where the built-in classes keep g in them and scale the step.
 
-    State dicts hold the base's state beside the wrapper's, under keys that begin with ``base.``.
+    Memory: one copy of the governed weights during the step (under a gradient rule of the governed
+    gradients). Time: the base's, one copy, and two passes: 16 bytes a float32 parameter to copy and
+    measure, 12 to apply. Under sharding one message a process group; two where groups have rules of
+    both orders.
+
+    The base's state is at ``optimizer.base.state``. State dicts hold it beside the wrapper's, under
+    keys that begin with ``base.``; so does `torch.distributed.checkpoint`, unless it flattens.
 
     Examples
     --------
@@ -119,10 +129,9 @@ class Wrapped(LayerwiseOptimizer):
         adapt: Adapt | str | None,
         backend: str,
     ) -> None:
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"wrap wants a torch.optim.Optimizer, got {type(base).__name__}")
+        wrapped_checks.base(base)
         self.base = base
-        self._joins = False  # the base has the groups already
+        self._joined = False  # the base has the groups already
         groups = []
         for theirs in base.param_groups:
             taken = SHARED if isinstance(base, LayerwiseOptimizer) else (*SHARED, *_OURS)
@@ -133,7 +142,7 @@ class Wrapped(LayerwiseOptimizer):
             defaults,
             dict(rule=rule, layers=layers, adapt=adapt, backend=backend, on_nonfinite="propagate"),
         )
-        self._joins = True
+        self._joined = True
 
     # -- what the base class asks --------------------------------------------------------------
 
@@ -144,61 +153,51 @@ class Wrapped(LayerwiseOptimizer):
         return None  # such parameters take the base's step, and that is all
 
     def numbers(self, group: dict[str, Any]) -> StepConfig:
-        """The weights are w = v - u and the gradient is v: v - w, the step, is L2 decay of -1."""
-        config, rule = StepConfig(), group["rule"]
-        lr = group["lr"] if rule.sets_length or rule.order == "gradient" else 1.0
+        """The numbers of the rule's half of a step; those of the base are its own."""
+        rule = group["rule"]
+        if rule.order == "gradient":
+            wrapped_checks.factor(group)
+            config = StepConfig()
+            put_lr(config, self, group["lr"])
+            return config
+        lr = group["lr"] if rule.sets_length else 1.0
+        config = taken.config()
         put_lr(config, self, lr)
-        if rule.order == "update":
-            config.values[L2] = -1.0
-            config.values[TAKEN] = 1.0
-            # for layers that grow: the step as it was taken
-            config.put(PLAIN, 1.0 / (lr.clamp(min=1e-30) if isinstance(lr, Tensor) else lr or 1.0))
+        # for layers that grow: the step as it was taken
+        config.put(PLAIN, 1.0 / (lr.clamp(min=1e-30) if isinstance(lr, Tensor) else lr or 1.0))
         return config
 
     # -- param groups --------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base and to the wrapper; one that is refused leaves nothing behind."""
-        if not getattr(self, "_joins", True):
+        """Add a group to the base and to the wrapper; one that is refused leaves nothing behind.
+
+        Its ``lr`` is that of the rule where the rule has one of its own, else the base's.
+        """
+        if not self._joined:
             self._add(param_group, self.base.param_groups[len(self.param_groups)])
             return
         theirs = {key: value for key, value in param_group.items() if key not in _OURS}
-        rule = rules.resolve(param_group.get("rule", self.defaults["rule"]))
-        own_lr = rule is not None and rule.sets_length
-        if own_lr:
+        own = base_lr.has_own(rules.resolve(param_group.get("rule", self.defaults["rule"])))
+        if own:
             theirs.pop("lr", None)
         self.base.add_param_group(theirs)
         added = self.base.param_groups[-1]
         ours = {key: param_group[key] for key in _OURS if key in param_group}
         ours |= {key: added[key] for key in SHARED if key in added}
-        if own_lr and "lr" in param_group:
+        if own and "lr" in param_group:
             ours["lr"] = param_group["lr"]
         try:
             self._add(ours, added)
         except Exception:
             self.base.param_groups.pop()
+            for p in added["params"]:
+                self.base.state.pop(p, None)
             raise
 
     def _add(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-        rule = rules.resolve(ours.get("rule", self.defaults["rule"]))
-        _check_rule(rule)
-        lr = ours.get("lr", self.defaults["lr"])
-        if rule is not None and rule.sets_length:
-            if lr is None:
-                raise ValueError(
-                    f"rule {rule.name!r} sets the length of the step: give lr, the angle or the "
-                    "ratio that it turns or moves layers by"
-                )
-            reference = float(lr)
-            if not reference > 0.0:
-                raise ValueError(
-                    f"Invalid lr: {reference}, the base's rate follows lr by its ratio: give a "
-                    "nonzero lr and let a scheduler warm it up"
-                )
-            ours["reference_lr"] = reference
-        elif lr is None:
-            lr = theirs.get("lr")
-        ours["lr"] = 1.0 if lr is None else lr
+        wrapped_checks.rule(rules.resolve(ours.get("rule", self.defaults["rule"])))
+        base_lr.settle(ours, theirs, self.defaults)
         super().add_param_group(ours)
 
     # -- stepping ------------------------------------------------------------------------------
@@ -211,59 +210,36 @@ class Wrapped(LayerwiseOptimizer):
     @torch.no_grad()
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
-        with self._rates_of_the_base(), scaled_gradients(self._prepared("gradient"), self.numbers):
-            before = self.copies()
+        with (
+            base_lr.written(self.param_groups, self.base.param_groups),
+            scaled_gradients(self._prepared("gradient"), self.numbers),
+        ):
+            before = taken.copies(p for p in self._under_update_rules() if p.grad is not None)
             self.base.step()
-        with self.taken(before) as plans:
+        with taken.as_gradients(before):
+            plans = self._prepared("update") if before else []
             stepping.step([(plan, self.plans.config(p)) for p in plans for plan in p.plans], {})
 
-    def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """What the base is about to change of the weights under update rules, and copies of it."""
-        found = []
-        for plans in self.plans.every():
-            if _order(plans) == "update":
-                for table in plans.tables:
-                    moving = (p for p in table.table.params if p.grad is not None)
-                    found += [(p, p.detach().clone()) for p in moving]
-        return found
-
-    @contextmanager
-    def taken(self, before: list[tuple[Tensor, Tensor]]) -> Iterator[list[GroupPlans]]:
-        """The plans of update rules, which see the weights before the step as gradients."""
-        gradients = [(p, p.grad) for p, _ in before]
-        try:
-            for p, v in before:
-                p.grad = v
-            yield self._prepared("update") if before else []
-        finally:
-            for p, g in gradients:
-                p.grad = g
+    def _under_update_rules(self) -> list[Tensor]:
+        plans = [plans for plans in self.plans.every() if _order(plans) == "update"]
+        return [p for of_group in plans for table in of_group.tables for p in table.table.params]
 
     def _prepared(self, order: str) -> list[GroupPlans]:
         return self._graphs.prepared(lambda plans: _order(plans) == order)
 
-    @contextmanager
-    def _rates_of_the_base(self) -> Iterator[None]:
-        """The base's lr for a step: in the ratio of ours to what it was, or ours."""
-        own = []
-        for ours, theirs in zip(self.param_groups, self.base.param_groups, strict=True):
-            if theirs.get("lr") is None:
-                continue
-            rule = ours["rule"]
-            if rule is None or not rule.sets_length:
-                theirs["lr"] = ours["lr"]
-                continue
-            own.append((theirs, theirs["lr"]))
-            ratio = ours["lr"] / ours["reference_lr"]
-            if not isinstance(ratio, float) or ratio != 1.0:
-                theirs["lr"] = theirs["lr"] * ratio
-        try:
-            yield
-        finally:
-            for theirs, lr in own:
-                theirs["lr"] = lr
-
     # -- persistence ---------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:  # type: ignore[override]
+        """The rule's memory and step counts; the base's state is at ``base.state``."""
+        found = self.__dict__["state"]
+        if not isinstance(found, State):  # torch's own, of a constructor or a state dict
+            found = self.__dict__["state"] = State(self.base, found)
+        return found
+
+    @state.setter
+    def state(self, value: dict[Any, Any]) -> None:
+        self.__dict__["state"] = value
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the base's state and hyper-parameters under keys of ``base.``."""
@@ -271,28 +247,20 @@ class Wrapped(LayerwiseOptimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into the base too."""
+        """Load what `state_dict` gave, into the base too; if that fails, nothing has changed."""
         ours, theirs = wrapped_state.split(state_dict)
+        before = self.base.state, self.base.param_groups
         self.base.load_state_dict(theirs)
-        super().load_state_dict(ours)
+        try:
+            super().load_state_dict(ours)
+        except Exception:
+            self.base.state, self.base.param_groups = before
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "base": self.base, "_joins": self._joins}
+        return {**super().__getstate__(), "base": self.base, "_joined": True}
 
 
 def _order(plans: GroupPlans) -> str | None:
     rule = plans.group["rule"]
     return None if rule is None else str(rule.order)
-
-
-def _check_rule(rule: LayerRule | None) -> None:
-    if isinstance(rule, rules.Estimated):
-        raise ValueError(
-            f"rule {rule.name!r} finds its rates from directions of this package and cannot be put "
-            "on another optimizer: use layerlr.SGD, layerlr.AdamW and the like"
-        )
-    if rule is not None and rule.freezes:
-        raise ValueError(
-            f"{rule!r} cannot keep the base from moving what it does not govern: give the base no "
-            "such parameters, or use others='plain'"
-        )

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from typing import Any
 
 import torch
 
-from . import sinks
-from .copies import Copy, HasLayerStats, snapshot
-
-# A copy takes microseconds, and the device runs a step or two behind the host: a second copy is
-# under way only where a step is recorded while the one before still waits in the stream.
-_IN_FLIGHT = 2
+from .copies import HasLayerStats, snapshot
+from .sinks import Sink
+from .stream import Stream, watched_optimizer
 
 # A layer that was left out in so many steps on end is reported: one bad batch is not.
 _SKIPPED_ON_END = 10
 
 
-class Telemetry:
+class Telemetry(Stream):
     """Send ``optimizer.layer_stats()`` of every K-th step to files, TensorBoard or callbacks.
 
     For long runs, where somebody watches or reads later; nothing is kept. `StatsLog` keeps its
@@ -77,28 +73,15 @@ class Telemetry:
     ...     train(model, opt)
     """
 
-    def __init__(self, optimizer: HasLayerStats, *to: sinks.Sink, every: int = 100) -> None:
-        watched: Any = optimizer
-        while hasattr(watched, "optimizer"):
-            watched = watched.optimizer
-        if not hasattr(watched, "layer_stats"):
-            kind = type(watched).__name__
+    def __init__(self, optimizer: HasLayerStats, *to: Sink, every: int = 100) -> None:
+        self.optimizer = watched_optimizer(optimizer)
+        if not hasattr(self.optimizer, "layer_stats"):
+            kind = type(self.optimizer).__name__
             raise TypeError(f"wanted an optimizer of layerlr, with layer_stats, not {kind}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"Invalid every: {every!r}, wanted an int of 1 or more")
-        self.optimizer = watched
-        self.every = every
-        self.step = 0
-        self.skipped = 0
-        self._copies: deque[Copy] = deque()
+        super().__init__(to, every)
         self._taking_part: dict[str, tuple[int, int]] = {}  # step and skips when last known to
         self._reported: set[str] = set()
-        self._sinks = [sinks.resolve(sink) for sink in to]
-        self._hook = watched.register_step_post_hook(lambda *_: self.after_step())
-
-    def __repr__(self) -> str:
-        """Return the class with its sinks."""
-        return f"{type(self).__name__}({self._sinks}, every={self.every}, step={self.step})"
+        self._hooks = [self.optimizer.register_step_post_hook(lambda *_: self.after_step())]
 
     @torch._disable_dynamo
     def after_step(self) -> None:
@@ -113,82 +96,10 @@ class Telemetry:
             return
         self.step += 1
         if self.step % self.every == 0:
-            if len(self._copies) < _IN_FLIGHT or self._copies[0].ready():
-                self._copies.append(Copy(self.step, snapshot(self.optimizer)))
-            else:
-                self.skipped += 1
+            self._send(lambda: snapshot(self.optimizer))
         self._hand_on(wait=False)
 
-    def flush(self) -> None:
-        """Wait for the copies that are under way, and hand them on.
-
-        Raises
-        ------
-        RuntimeError
-            From a sink that raised; the other sinks have had every record.
-        """
-        self._hand_on(wait=True)
-
-    def close(self) -> None:
-        """Stop watching, `flush`, close the files and flush the writers. May be called twice.
-
-        Raises
-        ------
-        RuntimeError
-            From a sink that raised, when all of that is done.
-        """
-        self._hook.remove()
-        errors = self._deliver(wait=True)
-        for sink in self._sinks:
-            if isinstance(sink, (sinks.JsonLines, sinks.Scalars)):
-                try:
-                    sink.close()
-                except Exception as error:
-                    errors.append((f"{sink!r} could not be closed", error))
-        _raise(errors)
-
-    def __enter__(self) -> Telemetry:
-        """Return itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close; an exception that is under way goes on, and a sink's becomes a warning."""
-        try:
-            self.close()
-        except RuntimeError as error:
-            if kind is None:
-                raise
-            warnings.warn(f"{error}: {error.__cause__!r}", stacklevel=2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps seen."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from a saved number of steps."""
-        self.step = int(state["step"])
-
-    def _hand_on(self, wait: bool) -> None:
-        if self._copies:
-            _raise(self._deliver(wait))
-
-    def _deliver(self, wait: bool) -> list[tuple[str, Exception]]:
-        """Give the sinks what has arrived, oldest first; return what went wrong."""
-        errors: list[tuple[str, Exception]] = []
-        while self._copies and (wait or self._copies[0].ready()):
-            copy = self._copies.popleft()
-            if wait:
-                copy.wait()
-            table = copy.table()
-            self._report_skipped(copy.step, table)
-            for sink in self._sinks:
-                try:
-                    sink(copy.step, table)
-                except Exception as error:
-                    errors.append((f"{sink!r} failed at step {copy.step}", error))
-        return errors
-
-    def _report_skipped(self, step: int, table: dict[str, Any]) -> None:
+    def _look(self, step: int, table: dict[str, Any]) -> None:
         """Warn of layers that have not taken part for long."""
         if "skipped" not in table:
             return
@@ -206,10 +117,3 @@ class Telemetry:
                 f"steps or more (at step {step}): their gradients hold NaN or infinities",
                 stacklevel=2,
             )
-
-
-def _raise(errors: list[tuple[str, Exception]]) -> None:
-    if errors:
-        message, first = errors[0]
-        others = f" (the first of {len(errors)} failures)" if len(errors) > 1 else ""
-        raise RuntimeError(f"telemetry sink {message}{others}") from first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class LayerRule:
     #: that starts at zero has minus `start_radius` there and takes plain steps until its norm
     #: reaches it (None: the norm that torch's initialisation would have given it)
     latches: ClassVar[bool] = False
-    start_radius = cast("float | None", None)  # no annotation: it is a field of those rules alone
+    start_radius = None  # type: float | None  # an annotation would put it first among the fields
     #: whether the step has the same length whatever the length of u
     sets_length: ClassVar[bool] = False
     #: whether decoupled weight decay is no part of the step that the rule sees

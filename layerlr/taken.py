@@ -1,0 +1,44 @@
+"""Steps that somebody else took: the weights before, as gradients of the weights after.
+
+With v before and w = v - u after, the step u is v - w, the gradient v with L2 decay of -1. So the
+first pass of SGD's direction measures it, and the second sets what of it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from .backends import StepConfig
+from .backends.config import L2, TAKEN
+
+#: weights and copies of them
+Copies = Sequence[tuple[Tensor, Tensor]]
+
+
+def copies(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters, and their weights as they are now."""
+    return [(p, p.detach().clone()) for p in params]
+
+
+@contextmanager
+def as_gradients(before: Copies) -> Iterator[None]:
+    """Within, the gradient of each parameter is its weights before the step."""
+    gradients = [(p, p.grad) for p, _ in before]
+    try:
+        for p, v in before:
+            p.grad = v
+        yield
+    finally:
+        for p, g in gradients:
+            p.grad = g
+
+
+def config() -> StepConfig:
+    """The numbers of such a step."""
+    found = StepConfig()
+    found.values[L2] = -1.0
+    found.values[TAKEN] = 1.0
+    return found

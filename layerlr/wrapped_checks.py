@@ -1,0 +1,53 @@
+"""What cannot be wrapped, before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.optim.optimizer import Optimizer
+
+from . import rules
+from .rules import LayerRule
+
+
+def base(optimizer: object) -> None:
+    """Refuse what is no optimizer, and one whose steps have steps."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"wrap wants a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} takes several steps with its closure: a rule cannot be "
+            "put on each of them"
+        )
+
+
+def factor(group: dict[str, Any]) -> None:
+    """Refuse a group's ``lr_factor`` where the base, with one lr for the group, cannot have it."""
+    value = group.get("lr_factor", 1.0)
+    if isinstance(value, (int, float)) and value == 1.0:
+        return
+    raise ValueError(
+        f"lr_factor={value!r} has no effect under rule {group['rule'].name!r}, which scales what "
+        "the base sees of the gradients: give the base param groups with rates of their own"
+    )
+
+
+def rule(rule: LayerRule | None) -> None:
+    """Refuse a rule that cannot be put on another optimizer, saying what to do instead."""
+    if isinstance(rule, rules.Estimated):
+        raise ValueError(
+            f"rule {rule.name!r} finds its rates from directions of this package and cannot be put "
+            "on another optimizer: use layerlr.SGD, layerlr.AdamW and the like"
+        )
+    if isinstance(rule, rules.Lamb) and not rule.sets_length:
+        raise ValueError(
+            f"{rule!r} bounds a ratio to a direction at a rate of 1, and the step of another "
+            "optimizer has its rate in it: leave the bounds out, or use Layca(max_angle=...)"
+        )
+    if rule is not None and rule.freezes:
+        raise ValueError(
+            f"{rule!r} cannot keep the base from moving what it does not govern: give the base no "
+            "such parameters, or use others='plain'"
+        )

@@ -1,0 +1,115 @@
+"""What `layerlr.wrap` refuses, and what it says of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import random, set_grads, train
+from torch import nn
+from torch.nn import Parameter
+
+import layerlr
+from layerlr import rules
+
+
+def sgd(**kwargs):
+    return torch.optim.SGD([Parameter(v) for v in random(((7, 5), (5,)))], lr=0.1, **kwargs)
+
+
+REFUSED = {
+    "no optimizer": (lambda: layerlr.wrap(nn.Linear(2, 2), "layca"), TypeError, "got Linear"),
+    "scheduler": (
+        lambda: layerlr.wrap(torch.optim.lr_scheduler.ConstantLR(sgd()), "layca"),
+        TypeError,
+        "got ConstantLR",
+    ),
+    "LBFGS": (
+        lambda: layerlr.wrap(torch.optim.LBFGS([Parameter(torch.ones(3, 3))]), "brake"),
+        TypeError,
+        "LBFGS takes several steps",
+    ),
+    "curvature": (lambda: layerlr.wrap(sgd(), "curvature"), ValueError, "use layerlr.SGD"),
+    "backmatching": (lambda: layerlr.wrap(sgd(), "backmatching"), ValueError, "use layerlr.SGD"),
+    "freeze": (
+        lambda: layerlr.wrap(sgd(), rules.Layca(others="freeze"), lr=0.1),
+        ValueError,
+        "or use others='plain'",
+    ),
+    "bounds": (
+        lambda: layerlr.wrap(sgd(), rules.Lamb(min_ratio=2.0), lr=0.1),
+        ValueError,
+        "leave the bounds out",
+    ),
+    "no lr": (lambda: layerlr.wrap(sgd(), "layca"), ValueError, "give lr, the angle or the ratio"),
+    "lr 0": (lambda: layerlr.wrap(sgd(), "lamb", lr=0.0), ValueError, "give a nonzero lr"),
+    "lr -1": (lambda: layerlr.wrap(sgd(), "lars", lr=-1.0), ValueError, "Invalid learning rate"),
+    "rule": (lambda: layerlr.wrap(sgd(), "nonsense"), ValueError, "unknown rule 'nonsense'"),
+    "backend": (lambda: layerlr.wrap(sgd(), "lars", backend="x"), ValueError, "unknown backend"),
+    "module": (lambda: layerlr.wrap(sgd(), "lars", layers="module"), ValueError, "parameter names"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    make, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_lr_0_is_fine_where_the_lr_is_the_bases():
+    assert layerlr.wrap(sgd(), "lars", lr=0.0).param_groups[0]["lr"] == 0.0
+
+
+def test_a_base_that_fails_leaves_the_gradients():
+    opt = layerlr.wrap(sgd(), "layca", lr=0.1)
+    params = opt.param_groups[0]["params"]
+    set_grads(params, 0)
+    grads = [p.grad for p in params]
+
+    def fail(*_):
+        raise RuntimeError("base")
+
+    hook = opt.base.register_step_post_hook(fail)
+    with pytest.raises(RuntimeError, match="base"):
+        opt.step()
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    assert opt.base.param_groups[0]["lr"] == 0.1
+    hook.remove()
+    train(opt, params, 1)
+
+
+def test_names():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = layerlr.wrap(bare, "lars")
+    opt.attach(model)
+    for found in (opt, layerlr.wrap(named, "lars")):
+        assert found.layer_stats()["names"] == ["0.weight", "1.weight"]
+    opt.param_groups[0]["layers"] = "module"
+    assert opt.layer_stats()["names"] == ["0", "1"]
+    saved = opt.state_dict()
+    other = layerlr.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "lars")
+    other.attach(model)
+    other.load_state_dict(saved)
+    train(other, list(model.parameters()), 1)
+
+
+def test_describe(capsys):
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))
+    model[1].bias.requires_grad_(False)
+    groups = [
+        {"params": list(model[0].named_parameters())},
+        {"params": [("1.weight", model[1].weight), ("1.bias", model[1].bias)], "rule": None},
+    ]
+    base = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.3)
+    opt = layerlr.wrap(base, rules.Lamb(), lr=0.05)
+    opt.param_groups[0]["lr"] = opt.param_groups[1]["lr"] = 0.025
+    lines = [line.split() for line in layerlr.describe(opt).splitlines()[1:]]
+    assert [line[0] for line in lines] == ["weight", "bias", "1.weight", "1.bias"]
+    assert [line[-4:] for line in lines] == [
+        ["adapted", "0.025", "0.3", "cpu"],
+        ["base", "0.005", "0.3", "AdamW"],
+        ["base", "0.005", "0.3", "AdamW"],
+        ["frozen", "0", "0", "-"],
+    ]
