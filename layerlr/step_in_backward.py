@@ -92,9 +92,10 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
     if not isinstance(model, nn.Module):
         raise TypeError(f"step_in_backward wants a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, LayerwiseOptimizer) or isinstance(optimizer, Wrapped):
+        wrapper = ", whose base steps once a step" if isinstance(optimizer, Wrapped) else ""
         raise TypeError(
-            "step_in_backward wants an optimizer of layerlr that is no wrapper, got "
-            f"{type(optimizer).__name__}"
+            "step_in_backward wants an optimizer of layerlr, got "
+            f"{type(optimizer).__name__}{wrapper}"
         )
     if optimizer in _taken:
         raise RuntimeError("the optimizer steps in backward already: remove() that handle first")
