@@ -17,6 +17,7 @@ from .graphs import check_capturable
 from .optimizer import LayerwiseOptimizer
 from .plans import GroupPlans
 from .steppable import Unit, units
+from .wrapping import Wrapped
 
 _taken: weakref.WeakSet[LayerwiseOptimizer] = weakref.WeakSet()  # they have a handle
 
@@ -57,7 +58,7 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
     Raises
     ------
     TypeError
-        For another optimizer, or no module.
+        For another optimizer, a wrapper, or no module.
     ValueError
         For an optimizer that has none of the model's parameters; ``differentiable=True``; what
         needs every gradient at once: rules that look at the model, a group's ``max_grad_norm``;
@@ -90,9 +91,11 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"step_in_backward wants a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, LayerwiseOptimizer):
+    if not isinstance(optimizer, LayerwiseOptimizer) or isinstance(optimizer, Wrapped):
+        wrapper = ", whose base steps once a step" if isinstance(optimizer, Wrapped) else ""
         raise TypeError(
-            f"step_in_backward wants an optimizer of layerlr, got {type(optimizer).__name__}"
+            "step_in_backward wants an optimizer of layerlr, got "
+            f"{type(optimizer).__name__}{wrapper}"
         )
     if optimizer in _taken:
         raise RuntimeError("the optimizer steps in backward already: remove() that handle first")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from . import rules
+from . import devices, rules
 from .rules import LayerRule
 
 
@@ -20,6 +20,15 @@ def base(optimizer: object) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} takes several steps with its closure: a rule cannot be "
             "put on each of them"
+        )
+
+
+def capture(groups: list[dict[str, Any]]) -> None:
+    """Refuse to capture a step, the base's numbers of which a graph would hold for ever."""
+    if any(devices.capturing(p.device) for group in groups for p in group["params"][:1]):
+        raise RuntimeError(
+            "the step of a wrapped optimizer cannot be captured in a CUDA graph: use one of "
+            "layerlr's own classes there"
         )
 
 

@@ -100,6 +100,8 @@ def wrap(
     measure, 12 to apply. Under sharding one message a process group; two where groups have rules of
     both orders.
 
+    Steps cannot be captured in CUDA graphs, nor taken inside backward.
+
     The base's state is at ``optimizer.base.state``. State dicts hold it beside the wrapper's, under
     keys that begin with ``base.``; so does `torch.distributed.checkpoint`, unless it flattens.
 
@@ -210,6 +212,7 @@ class Wrapped(LayerwiseOptimizer):
     @torch.no_grad()
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
+        wrapped_checks.capture(self.param_groups)
         with (
             base_lr.written(self.param_groups, self.base.param_groups),
             scaled_gradients(self._prepared("gradient"), self.numbers),

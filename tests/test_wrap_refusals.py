@@ -56,6 +56,18 @@ def test_refuses(name):
         make()
 
 
+def test_steps_that_would_leave_the_base_out(monkeypatch):
+    """Inside backward layers step without the base; a CUDA graph has the base's numbers in it."""
+    model = nn.Linear(5, 4)
+    opt = layerlr.wrap(torch.optim.SGD(model.parameters(), lr=0.1), "layca", lr=0.1)
+    with pytest.raises(TypeError, match="got Wrapped, whose base steps once"):
+        layerlr.step_in_backward(model, opt)
+    set_grads(list(model.parameters()), 0)
+    monkeypatch.setattr("layerlr.devices.capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        opt.step()
+
+
 def test_lr_0_is_fine_where_the_lr_is_the_bases():
     assert layerlr.wrap(sgd(), "lars", lr=0.0).param_groups[0]["lr"] == 0.0
 
