@@ -106,3 +106,19 @@ def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
         )
     if group["differentiable"]:
         raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
+
+
+def corrected_decay(group: dict[str, Any], index: int, decoupled: bool) -> None:
+    """Refuse a decay that follows lr where it is part of the gradient, or lr is on a device."""
+    if not group["corrected_decay"]:
+        return
+    if not decoupled:
+        raise ValueError(
+            f"corrected_decay of param group {index} is for decoupled weight decay: use AdamW, "
+            "Lion, or Adam with decoupled_weight_decay=True"
+        )
+    if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+        raise ValueError(
+            f"corrected_decay of param group {index} needs an lr that the host can read: give a "
+            "number, or a tensor on the CPU"
+        )

@@ -20,7 +20,10 @@ def of_group(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> StepConfig
     config = StepConfig()
     values = config.values
     put_lr(config, optimizer, group["lr"])
-    values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = group["weight_decay"]
+    decay = group["weight_decay"]
+    if group["corrected_decay"]:
+        decay = decay * float(group["lr"]) / group["reference_lr"]
+    values[DECOUPLED_DECAY if optimizer.decoupled(group) else L2] = decay
     values[SKIP] = on_nonfinite == "skip" or (on_nonfinite is None and rule is not None)
     values[PLAIN] = plain_lr.ratio(group)
     values[GRAD_FACTOR] = -1.0 if group["maximize"] else 1.0

@@ -140,6 +140,11 @@ class LayerwiseOptions(TypedDict, total=False):
         that have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
         clipping. A layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs
         another pass over the gradients, under sharding another message.
+    corrected_decay : bool
+        Decoupled weight decay in proportion to lr, ``weight_decay * lr / reference_lr`` (AdamC,
+        arXiv:2506.02285): the norm at which decay and steps balance then stays where it is while a
+        schedule lowers lr. ``reference_lr`` is the lr that the group was added with, or a group
+        key. lr must be a number or on the CPU.
     precision : str or None
         How bfloat16 and float16 weights keep what rounding to nearest would lose (a step of less
         than half a unit in the last place); others step as without it. ``"master"``: a float32 copy
@@ -163,6 +168,7 @@ class LayerwiseOptions(TypedDict, total=False):
     layers: Annotated[str | LayerKey, Option("tensor", _check_layers)]
     adapt: Annotated[str | Adapt | None, Option(None, _check_adapt)]
     plain_lr: Annotated[float | None, Option(None, plain_lr.settle)]
+    corrected_decay: Annotated[bool, Option(False)]
     backend: Annotated[str, Option("auto")]
     on_nonfinite: Annotated[OnNonfinite, Option(None, _check_on_nonfinite)]
     max_grad_norm: Annotated[float | None, Option(None, _check_max_grad_norm)]

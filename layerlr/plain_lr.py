@@ -1,4 +1,4 @@
-"""The rate of what the rule does not govern: ``plain_lr * lr / reference_lr``.
+"""What follows lr by its ratio: ``plain_lr * lr / reference_lr``, and a corrected weight decay.
 
 Under a rule lr may be an angle or a ratio, which is no rate for a bias. Schedulers write lr alone,
 so ``plain_lr`` follows it by the ratio to the lr that it was given with.
@@ -13,7 +13,7 @@ Group = dict[str, Any]
 
 
 def settle(group: Group, index: int) -> None:
-    """Remember the lr that a group's ``plain_lr`` goes with, unless that is known already.
+    """Remember the lr that ``plain_lr`` and ``corrected_decay`` go with, unless that is known.
 
     An lr on a device is waited for, once.
 
@@ -22,17 +22,20 @@ def settle(group: Group, index: int) -> None:
     ValueError
         For a rate that is none, and where lr is none to follow, naming what to give instead.
     """
-    if group.get("plain_lr") is None:
+    plain = group.get("plain_lr")
+    if plain is None and not group.get("corrected_decay"):
         return
-    plain = group["plain_lr"] = float(group["plain_lr"])
-    if not 0.0 <= plain < float("inf"):
-        raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
+    if plain is not None:
+        plain = group["plain_lr"] = float(plain)
+        if not 0.0 <= plain < float("inf"):
+            raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
     reference = float(group.get("reference_lr") or group["lr"])
     if not 0.0 < reference < float("inf"):
+        what = "corrected_decay" if plain is None else f"plain_lr={plain}"
         raise ValueError(
-            f"plain_lr={plain} follows lr by its ratio, and lr of param group {index} is "
-            f"{reference}: give a nonzero lr and let a scheduler warm it up, or the group key "
-            "reference_lr, the lr at which plain_lr is meant"
+            f"{what} follows lr by its ratio, and lr of param group {index} is {reference}: give a "
+            "nonzero lr and let a scheduler warm it up, or the group key reference_lr, the lr at "
+            f"which {what} is meant"
         )
     group["reference_lr"] = reference
 

@@ -213,6 +213,7 @@ class PlanCache:
         group["rule"] = rules.resolve(group["rule"])
         options.check(group, index)
         checks.params(group, index)
+        checks.corrected_decay(group, index, optimizer.decoupled(group))
         direction = optimizer.direction(group)
         first = sum(len(g["params"]) for g in optimizer.param_groups[:index])
         old = self.groups[index].tables if index < len(self.groups) else []
@@ -271,6 +272,7 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any
         _hashable(group.get("lr_factor")),
         _hashable(group.get("plain_lr")),
         group.get("reference_lr"),
+        group["corrected_decay"],
         group["precision"],
     )
 
