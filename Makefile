@@ -74,6 +74,7 @@ wheels: $(VENV)/.torch
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	build_backend/try_wheel.sh $(abspath $(PY)) "$$(realpath dist/*.whl)" $(CURDIR)/build/wheel
 
+docs: export NO_MKDOCS_2_WARNING = 1
 # Pages keep their places among the folders that they link to (mkdocs.yml).
 docs: $(VENV)/.docs
 	rm -rf build/pages build/site

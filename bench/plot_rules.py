@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.plot_angle import BLUE, GREY, ORANGE, arrow
-from layerlr.rules import Brake, Hyperball, Lamb, LayerRule, LayerStats, Layca, Plain, Singh
+from layerlr.rules import Brake, Hyperball, Lamb, Layca, LayerRule, LayerStats, Plain, Singh
 
 WEIGHTS, STEP = (1.0, 0.0), (-0.55, -0.75)  # the step points away from 0: the norm grows
 
