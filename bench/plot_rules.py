@@ -61,7 +61,7 @@ def _draw(axes: Axes, title: str, text: str, to: Point) -> None:
     axes.text(0.95, -0.42, text, ha="center", va="center")
     axes.text(0.42, -0.12, "w", color=GREY)
     axes.text(to[0] / 2 - 0.1, to[1] / 2 + 0.12, "w after", color=BLUE, ha="right")
-    axes.text(plain[0] + 0.03, plain[1] + 0.05, "w - u", color=ORANGE)
+    axes.text(plain[0] + 0.08, plain[1] - 0.06, "w - u", color=ORANGE)
     axes.set(xlim=(-0.15, 2.1), ylim=(-0.62, 1.45), aspect="equal")
     axes.axis("off")
 

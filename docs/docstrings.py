@@ -13,8 +13,9 @@ _TABLE = re.compile(rf"^{_RULE}\n(?:.+\n)+?{_RULE}\n(?:.+\n)+?{_RULE}$", re.MULT
 
 
 def markdown(text: str) -> str:
-    """Literal blocks lose their second colon, tables become code."""
+    """Marks of literal blocks lose a colon, or go, tables become code."""
     text = re.sub(r"(\S)::$", r"\1:", text, flags=re.MULTILINE)
+    text = re.sub(r"^ *::$", "", text, flags=re.MULTILINE)
     return _TABLE.sub(lambda table: f"```text\n{table[0]}\n```", text)
 
 
