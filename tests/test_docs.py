@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 import warnings
 from pathlib import Path
@@ -118,3 +119,17 @@ def test_every_rule_has_its_page():
         pages = re.findall(rf'^\| \[`"{name}"`\]\((\w+\.md)', index, re.MULTILINE)
         assert len(pages) == 1, name
         assert f'rule="{name}"' in (ROOT / "docs/rules" / pages[0]).read_text()
+
+
+def test_the_picture_of_the_rules(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import plot_rules
+
+    points = {title: to for title, _, to in plot_rules._panels()}
+    norm = {title: math.hypot(*to) for title, to in points.items()}
+    assert points["no rule"] == (1.55, 0.75)
+    assert norm["layca"] == pytest.approx(1.0) and norm["hyperball"] == pytest.approx(1.0)
+    assert points["layca"][1] / points["layca"][0] == pytest.approx(0.5)
+    assert norm["brake"] == pytest.approx((1.0 + norm["no rule"]) / 2)
+    assert math.dist(points["lars, lamb"], (1, 0)) == pytest.approx(0.5)
+    assert plot_rules.plot(tmp_path / "a.png").stat().st_size > 10_000
