@@ -4,6 +4,7 @@
 # make format            rewrite to our format      make clean                    remove what was built
 # make install           .venv alone               make test-torch TORCH=2.11.0   the tests, there
 # make wheels            a wheel in dist/, tried without a compiler
+# make docs              the documentation site in build/site (not a part of .ci/run yet)
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
 # environment of your own serves as well: make test VENV=path. A torch that is there is kept.
@@ -21,7 +22,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 BUILT_FROM := setup.py pyproject.toml $(wildcard build_backend/*.py) $(wildcard kernels/__init__.py) \
               $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test test-all test-torch proofs bench lint format install wheels clean
+.PHONY: demo test test-all test-torch proofs bench lint format install wheels docs clean
 .DELETE_ON_ERROR:
 
 # Two threads that spin for each other can cost milliseconds per step on a shared machine, and
@@ -73,6 +74,15 @@ wheels: $(VENV)/.torch
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	build_backend/try_wheel.sh $(abspath $(PY)) "$$(realpath dist/*.whl)" $(CURDIR)/build/wheel
 
+docs: export NO_MKDOCS_2_WARNING = 1
+# Pages keep their places among the folders that they link to (mkdocs.yml).
+docs: $(VENV)/.docs
+	rm -rf build/pages build/site
+	mkdir -p build/pages
+	ln -s $(foreach it,docs bench csrc README.md CHANGELOG.md,$(CURDIR)/$(it)) build/pages
+	$(PY) -m mkdocs build --strict --quiet
+	@echo build/site/docs/index.html
+
 # The stamps are files in the environment, so that they vanish with it.
 $(VENV)/.torch:
 	$(PIP) --help >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
@@ -91,6 +101,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.layerlr
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test
 	$(PIP) --no-build-isolation -e ".[lint]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.layerlr
+	$(PIP) --no-build-isolation -e ".[docs]"
 	touch $@
 
 clean:

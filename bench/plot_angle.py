@@ -24,9 +24,9 @@ def _turn(axes: Axes) -> None:
         ((1, 0), GREY, "w before", (0.6, -0.09)),
         ((math.cos(angle), math.sin(angle)), BLUE, "w after: the norm is the same", (0.08, 0.53)),
     ):
-        _arrow(axes, (0, 0), to, colour)
+        arrow(axes, (0, 0), to, colour)
         axes.text(*at, text, color=colour)
-    _arrow(axes, (1, 0), across, ORANGE)
+    arrow(axes, (1, 0), across, ORANGE)
     axes.text(1.04, 0.2, "the step's part\nacross w, made\nlr · |w| long", color=ORANGE)
     axes.plot([across[0], math.cos(angle)], [across[1], math.sin(angle)], ":", color=GREY)
     turned = [i / 100 * angle for i in range(101)]
@@ -36,7 +36,7 @@ def _turn(axes: Axes) -> None:
     axes.axis("off")
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
     style = {"arrowstyle": "-|>", "color": colour, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=style)
 
