@@ -19,8 +19,8 @@ from layerlr import _C
 ROOT = Path(__file__).resolve().parent.parent
 #: where setup.py builds
 FOLDER = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
-#: bytes of local memory that a thread may have
-LOCAL_BYTES = 0
+#: bytes of local memory that a thread may have, outside of the loops over elements
+STACK_BYTES = 8
 
 
 def find(program, *folders):
@@ -131,10 +131,13 @@ def compiler_reports():
     logs = [FOLDER / f"{file.relative_to(ROOT)}.o.log" for file in ROOT.glob("csrc/cuda/*.cu")]
     for log in sorted(log for log in logs if log.is_file()):
         for text in log.read_text().split("Compiling entry function ")[1:]:
+            # a division of doubles is a call, and its function has registers of its own
+            text = re.sub(r"ptxas warning .* in function '__cuda_sm20_div_rn_f64.*", "", text)
             mangled, arch = re.match(r"'(\S+)' for 'sm_(\d+)'", text).groups()
-            memory = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)
+            spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
             reports[key_of(arch, mangled)] = {
-                "local": max(map(int, memory)),
+                "spills": max(map(int, spills)),
+                "stack": int(re.search(r"(\d+) bytes stack frame", text)[1]),
                 "registers": int(re.search(r"Used (\d+) registers", text)[1]),
                 "shared": sum(map(int, re.findall(r"(\d+) bytes smem", text))),
             }
@@ -192,8 +195,9 @@ def matching(code, pattern):
 
 
 @each_kernel()
-def test_no_spills_and_no_local_memory(key):
-    assert REPORTS[key]["local"] <= LOCAL_BYTES
+def test_no_spills(key):
+    """What is kept over a division of doubles may lie on the stack; of the loops see below."""
+    assert REPORTS[key]["spills"] == 0 and REPORTS[key]["stack"] <= STACK_BYTES
 
 
 @each_kernel()
