@@ -48,6 +48,13 @@ def test_grows_by_plain_steps_to_the_radius(engine, rule):
 
 
 @both
+def test_grows_at_the_plain_rate(engine, rule):
+    norms, opt, _ = steps(engine, rule, 1, lr=0.01, plain_lr=0.2)
+    assert norms == pytest.approx([0.2 * math.sqrt(60)], rel=1e-6)
+    assert opt.layer_stats()["lr"].item() == pytest.approx(0.2)
+
+
+@both
 def test_waits_at_a_rate_of_zero(engine, rule):
     norms, opt, p = steps(engine, rule, 2, lr=0.0)
     assert norms == [0.0, 0.0] and opt.state[p]["radius"].item() == 0.0

@@ -90,7 +90,8 @@ def link(folder: Path) -> None:
     from torch.utils.cpp_extension import library_paths
 
     build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
-    others = [*build.glob("csrc/*.o"), build / "csrc/cuda/schedule.cpp.o"]
+    others = [o for o in build.glob("csrc/*.o") if (ROOT / "csrc" / o.stem).is_file()]
+    others.append(build / "csrc/cuda/schedule.cpp.o")
     (target,) = (folder / "layerlr").glob("_C.*.so")
     target.unlink()
     paths = [f"-L{p}" for p in library_paths()]
