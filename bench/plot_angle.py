@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bench import picture
 
 RATES = {"3⁻³": 3.0**-3, "2⁻⁵": 2.0**-5, "2⁻⁶": 2.0**-6, "3⁻⁵": 3.0**-5}
 GREY, BLUE, ORANGE = "#888888", "#0072B2", "#D55E00"
@@ -63,15 +63,5 @@ def plot(path: Path) -> Path:
     return path
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.plot_angle", description=__doc__)
-    p.add_argument("path", type=Path, help="a .png to write")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    print(plot(parser().parse_args(argv).path))
-
-
 if __name__ == "__main__":
-    main()
+    picture.main("bench.plot_angle", __doc__, plot)

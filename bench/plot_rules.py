@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bench import picture
 from bench.plot_angle import BLUE, GREY, ORANGE, arrow
 from layerlr.rules import Brake, Hyperball, Lamb, Layca, LayerRule, LayerStats, Plain, Singh
 
@@ -74,15 +73,5 @@ def plot(path: Path) -> Path:
     return path
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.plot_rules", description=__doc__)
-    p.add_argument("path", type=Path, help="a .png to write")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    print(plot(parser().parse_args(argv).path))
-
-
 if __name__ == "__main__":
-    main()
+    picture.main("bench.plot_rules", __doc__, plot)

@@ -13,6 +13,11 @@ def capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+def capturing_now() -> bool:
+    """Whether the current stream of the current GPU records a CUDA graph; False without a GPU."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def absent(device: torch.device) -> str | None:
     """Why torch cannot use a GPU, as the end of a sentence about an engine; None: it can."""
     if device.type != "cuda" or torch.cuda.is_available():

@@ -31,8 +31,8 @@ def scaled_gradients(
     reduce([(p, s) for (p, _, _), s in zip(plans, sums, strict=True) if isinstance(p, ShardedPlan)])
     own: list[tuple[Tensor, Tensor]] = []
     try:
-        for (plan, group, config), of_layers in zip(plans, sums, strict=True):
-            factor = _factors(plan, group, config, of_layers)
+        for (plan, group, _), of_layers in zip(plans, sums, strict=True):
+            factor = _factors(plan, group, of_layers)
             table, values = plan.spec.table, factor
             if isinstance(plan, ShardedPlan):
                 plan.finish()
@@ -52,13 +52,13 @@ def scaled_gradients(
             p.grad = g
 
 
-def _factors(plan: Plan, group: dict[str, Any], config: StepConfig, sums: Tensor) -> Tensor:
+def _factors(plan: Plan, group: dict[str, Any], sums: Tensor) -> Tensor:
     """The factor of each layer, which goes into the statistics too; the step is not measured."""
     rule, stats = plan.spec.rule, plan.spec.stats
     assert rule is not None
     found = LayerStats(*sums[:, :4].unbind(1))
     lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=stats.device)
-    lr = lr * torch.tensor(plan.spec.table.lr_scale, dtype=torch.float64, device=stats.device)
+    lr = lr.expand_as(found.gg)  # a base has one for all layers
     factor = rule.factor(found, lr, 0.0)  # the base's decay is none of the gradient
     unknown = torch.full_like(factor, torch.nan)
     rows = torch.stack([found.ww, found.gg, unknown, unknown, factor, lr * factor], 1)

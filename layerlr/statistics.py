@@ -10,6 +10,9 @@ from torch import Tensor
 from .backends import COLUMNS
 from .plans import PlanCache
 
+#: columns that say how a layer moved
+_STEP = ("ww", "uu", "wu", "a", "b")
+
 
 def layer_stats(cache: PlanCache) -> dict[str, Any]:
     """Statistics of the layers of all groups; see `LayerwiseOptimizer.layer_stats`."""
@@ -18,7 +21,7 @@ def layer_stats(cache: PlanCache) -> dict[str, Any]:
     return {
         "names": names,
         **shown,
-        "angle": _angle(column),
+        "angle": angle(*(column[c] for c in _STEP)),
         "skipped": column["skipped"].long(),
     }
 
@@ -26,11 +29,11 @@ def layer_stats(cache: PlanCache) -> dict[str, Any]:
 def rates(cache: PlanCache) -> dict[str, Any]:
     """``names``, and the last step's ``angle`` and ``relative``, its length over that of w."""
     names, column = _table(cache)
-    ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
+    ww, uu, wu, a, b = (column[c] for c in _STEP)
     c = a - 1.0
     moved = (c * c * ww + 2.0 * c * b * wu + b * b * uu).clamp(min=0.0)
     relative = torch.where(ww > 0, (moved / ww).sqrt(), 0.0)
-    return {"names": names, "angle": _angle(column), "relative": relative}
+    return {"names": names, "angle": angle(ww, uu, wu, a, b), "relative": relative}
 
 
 def _table(cache: PlanCache) -> tuple[list[str], dict[str, Tensor]]:
@@ -53,9 +56,7 @@ def _table(cache: PlanCache) -> tuple[list[str], dict[str, Tensor]]:
     return names, dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
 
 
-def _angle(column: dict[str, Tensor]) -> Tensor:
-    """Angle between w and ``a*w + b*u``; 0 where w is zero."""
-    ww, uu, wu, a, b = (column[c] for c in ("ww", "uu", "wu", "a", "b"))
+def angle(ww: Tensor, uu: Tensor, wu: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Angle between w and ``a*w + b*u``, from the sums over both; 0 where w is zero."""
     cross = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
-    angle = torch.atan2(b.abs() * cross, a * ww + b * wu)
-    return torch.where(ww > 0, angle, 0.0)
+    return torch.where(ww > 0, torch.atan2(b.abs() * cross, a * ww + b * wu), 0.0)

@@ -10,12 +10,8 @@ import layerlr
 from layerlr import backends, rules
 
 
-class AMomSGD(torch.optim.Optimizer):
+class Twin(torch.optim.Optimizer):
     """A twin that torch.optim lacks, written as torch writes its own."""
-
-    def __init__(self, params, lr=1e-3, momentum=0.9, weight_decay=0, *, maximize=False):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"maximize": maximize})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -25,43 +21,41 @@ class AMomSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = -p.grad if group["maximize"] else p.grad
-                g = g.add(p, alpha=group["weight_decay"])
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["momentum_buffer"].lerp_(g, 1 - group["momentum"])
-                p.add_(state["momentum_buffer"], alpha=-float(group["lr"]))
+                if p.grad is not None:
+                    self.update(p, -p.grad if group["maximize"] else p.grad, group)
         return loss
 
 
-class Lion(torch.optim.Optimizer):
+class AMomSGD(Twin):
+    """SGD with averaged momentum."""
+
+    def __init__(self, params, lr=1e-3, momentum=0.9, weight_decay=0, *, maximize=False):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"maximize": maximize})
+
+    def update(self, p, g, group):
+        g = g.add(p, alpha=group["weight_decay"])
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(g, 1 - group["momentum"])
+        p.add_(state["momentum_buffer"], alpha=-float(group["lr"]))
+
+
+class Lion(Twin):
     """Lion as its authors write it, from the old momentum; NaN stays NaN."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize})
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lr, (b1, b2) = float(group["lr"]), map(float, group["betas"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = -p.grad if group["maximize"] else p.grad
-                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                c = m.lerp(g, 1 - b1)
-                p.mul_(1 - lr * group["weight_decay"])
-                p.sub_(torch.where(c.isnan(), c, c.sign()), alpha=lr)
-                m.lerp_(g, 1 - b2)
-        return loss
+    def update(self, p, g, group):
+        lr, (b1, b2) = float(group["lr"]), map(float, group["betas"])
+        m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+        c = m.lerp(g, 1 - b1)
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(torch.where(c.isnan(), c, c.sign()), alpha=lr)
+        m.lerp_(g, 1 - b2)
 
 
 #: ours -> the optimizer that it equals without a rule

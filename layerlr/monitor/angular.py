@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from layerlr import dtensor, statistics
+from layerlr import devices, dtensor, statistics
 from layerlr.layers import Adapt, LayerKey
 from layerlr.optimizer import LayerwiseOptimizer
 from layerlr.wrapping import Wrapped
@@ -129,7 +129,7 @@ class AngularRates(Stream):
     @torch._disable_dynamo
     def before_step(self) -> None:
         """Copy the weights, if the coming step is due; the hook calls this."""
-        if (self.step + 1) % self.every == 0 and not _capturing() and not self._told():
+        if (self.step + 1) % self.every == 0 and not devices.capturing_now() and not self._told():
             self._steps.begin()
 
     @torch._disable_dynamo
@@ -141,7 +141,7 @@ class AngularRates(Stream):
         RuntimeError
             From a sink that raised.
         """
-        if _capturing():
+        if devices.capturing_now():
             return
         self.step += 1
         if self.step % self.every == 0:
@@ -185,7 +185,3 @@ def _knows_its_step(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> boo
         return rule is not None
     params: list[Tensor] = group["params"]
     return not isinstance(optimizer, Wrapped) and not any(map(dtensor.is_sharded, params))
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

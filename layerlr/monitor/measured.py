@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from layerlr import backends, taken
+from layerlr import backends, statistics, taken
 from layerlr.backends import COLUMNS, Plan, PlanSpec
 from layerlr.directions import DIRECTIONS
 from layerlr.layers import Adapt, LayerKey, build_tables, names_of
+from layerlr.names import of_model
 from layerlr.plans import make_plan
 from layerlr.rules import Lamb
 from layerlr.sharded_plan import ShardedPlan, reduce
@@ -106,9 +107,7 @@ class MeasuredSteps:
     def _names(self, group: dict[str, Any], index: int) -> list[str]:
         if self._model is None or "param_names" in group:
             return names_of(group, index)
-        known = {id(p): name for name, p in self._model.named_parameters()}
-        places = names_of(group, index)
-        return [known.get(id(p), n) for p, n in zip(group["params"], places, strict=True)]
+        return of_model(self._model, group["params"], names_of(group, index))
 
 
 def _can_be_measured(p: Tensor) -> bool:
@@ -119,6 +118,6 @@ def _rates(rows: Tensor) -> dict[str, Tensor]:
     """From sums over w after and u, one row a layer; 0 where there were no weights."""
     ww, _, uu, wu = rows.unbind(1)
     before = (ww + 2.0 * wu + uu).clamp(min=0.0)
-    across = (ww * uu - wu * wu).clamp(min=0.0).sqrt()
-    angle = torch.where(before > 0, torch.atan2(across, ww + wu), 0.0)
+    one = torch.ones_like(ww)
+    angle = torch.where(before > 0, statistics.angle(ww, uu, wu, one, one), 0.0)
     return {"angle": angle, "relative": torch.where(before > 0, (uu / before).sqrt(), 0.0)}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from layerlr import devices
+
 from .copies import HasLayerStats, snapshot
 from .sinks import Sink
 from .stream import Stream, watched_optimizer
@@ -92,7 +94,7 @@ class Telemetry(Stream):
         RuntimeError
             From a sink that raised.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if devices.capturing_now():
             return
         self.step += 1
         if self.step % self.every == 0:
