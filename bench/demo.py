@@ -194,9 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from . import step_time
 
         print(
-            "\nThe optimizers' step alone on ResNet-50's weights, beside torch.optim and others. ratio:"
-            "\ntime over torch's fused step in the same round, median and 20-80% of rounds; B/param:"
-            "\nbytes moved by design; of stream: share of memory's speed (more: bench/README.md)\n"
+            "\nThe optimizers' step alone on ResNet-50's weights, beside torch.optim and others.\n"
+            "ratio: time over torch's fused step in the same round, median and 20-80% of rounds;\n"
+            "B/param: bytes moved by design; of stream: share of memory's speed.\n"
+            "More: bench/README.md.\n"
         )
         step_time.quick()
 
