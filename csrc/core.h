@@ -62,6 +62,12 @@ LAYERLR_HD T larger(T x, T y) {
   return x >= y || x != x ? x : y;
 }
 
+LAYERLR_HD float magnitude(float x) { return fabsf(x); }
+LAYERLR_HD float with_sign(float x, float of) { return copysignf(x, of); }
+
+/// The smaller of x and 1; 1 for NaN.
+LAYERLR_HD float at_most_one(float x) { return x < 1 ? x : 1; }
+
 /// 1 above 0, -1 below, a zero or NaN as it is.
 template <class T>
 LAYERLR_HD T sign(T x) {

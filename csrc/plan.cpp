@@ -33,13 +33,24 @@ std::vector<std::string> direction_names() {
   };
 }
 
-int states_of(int direction) {
-  const int states[] = {
-#define LAYERLR_STATES(D) D<float>::states,
+namespace {
+
+template <template <class> class D>
+std::vector<bool> states() {
+  std::vector<bool> answer;
+  for (int k = 0; k < D<float>::states; ++k) answer.push_back(D<float>::nonnegative(k));
+  return answer;
+}
+
+}  // namespace
+
+std::vector<bool> states_of(int direction) {
+  const std::vector<bool> all[] = {
+#define LAYERLR_STATES(D) states<D>(),
       LAYERLR_DIRECTIONS(LAYERLR_STATES)
 #undef LAYERLR_STATES
   };
-  return states[direction];
+  return all[direction];
 }
 
 std::vector<std::string> rule_names() {

@@ -12,6 +12,7 @@ from .tables import (
     LR,
     PLAIN,
     RATE,
+    ROW,
     RULE_HYPER,
     RULED,
     SKIP_COUNT,
@@ -31,10 +32,8 @@ from .tables import (
 @triton.jit
 def count_steps(t, tensor, active):
     """Addresses of the step counts, which of them are float64, and the counts."""
-    at = tl.load(t.tensors + tensor * WIDTH + STEP, mask=active, other=0)
-    wide = active & (
-        tl.load(t.tensors + tensor * WIDTH + STEP_IS_DOUBLE, mask=active, other=0) != 0
-    )
+    at = tl.load(t.tensors + tensor * ROW + STEP, mask=active, other=0)
+    wide = active & (tl.load(t.tensors + tensor * ROW + STEP_IS_DOUBLE, mask=active, other=0) != 0)
     double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
     single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=active & ~wide, other=0.0)
     return at, wide, double + single.to(tl.float64)

@@ -136,6 +136,13 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
+def adapted(group: dict[str, Any], without_rule: str) -> str | Adapt:
+    """What a group's rule governs: ``adapt``, or the rule's own choice."""
+    rule = group["rule"]
+    adapt: str | Adapt = group["adapt"] or (without_rule if rule is None else rule.adapts)
+    return adapt
+
+
 def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
 
@@ -148,7 +155,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
         layers, or a layer has parameters on several devices.
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
-    adapt = group["adapt"] or (rule.adapts if rule is not None else "all")
+    adapt = adapted(group, "all")
     frozen = plain is None or (rule is not None and rule.freezes)
     tables: dict[torch.device, LayerTable] = {}
     place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table

@@ -274,6 +274,7 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any
         group.get("reference_lr"),
         group["corrected_decay"],
         group["precision"],
+        group["state_dtype"],
     )
 
 

@@ -6,12 +6,13 @@
 
 namespace layerlr {
 
-/// Where the arrays of an item begin, how many elements it has, and how its weights are held.
+/// Where the arrays of an item begin, how many elements it has, and how they are stored.
 struct Arrays {
   char* of[arrays];
   int count;
   bool aligned;  // every array begins at a vector
-  Held held;
+  bool narrow;   // states are bfloat16
+  Codec weights;
   uint32_t key, place;  // of stochastic rounding: the step's, the first element's
 };
 
@@ -23,15 +24,17 @@ struct Gradient {
   bool skip;     // an element with a bad gradient keeps its state
 };
 
-/// Elements of direction D and parameter type P. `coded`: 16-bit weights may have something beside
-/// them. `straight`: full tiles of aligned arrays have a loop of their own, without questions.
-template <template <class> class D, class P, bool coded, bool straight>
+/// Elements of direction D and parameter type P. `coded`: weights and states may have codecs; if
+/// `codes`, those of the states are codes of 8 bits. `straight`: full tiles of aligned arrays have
+/// a loop of their own, without questions.
+template <template <class> class D, class P, bool coded, bool codes, bool straight>
 struct Elements {
+  static constexpr bool coded_weights = coded && sizeof(P) == 2;
   using T = typename Wide<P>::type;
   static constexpr int states = D<T>::states;
   /// Vectors of four that a worker has in hand, as registers allow; between them lie those of the
   /// other workers.
-  static constexpr int in_hand = sizeof(T) == 8 || states > (coded ? 1 : 2) ? 1 : 2;
+  static constexpr int in_hand = sizeof(T) == 8 || codes || states > (coded ? 1 : 2) ? 1 : 2;
   static constexpr int stride = 4 * workers;
 
   const Arrays& at;
@@ -84,12 +87,85 @@ struct Elements {
   template <Use use, class Whole>
   LAYERLR_DEVICE void load_states(Whole whole, int e, int n, T (*x)[4]) const {
 #pragma unroll
-    for (int k = 0; k < states; ++k) load<use>(whole, s(k) + e, n, x[k]);
+    for (int k = 0; k < states; ++k) {
+      if constexpr (codes) {
+        load_codes<use>(whole, e, n, k, x[k]);
+      } else if (coded && at.narrow) {
+        load<use>(whole, reinterpret_cast<const BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+      } else {
+        load<use>(whole, s(k) + e, n, x[k]);
+      }
+    }
+  }
+  /// Store the states, and leave in x what a load will find.
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, T (*x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < states; ++k) {
+      if constexpr (codes) {
+        store_codes<use>(whole, e, n, k, x[k]);
+      } else if (coded && at.narrow) {
+        store<use>(whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          BFloat16 narrow;
+          narrowed(x[k][i], narrow);
+          x[k][i] = widened(narrow);
+        }
+      } else {
+        store<use>(whole, s(k) + e, n, x[k]);
+      }
+    }
+  }
+
+  // -- states in codes of 8 bits: a block is what 16 threads have in hand -------------------------
+
+  LAYERLR_DEVICE float* scale(int k, int e) const {
+    return reinterpret_cast<float*>(at.of[array_scales + k]) + e / code_block;
   }
   template <Use use, class Whole>
-  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, const T (*x)[4]) const {
+  LAYERLR_DEVICE void load_codes(Whole whole, int e, int n, int k, T* x) const {
+    const char* const from = at.of[array_state + k] + e;
+    const T scale = device::read(this->scale(k, e));
+    if (D<T>::nonnegative(k)) {
+      load<use>(whole, reinterpret_cast<const uint8_t*>(from), n, x);
+    } else {
+      load<use>(whole, reinterpret_cast<const int8_t*>(from), n, x);
+    }
 #pragma unroll
-    for (int k = 0; k < states; ++k) store<use>(whole, s(k) + e, n, x[k]);
+    for (int i = 0; i < 4; ++i) {
+      x[i] = D<T>::nonnegative(k) ? decode_unsigned(x[i], scale) : decode_signed(x[i], scale);
+    }
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int k, T* x) const {
+    const BlockScale block(largest_of_block(x), !D<T>::nonnegative(k));
+    T c[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], block.inverse)
+                                  : encode_signed(x[i], block.inverse);
+      x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], block.scale)
+                                  : decode_signed(c[i], block.scale);
+    }
+    store<use>(whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
+    if (threadIdx.x % 16 == 0) device::write(scale(k, e), block.scale);
+  }
+  /// Of numbers without a sign the bits are in order, NaN last.
+  LAYERLR_DEVICE static float largest_of_block(const T* x) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = bit_cast<uint32_t>(magnitude(x[i]));
+      most = bits > most ? bits : most;
+    }
+    const unsigned lanes = 0xffffu << (threadIdx.x & 16);
+#pragma unroll
+    for (int distance = 1; distance < 16; distance *= 2) {
+      const uint32_t other = __shfl_xor_sync(lanes, most, distance);
+      most = other > most ? other : most;
+    }
+    return bit_cast<float>(most);
   }
 
   // -- 16-bit weights and what lies beside them: layerlr/precision.py has the formulas ------------
@@ -105,13 +181,13 @@ struct Elements {
     load<use>(whole, w() + e, n, stored);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = stored[i];
-    if constexpr (coded) {
+    if constexpr (coded_weights) {
       T beside[4];
-      if (at.held == Held::master) {
+      if (at.weights == Codec::master) {
         load<use>(whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
-      } else if (at.held == Held::kahan) {
+      } else if (at.weights == Codec::kahan) {
         load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -124,21 +200,21 @@ struct Elements {
   template <Use use, class Whole>
   LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, const T* stored,
                                     T* x) const {
-    if constexpr (coded) {
-      if (at.held == Held::master) {
+    if constexpr (coded_weights) {
+      if (at.weights == Codec::master) {
         store<use>(whole, reinterpret_cast<T*>(at.of[array_aux]) + e, n, x);
-      } else if (at.held == Held::kahan) {
+      } else if (at.weights == Codec::kahan) {
         T rest[4], before[4];
         load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, before);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const T left = x[i] - nearest(x[i]);
-          const bool still = x[i] == old[i];  // a weight can be held by two pairs
+          const bool still = x[i] == old[i];  // a weight can be stored in two pairs
           rest[i] = still ? before[i] : left - left == 0 ? left : T(0);
           x[i] = still ? stored[i] : x[i];
         }
         store<use>(whole, reinterpret_cast<P*>(at.of[array_aux]) + e, n, rest);
-      } else if (at.held == Held::stochastic) {
+      } else if (at.weights == Codec::stochastic) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t bits = bit_cast<uint32_t>(x[i]), place = at.place + uint32_t(e + i);
@@ -192,24 +268,27 @@ struct Elements {
       for (int v = 0; v < many; ++v) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const T used = decayed(g[v][i], w[v][i]);
           const bool still = skips && !is_finite(g[v][i]);
+          g[v][i] = decayed(g[v][i], w[v][i]);
           T now[states + 1];
 #pragma unroll
           for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          d.advance(used, now);
+          d.advance(g[v][i], now);
 #pragma unroll
-          for (int k = 0; k < states; ++k) {
-            now[k] = still ? s[v][k][i] : now[k];
-            s[v][k][i] = now[k];
-          }
-          const T u = i < n ? d.direction(used, now) : T(0);
+          for (int k = 0; k < states; ++k) s[v][k][i] = still ? s[v][k][i] : now[k];
+        }
+        store_states<again>(whole, e + v * stride, n, s[v]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          T now[states + 1];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          const T u = i < n ? d.direction(g[v][i], now) : T(0);
           add(sums.ww, w[v][i], w[v][i]);
-          add(sums.gg, used, used);
+          add(sums.gg, g[v][i], g[v][i]);
           add(sums.uu, u, u);
           add(sums.wu, w[v][i], u);
         }
-        store_states<again>(whole, e + v * stride, n, s[v]);
       }
     });
     return sums;
@@ -259,18 +338,25 @@ struct Elements {
       }
 #pragma unroll
       for (int v = 0; v < many; ++v) {
-        T moved[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          T used = decayed(g[v][i], w[v][i]);
-          if (tells) used = used * grad;  // 1 where there is no rule
+          g[v][i] = decayed(g[v][i], w[v][i]);
+          if (tells) g[v][i] = g[v][i] * grad;  // 1 where there is no rule
           T now[states + 1];
 #pragma unroll
           for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          d.advance(used, now);
+          d.advance(g[v][i], now);
 #pragma unroll
           for (int k = 0; k < states; ++k) s[v][k][i] = now[k];
-          const T u = i < n ? d.direction(used, now) : T(0);
+        }
+        store_states<use>(whole, e + v * stride, n, s[v]);
+        T moved[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          T now[states + 1];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          const T u = i < n ? d.direction(g[v][i], now) : T(0);
           if (tells) {
             add(sums.ww, w[v][i], w[v][i]);
             add(sums.uu, u, u);
@@ -278,7 +364,6 @@ struct Elements {
           }
           moved[i] = add_step(w[v][i] * a, u * b);
         }
-        store_states<use>(whole, e + v * stride, n, s[v]);
         store_weights<use>(whole, e + v * stride, n, w[v], stored[v], moved);
       }
     });

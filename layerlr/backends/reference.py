@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import devices
+from layerlr import codes, devices
 from layerlr.directions.base import Scalar
 from layerlr.precision import KEYS
 from layerlr.rules import LayerRule, LayerStats, Plain
@@ -65,8 +65,11 @@ class ReferencePlan:
             state = spec.states[i]
             if state is None or (p.dtype, p.shape, p.device) != self.kinds[i]:
                 return False
-            values = [state.get(key) for key in spec.direction.states]
+            keys = spec.direction.states
+            values = [state.get(key) for key in keys]
             if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
+                return False
+            if any(codes.is_codes(state[k]) and codes.scale_key(k) not in state for k in keys):
                 return False
             precision = self.operands.precision(i)
             if precision and KEYS[precision] not in state:
@@ -157,13 +160,11 @@ class ReferencePlan:
             old = self.operands.state(i)
             g = g * self.spec.table.spread(i, grad, g)
             new = d.advance(g, old, c)
-            u = d.direction(g, new, c)
+            u = d.direction(g, self.operands.stored(i, new), c)
             for total, x, y in ((seen.ww, w, w), (seen.uu, u, u), (seen.wu, w, u)):
                 self._sum(i, total, x, y)
             skipped = self.spec.table.spread(i, skip, w)
-            self.operands.store_state(
-                i, [torch.where(skipped, o, n) for o, n in zip(old, new, strict=True)]
-            )
+            self.operands.store_state(i, new, skipped)
             self.operands.store(i, w, u, a, b, skipped, self.steps[i])
         self._finish(tensors, seen, f, lr * f, a, b, skip)
 
@@ -219,7 +220,7 @@ class ReferencePlan:
         if config.skips:  # the state of an element with a bad gradient stays
             good = torch.isfinite(g0)
             new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
-        return w, g, new, d.direction(g, new, c)
+        return w, g, new, d.direction(g, self.operands.stored(i, new), c)
 
     # -- per layer ----------------------------------------------------------------------------
 

@@ -1,0 +1,206 @@
+"""State in fewer bits than 32: the group key ``state_dtype``.
+
+===============  ====================================  =====================  =====================
+``state_dtype``  the arithmetic state x                stored after a step    bytes a number
+===============  ====================================  =====================  =====================
+``"float32"``    ``s``                                 ``s = x``              4
+``"bfloat16"``   ``s``                                 ``s = round(x)``       2
+``"8bit"``       ``c*|c|*k``, momenta                  ``c, k = encode(x)``   1 + 1/16
+                 ``c^4*k``, what is never below 0
+===============  ====================================  =====================  =====================
+
+A block is 64 numbers side by side in a row of dimension 0 (all that one index of dimension 0
+selects, in order). With M the largest magnitude in it,
+
+    signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
+    unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M/255^4
+
+so that codes lie closer near zero; every operation is one of float32, rounded once, in the order of
+`encode` and `decode`, so that all engines store the same bits. The step u is formed from what is
+stored. A block whose M is below 2^-94 is stored as zeros. NaN makes its whole block NaN, an
+infinity all but itself.
+
+Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
+block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
+
+8 bits are for the parameters that the rule governs (without a rule: of two or more dimensions
+larger than 1) with at least 4,096 weights in rows of a multiple of 64; the others store float32.
+Only the shape of the whole parameter counts, not that of a shard, and a shard along dimension 0
+holds whole rows: codes stay what they are, whatever the number of processes. Parameters of float64
+and complex ones have state of their own dtype, whatever ``state_dtype`` says.
+
+Source: blocks and 8-bit codes with a scale each, Dettmers et al. 2022 (arXiv:2110.02861); these
+codes are ours. They were compared with the dynamic codes of that paper (``bench/results/``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _C, dtensor
+from .directions.base import root
+
+StateDtype = Literal["float32", "bfloat16", "8bit"]
+
+#: numbers that share a scale
+BLOCK = int(_C.CODE_BLOCK)
+
+#: parameters with fewer weights store float32
+SMALL = 4096
+
+_CODES = (torch.int8, torch.uint8)
+_LEAST = 2.0**-94
+
+
+def scale_key(key: str) -> str:
+    """Where the scales of the codes under a key lie."""
+    return f"{key}_scale"
+
+
+def is_codes(x: Tensor) -> bool:
+    """Whether a state tensor holds codes of 8 bits."""
+    return x.dtype in _CODES
+
+
+def is_coded(x: Tensor) -> bool:
+    """Whether a state tensor, of a parameter with arithmetic in float32, has fewer bits."""
+    return x.dtype in (*_CODES, torch.bfloat16)
+
+
+def dtype_of(p: Tensor, state_dtype: str, governed: bool, nonnegative: bool) -> torch.dtype | None:
+    """Dtype of a state tensor in fewer bits; None: that of the arithmetic."""
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or state_dtype == "float32":
+        return None
+    if state_dtype == "bfloat16":
+        return torch.bfloat16
+    if not governed or p.ndim < 2 or p.numel() < SMALL or p.numel() // p.shape[0] % BLOCK:
+        return None
+    return torch.uint8 if nonnegative else torch.int8
+
+
+def scale_shape(shape: torch.Size) -> tuple[int, int]:
+    """Shape of the scales of codes of a shape."""
+    length = shape[0]
+    return length, shape[1:].numel() // BLOCK
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return x.reshape(*scale_shape(x.shape), BLOCK)
+
+
+def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 numbers."""
+    blocks = _blocks(x)
+    largest = blocks.abs().amax(2, keepdim=True)
+    constant = torch.tensor(1 / 16129 if dtype == torch.int8 else 1 / 4228250625)
+    scale = torch.where(largest < _LEAST, 0.0, largest * constant.to(largest))
+    counts = (largest >= _LEAST) & torch.isfinite(largest)
+    inverse = torch.where(counts, 1.0 / largest, 0.0)
+    part = root(_at_most_one(blocks.abs() * inverse))
+    if dtype == torch.int8:
+        c = torch.copysign(part * 127.0, blocks).round()
+    else:
+        c = torch.maximum((root(part) * 255.0).round(), (blocks > 0).to(part))
+    return c.to(dtype).reshape(x.shape), scale.reshape(scale_shape(x.shape))
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that are stored, in float32."""
+    c = _blocks(codes).float()
+    if codes.dtype == torch.int8:
+        x = (c * c.abs()) * scale[..., None]
+    else:
+        square = c * c
+        x = (square * square) * scale[..., None]
+    return x.reshape(codes.shape)
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is left of float32 numbers that are stored in fewer bits."""
+    return decode(*encode(x, dtype)) if dtype in _CODES else x.to(dtype).to(x.dtype)
+
+
+def _at_most_one(x: Tensor) -> Tensor:
+    return torch.where(x < 1.0, x, 1.0)
+
+
+# -- one tensor of a state -------------------------------------------------------------------------
+
+
+def load(state: Mapping[str, Any], key: str) -> Tensor:
+    """The numbers that are stored, in the dtype that they have if they are no codes."""
+    value: Tensor = state[key]
+    return decode(value, state[scale_key(key)]) if is_codes(value) else value
+
+
+def store(state: Mapping[str, Any], key: str, x: Tensor, skip: Tensor | None = None) -> None:
+    """Store x where there was something else; ``skip``: leave rows with such an element alone."""
+    target: Tensor = state[key]
+    if not is_codes(target):
+        target = torch.view_as_real(target) if target.is_complex() else target
+        target.copy_(x if skip is None else torch.where(skip, target.to(x.dtype), x))
+        return
+    for stored, value in zip((target, state[scale_key(key)]), encode(x, target.dtype), strict=True):
+        if skip is not None:
+            of_rows = skip.expand(x.shape).reshape(len(x), -1)[:, 0]
+            value = torch.where(of_rows.view(-1, *[1] * (value.ndim - 1)), stored, value)
+        stored.copy_(value)
+
+
+def convert(
+    state: dict[str, Any], key: str, p: Tensor, wanted: torch.dtype | None, name: str
+) -> None:
+    """Bring one tensor of the state of p into the wanted bits (None: float32), where it is not.
+
+    Raises
+    ------
+    RuntimeError
+        Where scales are missing, or a shard of p cuts blocks.
+    """
+    value: Tensor = state[key]
+    if is_codes(value):
+        scale = state.get(scale_key(key))
+        if not isinstance(scale, Tensor) or tuple(scale.shape) != scale_shape(p.shape):
+            raise RuntimeError(
+                f"state {key!r} of parameter {name!r} holds codes without their scales, which "
+                f"belong into {scale_key(key)!r}: load both, or delete optimizer.state[param] to "
+                "start afresh"
+            )
+        state[scale_key(key)] = _placed_scale(p, scale.to(p.device), name)
+    if value.dtype == wanted or (wanted is None and not is_codes(value)):
+        return
+    local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}
+    x = load(local, key).float()
+    state.pop(scale_key(key), None)
+    if wanted not in _CODES:
+        state[key] = dtensor.like(p, x if wanted is None else x.to(wanted))
+        return
+    _check_shards(p, name)
+    codes, scale = encode(x, wanted)
+    state[key] = dtensor.like(p, codes)
+    state[scale_key(key)] = dtensor.like(p, scale, scale_shape(p.shape))
+
+
+def _placed_scale(p: Any, scale: Any, name: str) -> Tensor:
+    if dtensor.is_sharded(p):
+        _check_shards(p, name)
+    return dtensor.placed_as(p, scale, f"scales of parameter {name!r}")
+
+
+def _check_shards(p: Any, name: str) -> None:
+    """Refuse shards that cut blocks: pieces of rows that are no multiple of a block."""
+    if not dtensor.is_sharded(p):
+        return
+    along = {q.dim for q in p.placements if not q.is_replicate()}
+    local = p._local_tensor
+    whole_blocks = p.ndim == 2 and local.shape[1] % BLOCK == 0
+    if not along <= {0} and not whole_blocks:
+        raise RuntimeError(
+            f"state_dtype='8bit' works with blocks of {BLOCK} numbers side by side; parameter "
+            f"{name!r} of shape {tuple(p.shape)} is placed {p.placements}, which cuts them: give "
+            "it a group with state_dtype='float32' or 'bfloat16'"
+        )
