@@ -4,9 +4,11 @@
 //   signed     c = round(127 * |x/M|^(1/2)) with the sign of x       x = c*|c| * M/127^2
 //   unsigned   c = round(255 *  (x/M)^(1/4)), at least 1 for x > 0   x = c^4   * M/255^4
 //
-// so that there are more codes near 0 than near M. What is stored beside a block is its scale, M
-// times the constant. A block whose M is below 2^-94 is stored as zeros. An infinite value stays
-// one, the finite ones beside it become NaN, and NaN makes the whole block NaN.
+// so that there are more codes near 0 than near M. To the bit, c is how many of the thresholds
+// (k - 1/2)^2 or (k - 1/2)^4, k = 1, 2, ..., are reached by z = |x| * (127^2/M) or x * (255^4/M):
+// that needs no exact root, which costs a GPU eleven instructions. What is stored beside a block is
+// its scale, M/127^2 or M/255^4. A block whose M is below 2^-94 is stored as zeros. NaN makes the
+// whole block NaN, an infinity leaves nothing finite in it.
 #pragma once
 
 #include "core.h"
@@ -15,27 +17,34 @@ namespace layerlr {
 
 constexpr int code_block = 64;
 
-/// What a block is encoded with: 1/M, and what lies beside it.
-struct BlockScale {
-  float inverse, scale;
+/// What z of the largest element of a block is.
+constexpr float largest_signed = 16129, largest_unsigned = 4228250625.f;
 
-  LAYERLR_HD BlockScale(float largest, bool is_signed) {
+/// What a block is encoded with, and what lies beside it.
+struct BlockScale {
+  float to_z, scale;
+
+  LAYERLR_HD BlockScale(float largest, float z) {
     const bool counts = largest >= 0x1p-94f, finite = largest - largest == 0;
-    inverse = counts && finite ? 1.f / largest : 0.f;
-    scale = largest < 0x1p-94f ? 0.f : largest * (is_signed ? 1.f / 16129.f : 1.f / 4228250625.f);
+    to_z = counts && finite ? z / largest : 0.f;
+    scale = largest < 0x1p-94f ? 0.f : largest * (1.f / z);
   }
 };
 
-/// The nearest whole number to 0 <= |x| < 2^22, ties to even; never -0.
+/// The nearest whole number to 0 <= x < 2^22.
 template <class V>
 LAYERLR_HD V rounded(V x) {
   return (x + 12582912.f) - 12582912.f;  // 3 * 2^22: what is below 1 is rounded away
 }
 
+/// A little less than 1: a root that is wrong by an ulp or two ends below a threshold, not above.
+constexpr float just_below = 1 - 0x1p-18f;
+
 template <class V>
-LAYERLR_HD V encode_signed(V x, float inverse) {
-  const V part = root(at_most_one(magnitude(x) * inverse));
-  return rounded(with_sign(part * 127.f, x));
+LAYERLR_HD V encode_signed(V x, float to_z) {
+  const V z = at_most(magnitude(x) * to_z, largest_signed);
+  const V c = rounded(quick_root(z) * just_below), half = c + 0.5f;
+  return with_sign(add_one_where(z, half * half, c), x);
 }
 template <class V>
 LAYERLR_HD V decode_signed(V c, float scale) {
@@ -43,9 +52,11 @@ LAYERLR_HD V decode_signed(V c, float scale) {
 }
 
 template <class V>
-LAYERLR_HD V encode_unsigned(V x, float inverse) {
-  const V part = root(root(at_most_one(x * inverse)));
-  return larger(rounded(part * 255.f), sign(x));
+LAYERLR_HD V encode_unsigned(V x, float to_z) {
+  const V z = at_most(x * to_z, largest_unsigned);
+  const V c = rounded(quick_root(quick_root(z)) * just_below), half = c + 0.5f;
+  const V square = half * half;
+  return larger(add_one_where(z, square * square, c), sign(x));
 }
 template <class V>
 LAYERLR_HD V decode_unsigned(V c, float scale) {

@@ -3,10 +3,14 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import root
+from .arithmetic import quotient
 
 BLOCK_OF_CODES = tl.constexpr(64)
 _WHOLE = tl.constexpr(12582912.0)  # 3 * 2^22: what is below 1 is rounded away
+_LEAST = tl.constexpr(2.0**-94)
+_SIGNED = tl.constexpr(127.0**2)
+_UNSIGNED = tl.constexpr(255.0**4)
+_JUST_BELOW = tl.constexpr(1 - 2.0**-18)
 
 
 @triton.jit
@@ -34,28 +38,34 @@ def spread(of_blocks):
 
 @triton.jit
 def scales(most, NONNEGATIVE: tl.constexpr):
-    """``1/M`` and the scale that is stored."""
-    counts = most >= 5.048709793414476e-29  # 2^-94
+    """What a block is encoded with, and the scale that is stored."""
+    z = _UNSIGNED if NONNEGATIVE else _SIGNED
+    counts = most >= _LEAST
     finite = most - most == 0
-    inverse = tl.where(counts & finite, tl.div_rn(1.0, tl.where(counts, most, 1.0)), 0.0)
-    if NONNEGATIVE:
-        scale = most * 2.3650176539093535e-10  # 1/255^4
-    else:
-        scale = most * 6.200012400024801e-05  # 1/127^2
-    return inverse, tl.where(most < 5.048709793414476e-29, 0.0, scale)
+    to_z = tl.where(counts & finite, quotient(tl.zeros_like(most) + z, tl.where(counts, most, 1.0)), 0.0)
+    one = 1.0 / z
+    return to_z, tl.where(most < _LEAST, 0.0, most * one)
 
 
 @triton.jit
-def encode(x, inverse, NONNEGATIVE: tl.constexpr):
+def encode(x, to_z, NONNEGATIVE: tl.constexpr):
     """Whole numbers, the codes of x."""
-    part = _magnitude(x) * inverse
-    part = root(tl.where(part < 1.0, part, 1.0))
+    most = _UNSIGNED if NONNEGATIVE else _SIGNED
+    z = _magnitude(x) * to_z
+    z = tl.where(z < most, z, most)
+    part = tl.sqrt(z)  # may be wrong by an ulp or two
     if NONNEGATIVE:
-        c = (root(part) * 255.0 + _WHOLE) - _WHOLE
+        part = tl.sqrt(part)
+    c = (part * _JUST_BELOW + _WHOLE) - _WHOLE
+    half = c + 0.5
+    threshold = half * half
+    if NONNEGATIVE:
+        threshold = threshold * threshold
+    c = tl.where(z >= threshold, c + 1.0, c)
+    if NONNEGATIVE:
         c = tl.where((x > 0) & (c < 1.0), 1.0, c)
     else:
-        part = part * 127.0
-        c = (tl.where(x < 0, -part, part) + _WHOLE) - _WHOLE
+        c = tl.where(x < 0, -c, c)
     return c
 
 

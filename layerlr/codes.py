@@ -15,10 +15,11 @@ selects, in order). With M the largest magnitude in it,
     signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
     unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M/255^4
 
-so that codes lie closer near zero; every operation is one of float32, rounded once, in the order of
-`encode` and `decode`, so that all engines store the same bits. The step u is formed from what is
-stored. A block whose M is below 2^-94 is stored as zeros. NaN makes its whole block NaN, an
-infinity all but itself.
+so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(k - 1/2)^2`` or
+``(k - 1/2)^4``, k = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
+operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all engines
+store the same bits. The step u is formed from what is stored. A block whose M is below 2^-94 is stored as zeros. NaN makes its whole block NaN, an
+infinity leaves nothing finite in it.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
@@ -42,7 +43,6 @@ import torch
 from torch import Tensor
 
 from . import _C, dtensor
-from .directions.base import root
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 
@@ -94,18 +94,29 @@ def _blocks(x: Tensor) -> Tensor:
 
 def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of float32 numbers."""
-    blocks = _blocks(x)
+    blocks = _blocks(x.contiguous())
+    thresholds, most = _thresholds(dtype, x.device)
     largest = blocks.abs().amax(2, keepdim=True)
-    constant = torch.tensor(1 / 16129 if dtype == torch.int8 else 1 / 4228250625)
-    scale = torch.where(largest < _LEAST, 0.0, largest * constant.to(largest))
+    scale = torch.where(largest < _LEAST, 0.0, largest * (1.0 / most))
     counts = (largest >= _LEAST) & torch.isfinite(largest)
-    inverse = torch.where(counts, 1.0 / largest, 0.0)
-    part = root(_at_most_one(blocks.abs() * inverse))
+    z = blocks.abs() * torch.where(counts, most / largest, 0.0)
+    z = torch.where(z < most, z, most)
+    c = torch.bucketize(z, thresholds, right=True)
     if dtype == torch.int8:
-        c = torch.copysign(part * 127.0, blocks).round()
+        c = torch.where(blocks < 0, -c, c)
     else:
-        c = torch.maximum((root(part) * 255.0).round(), (blocks > 0).to(part))
+        c = torch.maximum(c, (blocks > 0).to(c))
     return c.to(dtype).reshape(x.shape), scale.reshape(scale_shape(x.shape))
+
+
+def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a number must reach for codes 1, 2, ..., and what the largest of its block is."""
+    last = 127 if dtype == torch.int8 else 255
+    halves = torch.arange(1, last + 1, dtype=torch.float32, device=device) - 0.5
+    thresholds = halves * halves
+    if dtype == torch.int8:
+        return thresholds, torch.tensor(float(last**2), device=device)
+    return thresholds * thresholds, torch.tensor(float(last**4), device=device)
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -122,10 +133,6 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
 def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What is left of float32 numbers that are stored in fewer bits."""
     return decode(*encode(x, dtype)) if dtype in _CODES else x.to(dtype).to(x.dtype)
-
-
-def _at_most_one(x: Tensor) -> Tensor:
-    return torch.where(x < 1.0, x, 1.0)
 
 
 # -- one tensor of a state -------------------------------------------------------------------------
@@ -170,7 +177,8 @@ def convert(
                 f"belong into {scale_key(key)!r}: load both, or delete optimizer.state[param] to "
                 "start afresh"
             )
-        state[scale_key(key)] = _placed_scale(p, scale.to(p.device), name)
+        state[key] = value.contiguous()
+        state[scale_key(key)] = _placed_scale(p, scale.to(p.device).contiguous(), name)
     if value.dtype == wanted or (wanted is None and not is_codes(value)):
         return
     local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}

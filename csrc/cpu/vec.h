@@ -86,10 +86,14 @@ template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
 }
-inline Pack<float> at_most_one(Pack<float> x) {
+inline Pack<float> at_most(Pack<float> x, float limit) {
   typedef float T;
-  const auto one = Pack<T>::fill(1).v[0];
-  LAYERLR_EACH(x.v[i] < one ? x.v[i] : one)
+  const auto most = Pack<T>::fill(limit).v[0];
+  LAYERLR_EACH(x.v[i] < most ? x.v[i] : most)
+}
+inline Pack<float> add_one_where(Pack<float> z, Pack<float> threshold, Pack<float> c) {
+  typedef float T;
+  LAYERLR_EACH(z.v[i] >= threshold.v[i] ? c.v[i] + 1 : c.v[i])
 }
 /// 1 above 0, -1 below, a zero or NaN as it is.
 template <class T>
@@ -126,6 +130,7 @@ inline Pack<float> root(Pack<float> x) {
 #endif
   return r;
 }
+inline Pack<float> quick_root(Pack<float> x) { return root(x); }
 inline Pack<double> root(Pack<double> x) {
   Pack<double> r;
 #if defined(__AVX512F__)

@@ -139,12 +139,13 @@ struct Elements {
   }
   template <Use use, class Whole>
   LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int k, T* x) const {
-    const BlockScale block(largest_of_block(x), !D<T>::nonnegative(k));
+    const float z = D<T>::nonnegative(k) ? largest_unsigned : largest_signed;
+    const BlockScale block(largest_of_block(x), z);
     T c[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], block.inverse)
-                                  : encode_signed(x[i], block.inverse);
+      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], block.to_z)
+                                  : encode_signed(x[i], block.to_z);
       x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], block.scale)
                                   : decode_signed(c[i], block.scale);
     }
