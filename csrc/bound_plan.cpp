@@ -81,6 +81,8 @@ void BoundPlan::find_values(size_t i, const PlanSpec& spec) {
     if (!has_scales(codec_of_state(t.state_dtypes[k]))) continue;
     t.aux[k] = get(spec.aux_keys[k]);
     t.aux_sizes = THPVariable_Unpack(t.aux[k]).sizes();
+    const int64_t blocks = THPVariable_Unpack(t.aux[k]).numel();
+    if (blocks) plan_.tensors[i].block = THPVariable_Unpack(t.values[k]).numel() / blocks;
   }
   t.step = get("step");
   if (spec.memory_key) t.memory = get(*spec.memory_key);

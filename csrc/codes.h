@@ -1,7 +1,7 @@
 // State in codes of 8 bits: one formula for C++ (packs) and CUDA (numbers).
 //
-//   a block is 64 elements of a row of dimension 0;  M = the largest |x| in it
-//   signed     c = round(127 * |x/M|^(1/2)) with the sign of x       x = c*|c| * M/127^2
+//   a block is up to 64 elements, as many as divide a row of dimension 0;  M = the largest |x| in
+//   it signed     c = round(127 * |x/M|^(1/2)) with the sign of x       x = c*|c| * M/127^2
 //   unsigned   c = round(255 *  (x/M)^(1/4)), at least 1 for x > 0   x = c^4   * M/255^4
 //
 // so that there are more codes near 0 than near M. To the bit, c is how many of the thresholds
@@ -15,6 +15,7 @@
 
 namespace layerlr {
 
+/// Elements of a block at most. Engines count elements with codes as if every block had so many.
 constexpr int code_block = 64;
 
 /// What z of the largest element of a block is.

@@ -13,7 +13,8 @@ void Plan::finish() {
     for (const Span* span : parts[l]) {
       int64_t begin = span->begin;
       do {  // an empty tensor has an empty chunk: it takes part all the same
-        const int64_t count = std::min(chunk_size, span->end - begin);
+        const int64_t block = tensors[span->tensor].block;
+        const int64_t count = std::min(chunk_size / block * block, span->end - begin);
         chunks.push_back({span->tensor, static_cast<int32_t>(count), begin});
         begin += count;
       } while (begin < span->end);

@@ -46,18 +46,17 @@ struct Array {
   void* aux = nullptr;
   Codec codec = Codec::plain;
 
-  /// The array from an element on, the first one of a block where it has scales.
-  Array from(int64_t element, int plain_bytes, DType dtype) const {
-    const int64_t bytes = element * stored_bytes(codec, plain_bytes);
-    Array part = *this;
-    if (data) part.data = static_cast<char*>(data) + bytes;
-    if (aux) part.aux = static_cast<char*>(aux) + aux_bytes(element, dtype);
-    return part;
+  /// The array without so many elements: whole blocks, of a tensor that has some.
+  Array from(int64_t elements, int64_t block, int plain_bytes, DType dtype) const {
+    Array rest = *this;
+    if (data) rest.data = static_cast<char*>(data) + elements * stored_bytes(codec, plain_bytes);
+    if (aux) rest.aux = static_cast<char*>(aux) + aux_bytes(elements, block, dtype);
+    return rest;
   }
 
   /// Bytes that lie beside so many elements.
-  int64_t aux_bytes(int64_t elements, DType dtype) const {
-    return has_scales(codec)        ? elements / code_block * int64_t(sizeof(float))
+  int64_t aux_bytes(int64_t elements, int64_t block, DType dtype) const {
+    return has_scales(codec)        ? elements / block * int64_t(sizeof(float))
            : codec == Codec::master ? elements * state_bytes(dtype)
            : codec == Codec::kahan  ? elements * param_bytes(dtype)
                                     : 0;
@@ -69,7 +68,8 @@ struct Row {
   Array state[max_states];
   void* step = nullptr;  // the count of steps taken, float32 or float64
   int64_t step_is_double = 0;
-  int64_t seed = 0;  // of stochastic rounding
+  int64_t seed = 0;            // of stochastic rounding
+  int64_t block = code_block;  // elements that share a scale
   DType dtype = DType::f32;
 
   bool active() const { return grad.data; }
@@ -104,6 +104,7 @@ void for_row_places(F f) {
   LAYERLR_PLACE(Row, step);
   LAYERLR_PLACE(Row, step_is_double);
   LAYERLR_PLACE(Row, seed);
+  LAYERLR_PLACE(Row, block);
   LAYERLR_PLACE(Array, aux);
 #undef LAYERLR_PLACE
   f("array", sizeof(Array) / 8);

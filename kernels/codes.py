@@ -28,6 +28,14 @@ def largest(x):
 
 
 @triton.jit
+def any_of_blocks(inside):
+    """Whether each block has an element."""
+    blocks: tl.constexpr = inside.shape[1] // BLOCK_OF_CODES
+    parts = tl.reshape(inside.to(tl.int32), (inside.shape[0], blocks, BLOCK_OF_CODES))
+    return tl.max(parts, 2) > 0
+
+
+@triton.jit
 def spread(of_blocks):
     """A number of each block, for each of its elements."""
     n: tl.constexpr = of_blocks.shape[0]
@@ -42,7 +50,9 @@ def scales(most, NONNEGATIVE: tl.constexpr):
     z = _UNSIGNED if NONNEGATIVE else _SIGNED
     counts = most >= _LEAST
     finite = most - most == 0
-    to_z = tl.where(counts & finite, quotient(tl.zeros_like(most) + z, tl.where(counts, most, 1.0)), 0.0)
+    to_z = tl.where(
+        counts & finite, quotient(tl.zeros_like(most) + z, tl.where(counts, most, 1.0)), 0.0
+    )
     one = 1.0 / z
     return to_z, tl.where(most < _LEAST, 0.0, most * one)
 

@@ -76,13 +76,7 @@ def launches(
         ]
 
     def over_states(kernel: Any, **constants: Any) -> list[Launch]:
-        of_states = {"NONNEGATIVE": d.nonnegative, **formulas, **constants}
-        return [
-            Launch(
-                kernel, kind, {**_of(kind, blocks, precision), "STORED": kind.states, **of_states}
-            )
-            for kind in kinds
-        ]
+        return over_tiles(kernel, NONNEGATIVE=d.nonnegative, **formulas, **constants)
 
     def totals(update: bool, ww: bool) -> Launch:
         return Launch(total, None, {"UPDATE": update, "MEASURES_WW": ww, **of_rows})
@@ -117,4 +111,5 @@ def _of(kind: Stored, blocks: Blocks, precision: str | None) -> dict[str, Any]:
     arithmetic = tl.float64 if kind.dtype == "float64" else tl.float32
     sizes = {"TILES": blocks.tiles, "BLOCK": blocks.elements}
     of_weights = precision if kind.dtype in ("bfloat16", "float16") else None
-    return {"DT": getattr(tl, kind.dtype), "T": arithmetic, "PRECISION": of_weights, **sizes}
+    stored = {"PRECISION": of_weights, "STORED": kind.states}
+    return {"DT": getattr(tl, kind.dtype), "T": arithmetic, **stored, **sizes}

@@ -8,23 +8,42 @@ import triton
 import triton.language as tl
 
 from .arithmetic import at_random, finite, narrow, nearest, rounding_key, widen
-from .codes import BLOCK_OF_CODES, decode, encode, largest, scales, spread
+from .codes import BLOCK_OF_CODES, any_of_blocks, decode, encode, largest, scales, spread
 from .rows import count_steps
-from .tables import ARRAY, AUX, GRAD, PARAM, ROW, SEED, STATE, is_active
+from .tables import ARRAY, AUX, BLOCK_SIZE, GRAD, PARAM, ROW, SEED, STATE, is_active
+
+
+@triton.jit
+def places(t, tensor, begin, count, STORED: tl.constexpr, BLOCK: tl.constexpr):
+    """First element of a tile; place of each from there on; which there are; whether they are all.
+
+    The tiles of a tensor with codes are counted as if its blocks were whole.
+    """
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = lane < count
+    whole = count == BLOCK
+    if STORED == "codes":
+        size = tl.load(t.tensors + tensor * ROW + BLOCK_SIZE)
+        within = lane % BLOCK_OF_CODES
+        inside = inside & (within < size)
+        whole = whole & (size == BLOCK_OF_CODES)
+        lane = lane // BLOCK_OF_CODES * size + within
+        begin = begin // BLOCK_OF_CODES * size
+    return begin, lane, inside, whole
 
 
 @triton.jit
 def addresses(
     t,
     tensor,
+    tile_begin,
     begin,
-    count,
+    whole,
     STATES: tl.constexpr,
     STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Addresses of weights, gradient, states, their scales, and of what lies beside the weights.
 
@@ -44,7 +63,7 @@ def addresses(
         state = tl.load(at) + begin * size
         s = s + (state,)
         if STORED == "codes":
-            scales = scales + (tl.load(at + AUX) + begin // BLOCK_OF_CODES * 4,)
+            scales = scales + (tl.load(at + AUX) + tile_begin // BLOCK_OF_CODES * 4,)
         bits = bits | state
     aux = w
     if PRECISION == "stochastic":
@@ -53,7 +72,7 @@ def addresses(
         beside = (T if PRECISION == "master" else DT).primitive_bitwidth // 8
         aux = tl.load(row + PARAM + AUX) + begin * beside
         bits = bits | aux
-    return w, g, s, scales, aux, (count == BLOCK) & (bits % 16 == 0)
+    return w, g, s, scales, aux, whole & (bits % 16 == 0)
 
 
 @triton.jit
@@ -84,7 +103,8 @@ def load_states(
         if STORED == "codes":
             byte: tl.constexpr = tl.uint8 if NONNEGATIVE >> k & 1 else tl.int8
             c = load(addresses[k], lane, inside, full, byte, T)
-            p = scales[k].to(tl.pointer_type(tl.float32)) + lane // BLOCK_OF_CODES
+            block = tl.arange(0, lane.shape[1])[None, :] // BLOCK_OF_CODES
+            p = scales[k].to(tl.pointer_type(tl.float32)) + block
             scale = tl.load(p, mask=inside, other=0.0)
             s = s + (decode(c, scale, NONNEGATIVE >> k & 1),)
         elif STORED == "bfloat16":
@@ -115,9 +135,8 @@ def store_states(
             c = encode(x, spread(inverse), NONNEGATIVE >> k & 1)
             store(addresses[k], c.to(tl.int32), lane, inside, full, tl.int8)
             block = tl.arange(0, scale.shape[1])[None, :]
-            count = tl.sum(inside.to(tl.int32), 1, keep_dims=True)
             p = scale_addresses[k].to(tl.pointer_type(tl.float32)) + block
-            tl.store(p, scale, mask=block * BLOCK_OF_CODES < count)
+            tl.store(p, scale, mask=any_of_blocks(inside))
             stored = stored + (decode(c, spread(scale), NONNEGATIVE >> k & 1),)
         elif STORED == "bfloat16":
             store(addresses[k], s[k], lane, inside, full, tl.bfloat16)

@@ -50,13 +50,14 @@ WIDTH = tl.constexpr(8)
 STATS = tl.constexpr(9)
 TOTALS = tl.constexpr(4)
 # places in a tensor's row: arrays of ARRAY numbers, address first, then other numbers
-ROW = tl.constexpr(19)
+ROW = tl.constexpr(20)
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(3)
 STATE = tl.constexpr(6)
 STEP = tl.constexpr(15)
 STEP_IS_DOUBLE = tl.constexpr(16)
 SEED = tl.constexpr(17)
+BLOCK_SIZE = tl.constexpr(18)  # elements that share a scale
 ARRAY = tl.constexpr(3)
 AUX = tl.constexpr(1)  # of an array: address of what lies beside its elements
 # columns

@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from .arithmetic import add_step, finite
-from .memory import addresses, load, load_states, load_weights, store_states, store_weights
+from .memory import (
+    addresses,
+    load,
+    load_states,
+    load_weights,
+    places,
+    store_states,
+    store_weights,
+)
 from .tables import GRAD, GRAD_FACTOR, L2, ROW, RULED, SKIPPED, WIDTH, nothing, skipped
 
 
@@ -47,6 +55,7 @@ def measure(
     MEASURES_WW: tl.constexpr,
     RAW: tl.constexpr,
     BARE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
@@ -57,11 +66,10 @@ def measure(
     if nothing(t):
         return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
     w_at, g_at, _, _, aux, full = addresses(
-        t, tensor, begin, count, 0, None, PRECISION, DT, T, BLOCK
+        t, tensor, begin, first, whole, 0, STORED, PRECISION, DT, T
     )
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
     sums = t.sums + tile * WIDTH
     g = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     if not BARE:
@@ -96,11 +104,10 @@ def advance(
     if nothing(t):
         return
     tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
     w_at, g_at, s_at, scales_at, aux, full = addresses(
-        t, tensor, begin, count, STATES, STORED, PRECISION, DT, T, BLOCK
+        t, tensor, begin, first, whole, STATES, STORED, PRECISION, DT, T
     )
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
     w = load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
     raw = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     old = load_states(s_at, scales_at, lane, inside, full, STORED, NONNEGATIVE, T)
@@ -145,11 +152,10 @@ def apply(
     tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH
     count = tl.where(tl.load(scale + SKIPPED) == 0, count, 0)
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
     w_at, g_at, s_at, scales_at, aux, full = addresses(
-        t, tensor, begin, count, STATES, STORED, PRECISION, DT, T, BLOCK
+        t, tensor, begin, first, whole, STATES, STORED, PRECISION, DT, T
     )
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
     w = load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
     g = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     s = load_states(s_at, scales_at, lane, inside, full, STORED, NONNEGATIVE, T)
@@ -161,7 +167,7 @@ def apply(
         s = store_states(s_at, scales_at, s, lane, inside, full, STORED, NONNEGATIVE, T)
     u = DIRECTION(g, s, c)
     moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
-    store_weights(t, tensor, begin, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
+    store_weights(t, tensor, first, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
     if MEASURED and not UPDATE:
         w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
         sums = t.sums + tile * WIDTH

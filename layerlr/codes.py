@@ -9,26 +9,27 @@
                  ``c^4*k``, what is never below 0
 ===============  ====================================  =====================  =====================
 
-A block is 64 numbers side by side in a row of dimension 0 (all that one index of dimension 0
-selects, in order). With M the largest magnitude in it,
+A row is all that one index of dimension 0 selects, in order; a block is up to 64 numbers side by
+side in it, as many as divide the row evenly. With M the largest magnitude in a block,
 
     signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
     unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M/255^4
 
 so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(k - 1/2)^2`` or
 ``(k - 1/2)^4``, k = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
-operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all engines
-store the same bits. The step u is formed from what is stored. A block whose M is below 2^-94 is stored as zeros. NaN makes its whole block NaN, an
-infinity leaves nothing finite in it.
+operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all
+engines store the same bits. The step u is formed from what is stored. A block whose M is below
+2^-94 is stored as zeros. NaN makes its whole block NaN, an infinity leaves nothing finite in it.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
 
 8 bits are for the parameters that the rule governs (without a rule: of two or more dimensions
-larger than 1) with at least 4,096 weights in rows of a multiple of 64; the others store float32.
-Only the shape of the whole parameter counts, not that of a shard, and a shard along dimension 0
-holds whole rows: codes stay what they are, whatever the number of processes. Parameters of float64
-and complex ones have state of their own dtype, whatever ``state_dtype`` says.
+larger than 1) with at least 4,096 weights in blocks of 16 or more; the others store float32. Only
+the shape of the whole parameter counts, not that of a shard, and a shard along dimension 0 holds
+whole rows: codes stay what they are, whatever the number of processes. Shards that cut a block are
+refused. Parameters of float64 and complex ones have state of their own dtype, whatever
+``state_dtype`` says.
 
 Source: blocks and 8-bit codes with a scale each, Dettmers et al. 2022 (arXiv:2110.02861); these
 codes are ours. They were compared with the dynamic codes of that paper (``bench/results/``).
@@ -36,6 +37,7 @@ codes are ours. They were compared with the dynamic codes of that paper (``bench
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -46,11 +48,8 @@ from . import _C, dtensor
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 
-#: numbers that share a scale
-BLOCK = int(_C.CODE_BLOCK)
-
-#: parameters with fewer weights store float32
-SMALL = 4096
+#: parameters with fewer weights store float32, and those with fewer numbers in a block
+SMALL, SMALL_BLOCK = 4096, 16
 
 _CODES = (torch.int8, torch.uint8)
 _LEAST = 2.0**-94
@@ -77,24 +76,40 @@ def dtype_of(p: Tensor, state_dtype: str, governed: bool, nonnegative: bool) -> 
         return None
     if state_dtype == "bfloat16":
         return torch.bfloat16
-    if not governed or p.ndim < 2 or p.numel() < SMALL or p.numel() // p.shape[0] % BLOCK:
+    if not governed or p.ndim < 2 or p.numel() < SMALL or block_size(p.shape) < SMALL_BLOCK:
         return None
     return torch.uint8 if nonnegative else torch.int8
 
 
+@functools.cache
+def _largest_divisor(n: int, most: int) -> int:
+    return next(d for d in range(most, 0, -1) if n % d == 0)
+
+
+def block_size(shape: torch.Size) -> int:
+    """Numbers that share a scale, in a tensor of a shape."""
+    return _largest_divisor(shape[1:].numel(), _C.CODE_BLOCK)
+
+
+def blocks_of(shape: torch.Size) -> int:
+    """Blocks of a row."""
+    return shape[1:].numel() // block_size(shape)
+
+
 def scale_shape(shape: torch.Size) -> tuple[int, int]:
     """Shape of the scales of codes of a shape."""
-    length = shape[0]
-    return length, shape[1:].numel() // BLOCK
+    return shape[0], blocks_of(shape)
 
 
-def _blocks(x: Tensor) -> Tensor:
-    return x.reshape(*scale_shape(x.shape), BLOCK)
+def _blocks(x: Tensor, blocks: int | None = None) -> Tensor:
+    """Rows, blocks, numbers; ``blocks``: those of a row, where x is a piece of rows."""
+    blocks = blocks or blocks_of(x.shape)
+    return x.reshape(len(x), blocks, x.shape[1:].numel() // blocks)
 
 
-def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes and scales of float32 numbers."""
-    blocks = _blocks(x.contiguous())
+def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 numbers; ``of_row``: blocks of a row, where x is a shard."""
+    blocks = _blocks(x.contiguous(), of_row)
     thresholds, most = _thresholds(dtype, x.device)
     largest = blocks.abs().amax(2, keepdim=True)
     scale = torch.where(largest < _LEAST, 0.0, largest * (1.0 / most))
@@ -106,7 +121,7 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         c = torch.where(blocks < 0, -c, c)
     else:
         c = torch.maximum(c, (blocks > 0).to(c))
-    return c.to(dtype).reshape(x.shape), scale.reshape(scale_shape(x.shape))
+    return c.to(dtype).reshape(x.shape), scale[..., 0].contiguous()
 
 
 def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -121,7 +136,7 @@ def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tenso
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The numbers that are stored, in float32."""
-    c = _blocks(codes).float()
+    c = _blocks(codes, scale.shape[1]).float()
     if codes.dtype == torch.int8:
         x = (c * c.abs()) * scale[..., None]
     else:
@@ -130,9 +145,12 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return x.reshape(codes.shape)
 
 
-def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is left of float32 numbers that are stored in fewer bits."""
-    return decode(*encode(x, dtype)) if dtype in _CODES else x.to(dtype).to(x.dtype)
+def stored(state: Mapping[str, Any], key: str, x: Tensor) -> Tensor:
+    """What a load finds of x once it is stored."""
+    target: Tensor = state[key]
+    if is_codes(target):
+        return decode(*encode(x, target.dtype, state[scale_key(key)].shape[1]))
+    return x.to(target.dtype).to(x.dtype) if is_coded(target) else x
 
 
 # -- one tensor of a state -------------------------------------------------------------------------
@@ -151,11 +169,13 @@ def store(state: Mapping[str, Any], key: str, x: Tensor, skip: Tensor | None = N
         target = torch.view_as_real(target) if target.is_complex() else target
         target.copy_(x if skip is None else torch.where(skip, target.to(x.dtype), x))
         return
-    for stored, value in zip((target, state[scale_key(key)]), encode(x, target.dtype), strict=True):
+    scale: Tensor = state[scale_key(key)]
+    new = encode(x, target.dtype, scale.shape[1])
+    for old, value in zip((target, scale), new, strict=True):
         if skip is not None:
             of_rows = skip.expand(x.shape).reshape(len(x), -1)[:, 0]
-            value = torch.where(of_rows.view(-1, *[1] * (value.ndim - 1)), stored, value)
-        stored.copy_(value)
+            value = torch.where(of_rows.view(-1, *[1] * (value.ndim - 1)), old, value)
+        old.copy_(value)
 
 
 def convert(
@@ -187,28 +207,33 @@ def convert(
     if wanted not in _CODES:
         state[key] = dtensor.like(p, x if wanted is None else x.to(wanted))
         return
-    _check_shards(p, name)
-    codes, scale = encode(x, wanted)
+    codes, scale = encode(x, wanted, _blocks_here(p, name))
     state[key] = dtensor.like(p, codes)
     state[scale_key(key)] = dtensor.like(p, scale, scale_shape(p.shape))
 
 
-def _placed_scale(p: Any, scale: Any, name: str) -> Tensor:
-    if dtensor.is_sharded(p):
-        _check_shards(p, name)
+def _placed_scale(p: Any, scale: Tensor, name: str) -> Tensor:
+    _blocks_here(p, name)
     return dtensor.placed_as(p, scale, f"scales of parameter {name!r}")
 
 
-def _check_shards(p: Any, name: str) -> None:
-    """Refuse shards that cut blocks: pieces of rows that are no multiple of a block."""
+def _blocks_here(p: Any, name: str) -> int:
+    """Blocks of the part of a row that this process holds.
+
+    Raises
+    ------
+    RuntimeError
+        For shards that cut blocks: pieces of rows that are no whole blocks.
+    """
     if not dtensor.is_sharded(p):
-        return
-    along = {q.dim for q in p.placements if not q.is_replicate()}
-    local = p._local_tensor
-    whole_blocks = p.ndim == 2 and local.shape[1] % BLOCK == 0
-    if not along <= {0} and not whole_blocks:
+        return blocks_of(p.shape)
+    block = block_size(p.shape)
+    rows_whole = {q.dim for q in p.placements if not q.is_replicate()} <= {0}
+    length = p._local_tensor.shape[1:].numel()
+    if length % block or not (rows_whole or p.ndim == 2):
         raise RuntimeError(
-            f"state_dtype='8bit' works with blocks of {BLOCK} numbers side by side; parameter "
+            f"state_dtype='8bit' works with blocks of {block} numbers side by side; parameter "
             f"{name!r} of shape {tuple(p.shape)} is placed {p.placements}, which cuts them: give "
             "it a group with state_dtype='float32' or 'bfloat16'"
         )
+    return length // block

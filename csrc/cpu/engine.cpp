@@ -95,12 +95,13 @@ class Step {
     const Row& row = plan_.tensors[chunk.tensor];
     const Tensor& t = tensors_[chunk.tensor];
     Piece p;
-    p.w = row.param.from(chunk.begin, param_bytes(row.dtype), row.dtype);
-    p.g = row.grad.from(chunk.begin, param_bytes(row.dtype), row.dtype);
+    p.w = row.param.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
+    p.g = row.grad.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
     for (int k = 0; k < t.kernels->states; ++k) {
-      p.s[k] = row.state[k].from(chunk.begin, state_bytes(row.dtype), row.dtype);
+      p.s[k] = row.state[k].from(chunk.begin, row.block, state_bytes(row.dtype), row.dtype);
     }
     p.n = chunk.count;
+    p.block = row.block;
     p.direction = t.direction;
     p.grad_factor = config_.grad_factor;
     p.l2 = config_.l2;

@@ -9,7 +9,8 @@ namespace layerlr {
 /// Where the arrays of an item begin, how many elements it has, and how they are stored.
 struct Arrays {
   char* of[arrays];
-  int count;
+  int count;     // of elements, where there are codes as if blocks were whole
+  int block;     // elements that share a scale
   bool aligned;  // every array begins at a vector
   bool narrow;   // states are bfloat16
   Codec weights;
@@ -52,25 +53,37 @@ struct Elements {
         decays(how.l2 != 0),
         skips(how.skip) {}
 
-  /// Call body(whole, vectors, e, n) for this worker's vectors, `vectors` of them from element e
-  /// on, each of n elements.
+  /// Call body(whole, vectors, e, n, block) for this worker's vectors, `vectors` of them from
+  /// element e on, each of n elements.
   template <class Body>
   LAYERLR_DEVICE void vectors(Body body) const {
     const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;
+    constexpr std::integral_constant<int, 1> single;
+    if (codes && at.block != code_block) {  // 16 threads have a block that does not fill them
+#pragma unroll 1
+      for (int e = first; e < count; e += stride) {
+        const int block = block_of(e), within = e - block * code_block, rest = at.block - within;
+        const int n = rest < 4 ? rest : 4;
+        body(at.aligned && n == 4, single, block * at.block + within, n, block);
+      }
+      return;
+    }
     int e = first;
     if (straight && at.aligned) {
       constexpr int tile = in_hand * stride;
 #pragma unroll 1
       for (; e + tile - first <= count; e += tile) {
-        body(Always(), std::integral_constant<int, in_hand>(), e, 4);
+        body(Always(), std::integral_constant<int, in_hand>(), e, 4, block_of(e));
       }
     }
 #pragma unroll 1
     for (; e < count; e += stride) {
       const int n = count - e < 4 ? count - e : 4;
-      body(at.aligned && n == 4, std::integral_constant<int, 1>(), e, n);
+      body(at.aligned && n == 4, single, e, n, block_of(e));
     }
   }
+
+  LAYERLR_DEVICE static int block_of(int e) { return static_cast<unsigned>(e) / code_block; }
 
   LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.of[array_w]); }
   LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.of[array_g]); }
@@ -85,11 +98,11 @@ struct Elements {
     for (int i = 0; i < 4; ++i) x[i] = x[i] * sign;
   }
   template <Use use, class Whole>
-  LAYERLR_DEVICE void load_states(Whole whole, int e, int n, T (*x)[4]) const {
+  LAYERLR_DEVICE void load_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
 #pragma unroll
     for (int k = 0; k < states; ++k) {
       if constexpr (codes) {
-        load_codes<use>(whole, e, n, k, x[k]);
+        load_codes<use>(whole, e, n, block, k, x[k]);
       } else if (coded && at.narrow) {
         load<use>(whole, reinterpret_cast<const BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
       } else {
@@ -99,11 +112,11 @@ struct Elements {
   }
   /// Store the states, and leave in x what a load will find.
   template <Use use, class Whole>
-  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, T (*x)[4]) const {
+  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
 #pragma unroll
     for (int k = 0; k < states; ++k) {
       if constexpr (codes) {
-        store_codes<use>(whole, e, n, k, x[k]);
+        store_codes<use>(whole, e, n, block, k, x[k]);
       } else if (coded && at.narrow) {
         store<use>(whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
 #pragma unroll
@@ -120,13 +133,13 @@ struct Elements {
 
   // -- states in codes of 8 bits: a block is what 16 threads have in hand -------------------------
 
-  LAYERLR_DEVICE float* scale(int k, int e) const {
-    return reinterpret_cast<float*>(at.of[array_scales + k]) + e / code_block;
+  LAYERLR_DEVICE float* scale(int k, int block) const {
+    return reinterpret_cast<float*>(at.of[array_scales + k]) + block;
   }
   template <Use use, class Whole>
-  LAYERLR_DEVICE void load_codes(Whole whole, int e, int n, int k, T* x) const {
+  LAYERLR_DEVICE void load_codes(Whole whole, int e, int n, int block, int k, T* x) const {
     const char* const from = at.of[array_state + k] + e;
-    const T scale = device::read(this->scale(k, e));
+    const T scale = device::read(this->scale(k, block));
     if (D<T>::nonnegative(k)) {
       load<use>(whole, reinterpret_cast<const uint8_t*>(from), n, x);
     } else {
@@ -138,19 +151,17 @@ struct Elements {
     }
   }
   template <Use use, class Whole>
-  LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int k, T* x) const {
+  LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int block, int k, T* x) const {
     const float z = D<T>::nonnegative(k) ? largest_unsigned : largest_signed;
-    const BlockScale block(largest_of_block(x), z);
+    const BlockScale of(largest_of_block(x), z);
     T c[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], block.to_z)
-                                  : encode_signed(x[i], block.to_z);
-      x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], block.scale)
-                                  : decode_signed(c[i], block.scale);
+      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], of.to_z) : encode_signed(x[i], of.to_z);
+      x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], of.scale) : decode_signed(c[i], of.scale);
     }
     store<use>(whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
-    if (threadIdx.x % 16 == 0) device::write(scale(k, e), block.scale);
+    if (threadIdx.x % 16 == 0) device::write(scale(k, block), of.scale);
   }
   /// Of numbers without a sign the bits are in order, NaN last.
   LAYERLR_DEVICE static float largest_of_block(const T* x) {
@@ -232,7 +243,7 @@ struct Elements {
   LAYERLR_DEVICE LayerStats measure() const {
     LayerStats sums;
     const bool weights = how.weights, raw = how.raw;
-    vectors([&](auto whole, auto in_hand, int e, int n) {
+    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
       constexpr int many = decltype(in_hand)::value;
       T w[many][4] = {}, g[many][4], stored[4];
 #pragma unroll
@@ -256,14 +267,14 @@ struct Elements {
   /// Update rules, first pass: the state moves on.
   LAYERLR_DEVICE LayerStats advance() const {
     LayerStats sums;
-    vectors([&](auto whole, auto in_hand, int e, int n) {
+    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
       constexpr int many = decltype(in_hand)::value;
       T w[many][4], g[many][4], s[many][states + 1][4], stored[4];
 #pragma unroll
       for (int v = 0; v < many; ++v) {
         load_weights<again>(whole, e + v * stride, n, w[v], stored);
         load_gradient<D<T>::needs_grad ? again : last>(whole, e + v * stride, n, g[v]);
-        load_states<again>(whole, e + v * stride, n, s[v]);
+        load_states<again>(whole, e + v * stride, n, block, s[v]);
       }
 #pragma unroll
       for (int v = 0; v < many; ++v) {
@@ -278,7 +289,7 @@ struct Elements {
 #pragma unroll
           for (int k = 0; k < states; ++k) s[v][k][i] = still ? s[v][k][i] : now[k];
         }
-        store_states<again>(whole, e + v * stride, n, s[v]);
+        store_states<again>(whole, e + v * stride, n, block, s[v]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           T now[states + 1];
@@ -297,14 +308,14 @@ struct Elements {
 
   /// Update rules, second pass: w <- a*w + b*u, u formed again from the state.
   LAYERLR_DEVICE void apply(T a, T b) const {
-    vectors([&](auto whole, auto in_hand, int e, int n) {
+    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
       constexpr int many = decltype(in_hand)::value;
       T w[many][4], g[many][4] = {}, s[many][states + 1][4], stored[many][4];
 #pragma unroll
       for (int v = 0; v < many; ++v) {
         load_weights<last>(whole, e + v * stride, n, w[v], stored[v]);
         if (D<T>::needs_grad) load_gradient<last>(whole, e + v * stride, n, g[v]);
-        load_states<last>(whole, e + v * stride, n, s[v]);
+        load_states<last>(whole, e + v * stride, n, block, s[v]);
       }
 #pragma unroll
       for (int v = 0; v < many; ++v) {
@@ -328,14 +339,14 @@ struct Elements {
   LAYERLR_DEVICE LayerStats advance_apply(T grad, T a, T b) const {
     constexpr Use use = tells ? last : once;
     LayerStats sums;
-    vectors([&](auto whole, auto in_hand, int e, int n) {
+    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
       constexpr int many = decltype(in_hand)::value;
       T w[many][4], g[many][4], s[many][states + 1][4], stored[many][4];
 #pragma unroll
       for (int v = 0; v < many; ++v) {
         load_weights<use>(whole, e + v * stride, n, w[v], stored[v]);
         load_gradient<use>(whole, e + v * stride, n, g[v]);
-        load_states<use>(whole, e + v * stride, n, s[v]);
+        load_states<use>(whole, e + v * stride, n, block, s[v]);
       }
 #pragma unroll
       for (int v = 0; v < many; ++v) {
@@ -350,7 +361,7 @@ struct Elements {
 #pragma unroll
           for (int k = 0; k < states; ++k) s[v][k][i] = now[k];
         }
-        store_states<use>(whole, e + v * stride, n, s[v]);
+        store_states<use>(whole, e + v * stride, n, block, s[v]);
         T moved[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -31,6 +31,12 @@ Stored stored(const Array& state) {
                                           : Stored::plain;
 }
 
+/// Elements of a span, of a tensor with codes as if its blocks were whole.
+int64_t size_of(const Plan& plan, const Span& span) {
+  const int64_t elements = span.end - span.begin, block = plan.tensors[span.tensor].block;
+  return block == code_block ? elements : elements / block * code_block;
+}
+
 class Maker {
  public:
   Maker(const Plan& plan, Schedule& schedule) : plan_(plan), s_(schedule) {
@@ -68,7 +74,8 @@ class Maker {
 
  private:
   int64_t items_of(const Span& span) const {  // an empty one takes part all the same
-    return std::max<int64_t>(1, (span.end - span.begin + s_.item_elements - 1) / s_.item_elements);
+    const int64_t size = size_of(plan_, span);
+    return std::max<int64_t>(1, (size + s_.item_elements - 1) / s_.item_elements);
   }
 
   void add_layer(size_t l) {
@@ -124,13 +131,15 @@ void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
   to.array[array_g].data = nullptr;
   if (!row.active()) return;  // the other pointers may be stale
   const auto fill = [&](int which, int which_aux, const Array& whole, int plain_bytes) {
-    const Array x = whole.from(span.begin, plain_bytes, row.dtype);
+    const int block = static_cast<int>(row.block);
+    const Array x = whole.from(span.begin, block, plain_bytes, row.dtype);
     const int bytes = stored_bytes(x.codec, plain_bytes);
-    to.array[which] = {static_cast<char*>(x.data), code_block * bytes, std::min(4 * bytes, 16)};
+    to.array[which] = {static_cast<char*>(x.data), block * bytes, std::min(4 * bytes, 16)};
     if (which_aux < 0) return;
-    const int beside = static_cast<int>(x.aux_bytes(code_block, row.dtype));
+    const int beside = static_cast<int>(x.aux_bytes(block, block, row.dtype));
     char* const aux = beside ? static_cast<char*>(x.aux) : nullptr;
-    to.array[which_aux] = {aux, beside, has_scales(x.codec) ? 4 : std::min(beside / 16, 16)};
+    const int each = has_scales(x.codec) ? 1 : beside / block;
+    to.array[which_aux] = {aux, beside, has_scales(x.codec) ? 4 : std::min(4 * each, 16)};
   };
   fill(array_w, array_aux, row.param, param_bytes(row.dtype));
   fill(array_g, -1, row.grad, param_bytes(row.dtype));
@@ -140,13 +149,14 @@ void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
   const Layer& layer = plan.layers[span.layer];
   to.step = row.step;
   to.lr_scale = layer.lr_scale;
-  to.size = span.end - span.begin;
+  to.size = size_of(plan, span);
   to.begin = span.begin;
   to.seed = row.seed;
   to.dtype = static_cast<int32_t>(row.dtype);
   to.step_is_double = row.step_is_double;
   to.weights = static_cast<int32_t>(row.param.codec);
   to.states = stored(row.state[0]);
+  to.block = static_cast<int32_t>(row.block);
   to.ruled = layer.ruled;
 }
 

@@ -53,7 +53,7 @@ using DeviceConfig = StepConfig;
 /// An array of a span, from where the span begins.
 struct DeviceArray {
   char* data;
-  int32_t block_bytes;   // of code_block elements
+  int32_t block_bytes;   // of a block, or of code_block elements where there are no codes
   int32_t vector_bytes;  // four elements, or 16 bytes if those are less: what is read at once
 };
 
@@ -74,11 +74,13 @@ struct alignas(16) DeviceSpan {
   DeviceArray array[arrays];  // without a gradient it takes no part in this step
   const void* step;           // count of the tensor's steps
   double lr_scale;
-  int64_t size, begin;  // elements; those of the tensor before the span
-  int64_t seed;         // of stochastic rounding
+  int64_t size;   // elements, of a tensor with codes as many as if its blocks were whole
+  int64_t begin;  // elements of the tensor before the span
+  int64_t seed;   // of stochastic rounding
   int32_t dtype, step_is_double;
   int32_t weights;  // their codec
   Stored states;
+  int32_t block;  // elements that share a scale
   int32_t ruled;
 };
 

@@ -58,12 +58,8 @@ class Operands:
 
     def stored(self, i: int, new: Sequence[Tensor]) -> list[Tensor]:
         """What a load will find of the state tensors of the direction once they are stored."""
-        state = self.state_dict(i)
-        targets = [state[key] for key in self.spec.direction.states]
-        return [
-            codes.stored(x, target.dtype) if codes.is_coded(target) else x
-            for x, target in zip(new, targets, strict=True)
-        ]
+        state, keys = self.state_dict(i), self.spec.direction.states
+        return [codes.stored(state, key, x) for key, x in zip(keys, new, strict=True)]
 
     def store_state(self, i: int, new: Sequence[Tensor], skip: Tensor | None = None) -> None:
         """Write the state tensors of the direction; ``skip``: leave these elements alone."""

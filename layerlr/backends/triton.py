@@ -207,6 +207,8 @@ def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
     """Rows of the tiles of a span; an empty one has an empty tile, since it takes part too."""
     p = spec.table.params[span.tensor]
     row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+    if _kind(spec, span.tensor)[1] == "codes":  # counted as if blocks were whole
+        row = codes.blocks_of(p.shape) * _C.CODE_BLOCK
     begin, end = span.begin * row, span.end * row
     first = torch.arange(begin, max(end, begin + 1), block)
     tiles = torch.zeros(len(first), 8, dtype=torch.int64)

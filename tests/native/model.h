@@ -158,22 +158,32 @@ struct Model {
       row.param.codec = static_cast<Codec>(i % (shape.dtype == DType::bf16 ? 4 : 3));
       row.seed = static_cast<int64_t>(i);
       const DType aux = row.param.codec == Codec::master ? DType::f32 : shape.dtype;
-      if (row.param.aux_bytes(1, shape.dtype)) row.param.aux = buffer(shape.size, aux).data;
+      if (row.param.aux_bytes(1, 1, shape.dtype)) row.param.aux = buffer(shape.size, aux).data;
     }
+    if (has_scales(row.state[0].codec)) row.block = block_of(shape.size);
     plan.tensors.push_back(row);
+  }
+
+  /// Elements that share a scale, in tensors of odd sizes a few; 0: no codes.
+  static int64_t block_of(int64_t size) {
+    for (int64_t block = code_block; size && block > 4; --block) {
+      if (size % block == 0) return block;
+    }
+    return 0;
   }
 
   /// Codes where the size allows, bfloat16 in tensor 5.
   void add_state(Array& state, const Shape& shape, bool nonnegative, bool coded) {
     const size_t i = plan.tensors.size();
-    const bool codes = coded && shape.size && shape.size % code_block == 0;
+    const int64_t block = i == 4 ? 0 : block_of(shape.size);  // which is split somewhere
+    const bool codes = coded && block;
     const bool narrow = coded && !codes && i == 5;
     const DType dtype = narrow ? DType::bf16 : state_of(shape.dtype);
     state.data = buffers.emplace_back(shape.size, dtype, i % 2 == 1, codes).data;
     if (narrow) state.codec = Codec::bfloat16;
     if (!codes) return;
     state.codec = nonnegative ? Codec::unsigned8 : Codec::signed8;
-    state.aux = buffers.emplace_back(shape.size / code_block, DType::f32, i % 2 == 1).data;
+    state.aux = buffers.emplace_back(shape.size / block, DType::f32, i % 2 == 1).data;
   }
 };
 
