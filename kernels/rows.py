@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import finite
+from .arithmetic import finite, power
 from .rules import plain
 from .tables import (
     DECOUPLED_DECAY,
@@ -111,6 +111,13 @@ def _radius(memory, ww, start, stored):
 
 
 @triton.jit
+def _second_moment(memory, square, beta, step):
+    """A layer's second moment, corrected for its start: see csrc/decide.h."""
+    share = (1.0 - beta) / (1.0 - power(beta, step))
+    return tl.where(memory < 0, square, memory + share * (square - memory))
+
+
+@triton.jit
 def decide(
     t,
     SCALE: tl.constexpr,
@@ -118,6 +125,7 @@ def decide(
     MEASURES_WW: tl.constexpr,
     LATCHES: tl.constexpr,
     DECAYS_APART: tl.constexpr,
+    AVERAGES: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -156,6 +164,14 @@ def decide(
         memory = tl.load(at, mask=stored, other=0.0)
         if LATCHES:
             memory = _radius(memory, ww, tl.load(t.start_radius + layer), stored)
+        if AVERAGES:
+            _, _, count = count_steps(t, tensor, takes_part)
+            square = gg / tl.load(t.start_radius + layer)
+            memory = tl.where(stored, memory, -1.0)
+            memory = _second_moment(memory, square, tl.load(h + 1), count + 1.0)
+            tl.store(at, memory, mask=stored & takes_part & ~skip)
+            below = tl.sqrt(memory) + tl.load(h + 2)
+            memory = 1.0 / ((1.0 - power(tl.load(h), count + 1.0)) * below)
     else:
         good = finite(gg)
         if MEASURES_WW:

@@ -30,7 +30,7 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
-    #: one a layer, see the rules with a radius
+    #: one a layer, see the rules with a radius; its number of weights under one that averages
     start_radius: Any
     #: int64, one a layer: address of its memory, or 0
     memory: Any

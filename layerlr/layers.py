@@ -46,8 +46,8 @@ class LayerTable:
         Factor on lr for each layer: the group's ``lr_factor``, and the ratio of ``plain_lr`` to lr
         where the rule does not govern.
     start_radius
-        The norm at which a layer that starts at zero comes under a rule with a radius; 0 where the
-        rule has none.
+        The norm at which a layer that starts at zero comes under a rule with a radius; the number
+        of its weights under a rule that averages; 0 under others.
     """
 
     params: list[Tensor]
@@ -182,8 +182,25 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
             begin += size
     _set_lr_scale(group.get("lr_factor", 1.0), plain or 0.0, list(tables.values()), ruled)
     for table in tables.values():
-        table.start_radius = _start_radii(table, rule)
+        table.start_radius = _constants(table, rule)
     return list(tables.values())
+
+
+def _constants(table: LayerTable, rule: LayerRule | None) -> list[float]:
+    """What a rule wants to know of each layer beside its sums; 0: nothing."""
+    if rule is not None and rule.averages:
+        return _sizes(table)
+    return _start_radii(table, rule)
+
+
+def _sizes(table: LayerTable) -> list[float]:
+    """The number of weights, at least 1; a complex number is two."""
+    sizes = [0.0] * len(table.layers)
+    for span in table.spans:
+        p = table.params[span.tensor]
+        row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+        sizes[span.layer] += (span.end - span.begin) * row
+    return [max(size, 1.0) for size in sizes]
 
 
 def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:

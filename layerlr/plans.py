@@ -140,7 +140,7 @@ class PlanCache:
         for place, value in enumerate(plans.direction.hyper(plans.group), DIRECTION):
             config.values[place] = value
         rule = plans.group["rule"]
-        for place, value in enumerate(rule.hyper() if rule is not None else (), RULE):
+        for place, value in enumerate(rule.hyper_of(plans.group) if rule is not None else (), RULE):
             config.values[place] = value
         return config
 
@@ -210,7 +210,7 @@ class PlanCache:
                 f"param group {index} is new or has changed: take a step before capturing one in a "
                 "CUDA graph"
             )
-        group["rule"] = rules.resolve(group["rule"])
+        group["rule"] = optimizer.rule(group)
         options.check(group, index)
         checks.params(group, index)
         checks.corrected_decay(group, index, optimizer.decoupled(group))
