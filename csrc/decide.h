@@ -24,7 +24,7 @@ struct LayerConfig {
   bool whole;            // all of its tensors have a gradient
   double constant = 0;   // the radius of a layer which starts at zero, or the number of its weights
   double plain = 1;      // on lr, until it has that radius
-  bool taken = false;    // w is v - u: the step is taken, the rule says what of it stays
+  double taken = 0;      // not 0: w is v - taken*u, a step at that rate; the rule says what stays
   double step = 1;       // number of the coming step
 };
 
@@ -38,10 +38,10 @@ struct Verdict {
 
 LAYERLR_HD bool finite(double x) { return x - x == 0; }
 
-/// The sums over v and u of a layer whose weights are w = v - u.
-LAYERLR_HD LayerStats before_the_step(const LayerStats& s) {
+/// The sums over v and u of a layer whose weights are w = v - rate*u, from those over w and rate*u.
+LAYERLR_HD LayerStats before_the_step(const LayerStats& s, double rate) {
   const double ww = s.ww + 2 * s.wu + s.uu;
-  return {ww < 0 ? 0 : ww, s.gg, s.uu, s.wu + s.uu};
+  return {ww < 0 ? 0 : ww, s.gg, s.uu / (rate * rate), (s.wu + s.uu) / rate};
 }
 
 /// A layer's radius as its memory has it, and the coming step's. 0: no step yet. Below 0: the layer
@@ -70,7 +70,7 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
   v.seen = sums;
   if (config.update) {
     v.skip = c.skip && !(finite(sums.ww) && finite(sums.gg) && finite(sums.uu) && finite(sums.wu));
-    if (c.taken) v.seen = before_the_step(sums);
+    if (c.taken != 0) v.seen = before_the_step(sums, c.taken);
     const double ww = v.seen.ww, inside = info.decays_apart ? 0 : c.decoupled;
     // the rule sees u + decay*w, whose sums follow from those of u
     const double uu = v.seen.uu + 2 * inside * v.seen.wu + inside * inside * ww;
@@ -97,7 +97,8 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     v.shown_a = v.scale.a;
     v.shown_b = v.scale.b;
     v.scale.a += v.scale.b * inside;
-    if (c.taken) v.scale.b += v.scale.a;  // a*v + b*u in terms of w = v - u
+    // a*v + b*u in terms of w = v - taken*u and taken*u
+    if (c.taken != 0) v.scale.b = v.scale.b / c.taken + v.scale.a;
     return v;
   }
   v.skip = c.skip && !(finite(sums.gg) && (!info.measures_ww || finite(sums.ww)));

@@ -147,10 +147,12 @@ def decide(
     decay = tl.load(t.config + DECOUPLED_DECAY)
     if UPDATE:
         skip = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
-        taken = tl.load(t.config + TAKEN) != 0
-        before = ww + 2.0 * wu + uu  # of weights w = v - u
-        ww = tl.where(taken, tl.where(before < 0, 0.0, before), ww)
-        wu = tl.where(taken, wu + uu, wu)
+        taken = tl.load(t.config + TAKEN)
+        is_taken, pace = taken != 0, tl.where(taken != 0, taken, 1.0)
+        before = ww + 2.0 * wu + uu  # of weights w = v - taken*u
+        ww = tl.where(is_taken, tl.where(before < 0, 0.0, before), ww)
+        wu = tl.where(is_taken, (wu + uu) / pace, wu)
+        uu = uu / (pace * pace)
         # the rule sees u + decay*w, whose sums follow from those of u
         inside = tl.where(ruled, 0.0, decay) if DECAYS_APART else decay
         uu = uu + 2.0 * inside * wu + inside * inside * ww
@@ -194,7 +196,7 @@ def decide(
         a = a - lr * (decay - inside)
         shown_a, shown_b = a, b
         a = a + b * inside
-        b = tl.where(taken, b + a, b)
+        b = tl.where(is_taken, b / pace + a, b)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0

@@ -222,7 +222,7 @@ class Step {
                          found.whole,
                          layer.start_radius,
                          config_.plain,
-                         config_.taken != 0,
+                         config_.taken,
                          first ? first->step : 1};
     const Verdict v = decide(plan_.rule, of, measured_ ? found.sums : LayerStats());
     plan_.skips[l] = v.skip;

@@ -35,7 +35,7 @@ LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer&
           present.whole != 0,
           layer.start_radius,
           config.plain,
-          config.taken != 0,
+          config.taken,
           t};
 }
 

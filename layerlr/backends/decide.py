@@ -57,8 +57,9 @@ def decide(
     rule: LayerRule, config: StepConfig, sums: LayerStats, lr: Tensor, layers: Layers
 ) -> Decision:
     """Ask an update rule."""
-    taken = config.values[TAKEN] != 0.0
-    seen = _before_the_step(sums) if taken else sums
+    taken = config.get(TAKEN)  # 0: the step is not taken yet
+    is_taken = config.values[TAKEN] != 0.0
+    seen = _before_the_step(sums, taken) if is_taken else sums
     ww = seen.ww
     # the rule sees u + decay*w, whose sums follow from those of u
     decay = config.values[DECOUPLED_DECAY]
@@ -85,11 +86,11 @@ def decide(
         memory = torch.where((lr > 0) & (seen.uu > 0), memory, layers.memory)
     scale = scale._replace(a=scale.a - lr * (decay - inside))
     a = scale.a + scale.b * inside
-    b = scale.b + a if taken else scale.b
+    b = scale.b / taken + a if is_taken else scale.b
     return Decision(a, b, scale, seen, memory)
 
 
-def _before_the_step(s: LayerStats) -> LayerStats:
-    """The sums over v and u of layers whose weights are w = v - u."""
+def _before_the_step(s: LayerStats, rate: float | Tensor) -> LayerStats:
+    """The sums over v and u of layers whose weights are w = v - rate*u."""
     ww = s.ww + 2.0 * s.wu + s.uu
-    return s._replace(ww=ww.clamp(min=0.0), wu=s.wu + s.uu)
+    return LayerStats(ww.clamp(min=0.0), s.gg, s.uu / (rate * rate), (s.wu + s.uu) / rate)
