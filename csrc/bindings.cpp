@@ -47,6 +47,7 @@ py::dict rules() {
     flags["raw_gradient"] = info.raw_gradient;
     flags["latches"] = info.latches;
     flags["decays_apart"] = info.decays_apart;
+    flags["averages"] = info.averages;
     every[info.name] = flags;
   }
   return every;

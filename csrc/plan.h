@@ -32,7 +32,8 @@ struct Layer {
   int32_t chunk_begin = 0, chunk_end = 0;
   bool ruled = false;
   double lr_scale = 1;
-  double start_radius = 0;   // that of a layer which starts at zero, under a rule with a radius
+  double start_radius = 0;   // that of a layer which starts at zero, under a rule with a radius;
+                             // the number of its weights under one that averages
   double* memory = nullptr;  // the number that the rule stores, where it does
   int64_t numel = 0;
 };

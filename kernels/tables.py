@@ -28,7 +28,7 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
-    #: one a layer, see the rules with a radius
+    #: one a layer, see the rules with a radius; its number of weights under one that averages
     start_radius: Any
     #: int64, one a layer: address of its memory, or 0
     memory: Any
@@ -73,7 +73,7 @@ GRAD_FACTOR = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
 FOUND_INF = tl.constexpr(5)  # else nothing changes at all
 PLAIN = tl.constexpr(6)  # on lr, for layers under the rule that take plain steps at first
-TAKEN = tl.constexpr(7)  # weights are what a step has left: the rule says what of it stays
+TAKEN = tl.constexpr(7)  # rate of the step that weights have taken already, or 0
 DIRECTION_HYPER = tl.constexpr(8)  # 5 numbers
 RULE_HYPER = tl.constexpr(13)  # 4 numbers
 

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
-from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, Lion, RMSprop
+from .optimizers import SGD, Adagrad, Adam, AdamMini, AdamW, AMomSGD, Lion, RMSprop
 from .param_groups import param_groups
 from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
@@ -21,6 +21,7 @@ __all__ = [
     "AMomSGD",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamW",
     "Lion",
     "RMSprop",

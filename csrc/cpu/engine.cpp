@@ -63,7 +63,7 @@ class Step {
   struct Tensor {
     const Kernels* kernels;
     const void* direction;
-    double rate;
+    double rate, step;
   };
 
   /// A layer's sums, the first of its tensors that take part (null: none), whether all do.
@@ -87,7 +87,7 @@ class Step {
     const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
     scalars_.push_back(std::make_unique<Scalars>());
     k.make(scalars_.back()->room, config_.direction, t);
-    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t)};
+    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t), t};
     made_.push_back({t, row.dtype, plain, tensors_[i]});
   }
 
@@ -207,10 +207,18 @@ class Step {
     const Tensor* const first = found.first;
     const double lr = config_.lr * layer.lr_scale * (first ? first->rate : 1);
     const bool first_order = !first || first->kernels->first_order;
-    const LayerConfig of{
-        layer.ruled,       lr,           config_.l2,  config_.decoupled_decay, first_order,
-        config_.skip != 0, layer.memory, found.whole, layer.start_radius,      config_.plain,
-        config_.taken != 0};
+    const LayerConfig of{layer.ruled,
+                         lr,
+                         config_.l2,
+                         config_.decoupled_decay,
+                         first_order,
+                         config_.skip != 0,
+                         first ? layer.memory : nullptr,
+                         found.whole,
+                         layer.start_radius,
+                         config_.plain,
+                         config_.taken,
+                         first ? first->step : 1};
     const Verdict v = decide(plan_.rule, of, measured_ ? found.sums : LayerStats());
     plan_.skips[l] = v.skip;
     if (measured_ && first) write_row(plan_.stats + l * columns, v, lr);

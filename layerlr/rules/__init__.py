@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .adam_mini import AdamMini
 from .back_matching import BackMatching
 from .base import LayerRule, LayerScale, LayerStats
 from .brake import Brake
@@ -17,13 +18,14 @@ from .plain import Plain
 from .rated import Estimated, Rated
 from .singh import Singh
 
-_FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake)
+_FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake, AdamMini)
 #: name -> class of each formula; the native engines know the same names
 RULES: dict[str, type[LayerRule]] = {r.name: r for r in _FORMULAS}
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
-#: name -> class of every rule
+#: name -> class of every rule that may be named; a class of optimizers has the other to itself
 KNOWN: dict[str, type[LayerRule]] = RULES | ESTIMATED
+del KNOWN[AdamMini.name]
 
 #: what stands for a rule: its name (capitals or not), the rule itself or its class, or none
 Rule = str | LayerRule | type[LayerRule] | None
@@ -60,7 +62,7 @@ def is_estimated(rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | N
 
 def _lookup(name: str) -> type[LayerRule]:
     try:
-        return KNOWN[name.lower()]
+        return (RULES | ESTIMATED)[name.lower()]
     except KeyError:
         known = ", ".join(repr(n) for n in KNOWN)
         raise ValueError(f"unknown rule {name!r}, known are {known}") from None
@@ -70,6 +72,7 @@ __all__ = [
     "ESTIMATED",
     "KNOWN",
     "RULES",
+    "AdamMini",
     "BackMatching",
     "Brake",
     "Curvature",

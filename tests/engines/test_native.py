@@ -48,6 +48,7 @@ def test_registries_agree():
             "raw_gradient": rule.raw_gradient,
             "latches": rule.latches,
             "decays_apart": rule.decays_apart,
+            "averages": rule.averages,
         }, name
     assert _C.columns() == len(COLUMNS)
 

@@ -27,7 +27,7 @@ NOT_ASKED = "pytest ended with"
 #: in the order in which they catch most
 FILES = "parity edges nonfinite layers halves layer_stats split precision amp max_grad_norm rated"
 FILES += " start_radius plain_lr wrap triton twins vectors refusals step_in_backward native timm"
-FILES += " properties"
+FILES += " properties adam_mini wrap_bounds"
 CXX = [
     *"c++ -std=c++17 -O0 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split(),
     *"-fopenmp -Wno-psabi -Icsrc -c".split(),

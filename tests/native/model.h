@@ -82,7 +82,8 @@ struct Model {
   /// With `codecs` some arrays have one, otherwise none.
   Model(int direction, int rule, const std::vector<Shape>& shapes, bool codecs = true) {
     const double rule_hyper[rule_count][max_rule_hyper] = {
-        {}, {}, {1e-3, 1e-8, 0}, {10, 0, 1e9}, {1e-6, 2}, {}, {}, {10, 0, 1e9}, {0.5}};
+        {}, {}, {1e-3, 1e-8, 0}, {10, 0, 1e9}, {1e-6, 2},
+        {}, {}, {10, 0, 1e9},    {0.5},        {0.9, 0.99, 1e-8}};
     std::mt19937 random(7);
     plan.direction = direction;
     plan.has_rule = rule >= 0;
@@ -105,6 +106,7 @@ struct Model {
       plan.layers[l].ruled = rule >= 0 && l != 6;
       plan.layers[l].lr_scale = 1 + 0.5 * (l % 3);
       plan.layers[l].memory = &radii[l];
+      if (plan.rule.rule == RuleId::AdamMini) plan.layers[l].start_radius = 100 * (l + 1);
     }
     stats.assign(8 * columns, 0);
     plan.stats = stats.data();
