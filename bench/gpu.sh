@@ -131,8 +131,8 @@ trap pack EXIT
 
 engines=cuda,triton
 on_gpu="(cuda or triton) and not reference_cuda and not test_several_devices"
-first=(tests/test_cuda_runtime.py tests/test_parity.py tests/test_precision.py tests/test_amp.py
-  tests/test_torch_infra.py)
+first=(tests/gpu/test_cuda_runtime.py tests/core/test_parity.py tests/core/test_precision.py tests/torch_contract/test_amp.py
+  tests/torch_contract/test_torch_infra.py)
 san=(compute-sanitizer --error-exitcode 1 --print-limit 10)
 
 # What looks at the device's accesses is slow, and runs beside the tests.
@@ -165,8 +165,8 @@ check() {
   checkers &
   beside=$!
   tests tests-first 110 "${first[@]}" -k "$on_gpu"
-  tests tests-rest 80 tests -k "$on_gpu or test_parts" --ignore tests/test_cuda_build.py \
-    --ignore tests/test_triton.py --ignore tests/test_packaging.py --ignore tests/test_bench_gpu.py \
+  tests tests-rest 80 tests -k "$on_gpu or test_parts" --ignore tests/gpu/test_cuda_build.py \
+    --ignore tests/engines/test_triton.py --ignore tests/house/test_packaging.py --ignore tests/bench/test_bench_gpu.py \
     $(printf ' --ignore %s' "${first[@]}")
   pack
   wait $beside

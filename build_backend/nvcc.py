@@ -125,7 +125,7 @@ def flags(nvcc, host_flags, include):
     """Return nvcc's options: a cubin for each architecture, and PTX.
 
     All are made from one virtual architecture, the oldest: the compiler's front end runs once. So
-    no source may ask for __CUDA_ARCH__ (tests/test_cuda_build.py).
+    no source may ask for __CUDA_ARCH__ (tests/gpu/test_cuda_build.py).
     """
     oldest, *_ = found = architectures(nvcc)
     codes = ",".join([*(f"sm_{a}" for a in found), f"compute_{oldest}"])

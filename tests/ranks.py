@@ -9,6 +9,8 @@ import torch
 import torch._dynamo  # DTensor does, 0.9 s of CPU in each process: here it is before the fork
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 #: seconds that no test takes, however busy the machine
 PATIENCE = 240
@@ -76,6 +78,23 @@ def models(hidden=11):
     torch.manual_seed(0)
     model = Toy(hidden).double()
     return model, copy.deepcopy(model)
+
+
+def fsdp(model, mesh=None, **options):
+    for part in (model.up, model.mid, model.out, model):
+        fully_shard(part, mesh=mesh, **options)
+    return model
+
+
+def tensor_parallel(model, mesh):
+    plan = {"up": ColwiseParallel(), "mid": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def equal(model, whole, rtol=1e-9, atol=1e-12):
+    for (_, p), (_, q) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        everywhere = everywhere_the_same(full(p.detach()))
+        torch.testing.assert_close(everywhere, q.detach(), rtol=rtol, atol=atol)
 
 
 def batch(step, rank=None, n=8):

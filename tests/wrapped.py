@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cases import RATE, random, set_grads
-from test_timm import timm_optimizer
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -134,6 +136,18 @@ def base_param(name: str):
     module = BASES[name][0]
     missing = not has(module)
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"no {module}"))
+
+
+def timm_optimizer(name):
+    """An optimizer of timm: all of timm needs torchvision, its optimizers need torch alone."""
+    found = importlib.util.find_spec("timm")
+    if found is None:
+        pytest.skip("timm is not installed")
+    if "timm_optim" not in sys.modules:
+        package = types.ModuleType("timm_optim")
+        package.__path__ = [str(Path(found.origin).parent / "optim")]
+        sys.modules["timm_optim"] = package
+    return getattr(importlib.import_module(f"timm_optim.{name.lower()}"), name)
 
 
 def make_base(name: str, params, **kwargs) -> torch.optim.Optimizer:

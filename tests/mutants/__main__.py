@@ -65,7 +65,7 @@ def changed(mutant: Mutant) -> str:
 
 def place(mutant: Mutant, folder: Path) -> None:
     """Lay out the package with the mistake in a folder."""
-    skip = shutil.ignore_patterns("__pycache__")
+    skip = shutil.ignore_patterns("__pycache__", "kernels")  # kernels may be a link
     shutil.copytree(ROOT / "layerlr", folder / "layerlr", ignore=skip)
     shutil.copytree(ROOT / "kernels", folder / "layerlr/kernels", ignore=skip)
     file = mutant.file.replace("kernels/", "layerlr/kernels/")

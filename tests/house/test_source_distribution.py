@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.full("source distribution")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: what a checkout has for its own sake; PKG-INFO and egg-info are setuptools'
 OF_GIT_ALONE = {".ci/run", ".gitignore", ".pre-commit-config.yaml"}
 

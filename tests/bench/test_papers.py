@@ -26,14 +26,14 @@ pytest.importorskip("rich")
 pytest.importorskip("PIL")
 
 import torch.nn.functional as F
-from test_data import (
+from data_folders import (
     cifar10_folder,
     cifar100_folder,
     cora_folder,
     imagenet_folder,
+    mnist_folder,
     tiny_imagenet_folder,
 )
-from test_train import mnist_folder
 from torch import nn
 
 import layerlr

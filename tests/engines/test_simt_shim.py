@@ -9,7 +9,7 @@ from pathlib import Path
 import proofs
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=c++17 -Wall -Wextra -pthread -DLAYERLR_SIMT -Icsrc -Itests/simt".split()
 SOURCES = ["tests/simt/selftest.cpp", "tests/simt/simt.cpp"]
 BUILDS = {

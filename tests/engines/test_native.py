@@ -17,7 +17,7 @@ from layerlr.backends import COLUMNS
 from layerlr.directions import DIRECTIONS
 from layerlr.rules import RULES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 X86 = platform.machine() in ("x86_64", "AMD64")
 #: one state tensor and the gradient in the second pass, three and not; all is too slow to compile
 DIRECTIONS_TRIED = "X(Nesterov) X(AmsGrad)"

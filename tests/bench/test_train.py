@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from data_folders import idx, mnist_folder
+
 from bench import config as configs
 from bench import demo, models, step_time
 from bench import train as runner
@@ -26,29 +27,6 @@ from bench.record import Result, write_atomically
 from bench.trainer import Batches, Task
 
 QUICK = Config(steps=20, batch=16, model="mlp", eval_every=5, monitor_every=4)
-
-
-def idx(sizes: tuple[int, ...], content: bytes, magic: bytes | None = None) -> bytes:
-    magic = bytes((0, 0, 8, len(sizes))) if magic is None else magic
-    return magic + struct.pack(f">{len(sizes)}I", *sizes) + content
-
-
-def mnist_folder(base: Path, zipped: bool = True, **replaced: bytes) -> Path:
-    """A tiny data set in MNIST's format: 6 images to learn from, 4 to test on."""
-    base.mkdir(parents=True, exist_ok=True)
-    for part, count in (("train", 6), ("t10k", 4)):
-        pixels = bytes(i % 251 for i in range(count * 784))
-        files = {
-            f"{part}-images-idx3-ubyte": idx((count, 28, 28), pixels),
-            f"{part}-labels-idx1-ubyte": idx((count,), bytes(range(count))),
-        }
-        for stem, content in files.items():
-            content = replaced.get(stem.split("-idx")[0].replace("-", "_"), content)
-            if zipped:
-                (base / f"{stem}.gz").write_bytes(gzip.compress(content))
-            else:
-                (base / stem).write_bytes(content)
-    return base
 
 
 def same_bits(a: object, b: object) -> bool:

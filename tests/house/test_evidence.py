@@ -17,7 +17,7 @@ from bench.papers import digits
 from bench.promise_figures import Spread
 from bench.record import Result
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/choosing.md",

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import copies, random, same_bits, set_grads
-from ranks import models, run
+from ranks import fsdp, models, run
 from ranks import train as train_model
-from test_fsdp import fsdp
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import Parameter

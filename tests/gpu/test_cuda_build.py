@@ -16,7 +16,7 @@ import torch
 
 from layerlr import _C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: where setup.py builds
 FOLDER = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
 #: bytes of local memory that a thread may have, outside of the loops over elements

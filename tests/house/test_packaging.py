@@ -12,7 +12,7 @@ import torch
 
 import layerlr
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

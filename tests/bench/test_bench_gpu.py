@@ -33,7 +33,7 @@ from bench import (
 )
 from layerlr import agreement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N = len(small.CASES)
 
 

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
-from pathlib import Path
-
 import cases
 import pytest
 import torch
 from selection import NONE
+from wrapped import timm_optimizer
 
 import layerlr
 from layerlr.rules import Lamb, Lars
 
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
-
-
-def timm_optimizer(name):
-    """An optimizer of timm: all of timm needs torchvision, its optimizers need torch alone."""
-    found = importlib.util.find_spec("timm")
-    if found is None:
-        pytest.skip("timm is not installed")
-    if "timm_optim" not in sys.modules:
-        package = types.ModuleType("timm_optim")
-        package.__path__ = [str(Path(found.origin).parent / "optim")]
-        sys.modules["timm_optim"] = package
-    return getattr(importlib.import_module(f"timm_optim.{name.lower()}"), name)
 
 
 def walk_beside(engine, ours, theirs, steps=5):

@@ -8,7 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import Toy, batch, everywhere_the_same, full, models, run, train
+from ranks import (
+    Toy,
+    batch,
+    equal,
+    everywhere_the_same,
+    fsdp,
+    full,
+    models,
+    run,
+    tensor_parallel,
+    train,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -16,14 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 import layerlr
 
@@ -36,23 +42,6 @@ MAKE = {
     "lars": lambda p: layerlr.Adagrad(p, lr=0.1, lr_decay=0.1, rule="lars"),
     "none": lambda p: layerlr.RMSprop(p, lr=0.01, momentum=0.5, eps=1e-2),
 }
-
-
-def fsdp(model, mesh=None, **options):
-    for part in (model.up, model.mid, model.out, model):
-        fully_shard(part, mesh=mesh, **options)
-    return model
-
-
-def tensor_parallel(model, mesh):
-    plan = {"up": ColwiseParallel(), "mid": RowwiseParallel()}
-    return parallelize_module(model, mesh, plan)
-
-
-def equal(model, whole, rtol=1e-9, atol=1e-12):
-    for (_, p), (_, q) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-        everywhere = everywhere_the_same(full(p.detach()))
-        torch.testing.assert_close(everywhere, q.detach(), rtol=rtol, atol=atol)
 
 
 _PLAIN = ("step", "radius")  # every process has them whole

@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("rich")
 
 import torch.nn.functional as F
-from test_data import cifar10_folder
+from data_folders import cifar10_folder
 from torch import nn
 
 from bench.config import Config

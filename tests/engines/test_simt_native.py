@@ -11,7 +11,7 @@ from typing import NamedTuple
 import proofs
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     *"-std=c++17 -O1 -g1 -ffp-contract=off -fno-math-errno -pthread -Wno-psabi".split(),
     *"-Wno-unknown-pragmas -DLAYERLR_SIMT -Icsrc -Itests/simt".split(),

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import batch, everywhere_the_same, full, models, run, train
-from test_fsdp import equal, fsdp, tensor_parallel
+from ranks import batch, equal, everywhere_the_same, fsdp, full, models, run, tensor_parallel, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
