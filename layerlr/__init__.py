@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import monitor, rules
+from . import integrations, monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamMini, AdamW, AMomSGD, Lion, RMSprop
@@ -27,6 +27,7 @@ __all__ = [
     "RMSprop",
     "depth_multipliers",
     "describe",
+    "integrations",
     "monitor",
     "param_groups",
     "rules",

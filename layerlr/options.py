@@ -128,10 +128,11 @@ def _check_seed(group: Group, index: int) -> None:
 class LayerwiseOptions(TypedDict, total=False):
     """Keyword arguments of every constructor; all but ``backend`` are keys of param groups.
 
-    rule : str, layerlr.rules.LayerRule or None
+    rule : str, layerlr.rules.LayerRule, dict or None
         How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
-        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters. None:
-        the torch.optim optimizer of the same name.
+        ``"relative"``, ``"hyperball"``, ``"brake"``, ``"curvature"``, ``"backmatching"``,
+        ``"rated"``, or a rule with its hyper-parameters, in configuration files a mapping with its
+        name: ``{"name": "lamb", "clip": 10.0}``. None: the torch.optim optimizer of the same name.
     layers : str or callable
         What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a module;
         needs named parameters) or ``(name, param) -> key``.

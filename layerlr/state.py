@@ -159,7 +159,7 @@ def unpack_groups(
             if key in old:
                 group.setdefault(key, old[key])
         if not isinstance(group.get("lr_scale", 1.0), (int, float)):
-            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name: see README
+            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name
         group["rule"] = rules.resolve(group["rule"])
 
 

@@ -27,19 +27,18 @@ ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatc
 KNOWN: dict[str, type[LayerRule]] = RULES | ESTIMATED
 del KNOWN[AdamMini.name]
 
-#: what stands for a rule: its name (capitals or not), the rule itself or its class, or none
-Rule = str | LayerRule | type[LayerRule] | None
+#: what stands for a rule: its name (capitals or not), the rule itself or its class, its name with
+#: hyper-parameters as configuration files have them (``{"name": "lamb", "clip": 10.0}``), or none
+Rule = str | LayerRule | type[LayerRule] | Mapping[str, Any] | None
 
 
-def resolve(
-    rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None,
-) -> LayerRule | None:
-    """Rule from a name, a rule, a rule's class, the plain dict of a state dict, or None.
+def resolve(rule: Rule) -> LayerRule | None:
+    """Rule from a name, a rule, a rule's class, a mapping as in a state dict, or None.
 
     Raises
     ------
     ValueError
-        For an unknown name; the message lists the known ones.
+        For an unknown name; the message lists the known ones. For a mapping without a name.
     TypeError
         For any other kind of value.
     """
@@ -51,11 +50,15 @@ def resolve(
         return rule()
     if isinstance(rule, Mapping):
         options = dict(rule)
-        return _lookup(str(options.pop("name", None)))(**options)
+        if "name" not in options:
+            raise ValueError(
+                f"a rule that is a mapping needs its name, {{'name': 'lamb', ...}}, got {options}"
+            )
+        return _lookup(str(options.pop("name")))(**options)
     raise TypeError(f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}")
 
 
-def is_estimated(rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None) -> bool:
+def is_estimated(rule: Rule) -> bool:
     """Whether a rule looks at the model for its rates."""
     return isinstance(rule if isinstance(rule, LayerRule) else resolve(rule), Estimated)
 
