@@ -12,6 +12,7 @@ build_backend/nvcc.py says what LAYERLR_CUDA and LAYERLR_CUDA_ARCH are.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -144,6 +145,28 @@ def words(parts):
     return shlex.join(map(str, parts)).replace("$", "$$")
 
 
+def direction_groups():
+    """Return the directions that each header defines, as a macro's list: what kernels.cu makes."""
+    listed = re.findall(r"X\((\w+)\)", (ROOT / "csrc/directions/all.h").read_text())
+    groups = {}
+    for header in sorted(ROOT.glob("csrc/directions/*.h")):
+        defined = re.findall(r"^struct (\w+)|^using (\w+)", header.read_text(), re.MULTILINE)
+        names = [name for name in listed if any(name in pair for pair in defined)]
+        if names:
+            groups[header.stem] = " ".join(f"X({name})" for name in names)
+    return groups
+
+
+def compiled(source):
+    """Return the objects that a source is compiled to, and what each of them is told."""
+    if Path(source).name != "kernels.cu":
+        return {f"{source}.o": []}
+    return {
+        f"{source}.{stem}.o": [f"-DLAYERLR_KERNELS_OF(X)={names}"]
+        for stem, names in direction_groups().items()
+    }
+
+
 def path(name):
     """Return a path escaped for a ninja build line."""
     return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -154,7 +177,7 @@ def cuda_rule(compiler):
     command = words([compiler, *nvcc.flags(compiler, COMPILE_FLAGS, ROOT / "csrc")])
     return [
         "rule cuda",
-        f"  command = {command} -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
+        f"  command = {command} $more -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
         "|| { cat $out.log; exit 1; }; grep -w warning $out.log || :",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -194,11 +217,12 @@ def build_ninja(torch, extensions):
         macros = [f"-D{name}={value}" for name, value in extension.define_macros]
         objects = []
         for source in extension.sources:
-            objects.append(path(f"{source}.o"))
             rule = "cuda" if source.endswith(".cu") else "compile"
-            lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)}")
             own = [f'-DLAYERLR_NO_CUDA="{why_not}"'] if source == "csrc/bindings.cpp" else []
-            lines.append(f"  more = {words([*isa_flags(source), *macros, *own])}")
+            for target, told in compiled(source).items():
+                objects.append(path(target))
+                lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)}")
+                lines.append(f"  more = {words([*isa_flags(source), *macros, *own, *told])}")
         # No rpath: layerlr imports torch, and with it these libraries, before its own.
         libraries = [f"-L{folder}" for folder in [*library_paths(), *extension.library_dirs]]
         libraries += [*(f"-l{name}" for name in extension.libraries), *extension.extra_link_args]

@@ -1,4 +1,4 @@
-"""What README promises of times and messages, from the results that are committed.
+"""What the documentation promises of times and messages, from the results that are committed.
 
 ``python -m bench.promises bench/results`` writes ``promises.md`` and ``promises.png`` into that
 folder. A promise is *kept* where all its medians with their 20 and 80% quantiles are on the right
@@ -34,13 +34,13 @@ from bench.record import write_atomically
 
 COLOURS = {"kept": "#009E73", "not resolved": "#888888", "broken": "#D55E00"}
 INTRODUCTION = (
-    "# What README promises of times and messages\n\n"
+    "# What is promised of times and messages\n\n"
     "Written by `python -m bench.promises bench/results` from the JSON files beside it. Figures "
     "are medians over rounds, with their 20 and 80% quantiles in brackets; the worst one stands "
     "first. **Kept**: all of them within the limit, quantiles too. **Broken**: one of them wholly "
-    "beyond it. **Not resolved**: else. The limits are README's sentences of today, written with "
-    "the figures known: a verdict says whether their spread carries the sentence. What README says "
-    "of training has [cards](../papers/results/cards.md).\n"
+    "beyond it. **Not resolved**: else. The limits are the sentences of [the documentation]"
+    "(../../docs/speed.md), written with the figures known: a verdict says whether their spread "
+    "carries the sentence. What is said of training has [cards](../papers/results/cards.md).\n"
 )
 WITHOUT = (
     "## Without figures\n\n"

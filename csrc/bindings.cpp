@@ -1,10 +1,8 @@
 // layerlr._C: the cached plans of the eager path, and the registries.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu_plan.h"
 #include "device_plan.h"
 
 namespace pybind11::detail {
@@ -32,51 +30,12 @@ struct type_caster<layerlr::StepConfig> {
 namespace layerlr {
 namespace {
 
-/// On the CPU.
-class CpuPlan : public LivePlan {
- public:
-  explicit CpuPlan(const LivePlan& live) : LivePlan(live) { plan().finish(); }
-
-  void step(const StepConfig& config) {
-    if (config.found_inf != 0) return;
-    {
-      py::gil_scoped_release release;
-      layerlr::step(plan(), config, torch_threads());
-    }
-    finish();
-  }
-
-  at::Tensor measure(const StepConfig& config) {
-    py::gil_scoped_release release;
-    if (config.found_inf != 0) return at::zeros({layers(), 4}, at::kDouble);
-    const at::Tensor sums = at::empty({layers(), 4}, at::kDouble);
-    layerlr::measure(plan(), config, torch_threads(), rows_of(sums));
-    return sums;
-  }
-
-  void apply(const StepConfig& config, const at::Tensor& sums) {
-    if (config.found_inf != 0) return;
-    TORCH_CHECK(sums.sizes() == at::IntArrayRef({layers(), 4}) && sums.is_contiguous());
-    {
-      py::gil_scoped_release release;
-      layerlr::apply(plan(), config, torch_threads(), rows_of(sums));
-    }
-    finish();
-  }
-
-  at::Tensor norms(const StepConfig& config) {
-    py::gil_scoped_release release;
-    const at::Tensor sums = at::empty({layers()}, at::kDouble);
-    layerlr::norms(plan(), config, torch_threads(), sums.data_ptr<double>());
-    return sums;
-  }
-
- private:
-  int64_t layers() { return plan().layers.size(); }
-  static LayerStats* rows_of(const at::Tensor& sums) {
-    return reinterpret_cast<LayerStats*>(sums.data_ptr<double>());
-  }
-};
+py::dict directions() {
+  py::dict every;
+  const std::vector<std::string> names = direction_names();
+  for (size_t d = 0; d < names.size(); ++d) every[names[d].c_str()] = states_of(int(d));
+  return every;
+}
 
 py::dict rules() {
   py::dict every;
@@ -88,6 +47,7 @@ py::dict rules() {
     flags["raw_gradient"] = info.raw_gradient;
     flags["latches"] = info.latches;
     flags["decays_apart"] = info.decays_apart;
+    flags["averages"] = info.averages;
     every[info.name] = flags;
   }
   return every;
@@ -100,12 +60,17 @@ const Engine* engine_in(const py::capsule& capsule) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("directions", &direction_names, "Names of the directions that the kernels know.");
+  m.def("directions", &directions,
+        "Name of each direction that the kernels know, and of its states which are never below 0.");
   m.def("rules", &rules, "Name and flags of each rule that the kernels know.");
   m.def("columns", [] { return int(columns); }, "Columns of a plan's statistics.");
   py::dict config;
   for_config_places([&](const char* name, size_t place) { config[name] = place; });
   m.attr("CONFIG") = config;
+  py::dict row;
+  for_row_places([&](const char* name, size_t place) { row[name] = place; });
+  m.attr("ROW") = row;
+  m.attr("CODE_BLOCK") = int(code_block);
   m.def("instruction_set", [] { return std::string(instruction_set()); });
   m.def("use_instruction_set", [](const std::string& name) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
@@ -117,27 +82,32 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::dict>())
       .def("matches",
            [](const Snapshot& s, const py::dict& dict) { return s.matches(dict.ptr()); });
-  py::class_<LivePlan>(m, "LivePlan")
-      .def(py::init<py::list, py::list, const std::vector<std::string>&,
-                    const std::vector<std::array<int64_t, 4>>&, const std::vector<bool>&,
-                    const std::vector<double>&, const std::vector<double>&, const std::string&,
-                    const std::optional<std::string>&, const std::optional<std::string>&,
-                    at::Tensor, const std::string&, const std::string&>())
-      .def("prepare", &LivePlan::prepare)
-      .def("finish", &LivePlan::finish)
-      .def("rows", &LivePlan::rows)
-      .def("memory_pointers", &LivePlan::memory_pointers)
-      .def_property_readonly_static("READY", [](py::object) { return int(LivePlan::ready); })
-      .def_property_readonly_static("STALE", [](py::object) { return int(LivePlan::stale); });
-  py::class_<CpuPlan, LivePlan>(m, "CpuPlan")
-      .def(py::init<const LivePlan&>())
+  py::class_<PlanSpec>(m, "PlanSpec")
+      .def(py::init<>())
+#define LAYERLR_FIELD(name) .def_readwrite(#name, &PlanSpec::name)
+          LAYERLR_FIELD(params) LAYERLR_FIELD(states) LAYERLR_FIELD(keys) LAYERLR_FIELD(aux_keys)
+              LAYERLR_FIELD(precision) LAYERLR_FIELD(weights_aux_key) LAYERLR_FIELD(spans)
+                  LAYERLR_FIELD(ruled) LAYERLR_FIELD(lr_scale) LAYERLR_FIELD(start_radius)
+                      LAYERLR_FIELD(direction) LAYERLR_FIELD(rule) LAYERLR_FIELD(memory_key)
+                          LAYERLR_FIELD(stats);
+#undef LAYERLR_FIELD
+  py::class_<BoundPlan>(m, "BoundPlan")
+      .def(py::init<const PlanSpec&>())
+      .def("prepare", &BoundPlan::prepare)
+      .def("finish", &BoundPlan::finish)
+      .def("rows", &BoundPlan::rows)
+      .def("memory_pointers", &BoundPlan::memory_pointers)
+      .def_property_readonly_static("READY", [](py::object) { return int(BoundPlan::ready); })
+      .def_property_readonly_static("STALE", [](py::object) { return int(BoundPlan::stale); });
+  py::class_<CpuPlan, BoundPlan>(m, "CpuPlan")
+      .def(py::init<const PlanSpec&>())
       .def("step", &CpuPlan::step)
       .def("measure", &CpuPlan::measure)
       .def("apply", &CpuPlan::apply)
       .def("norms", &CpuPlan::norms);
-  py::class_<DevicePlan, LivePlan>(m, "DevicePlan")
-      .def(py::init([](const LivePlan& live, const py::capsule& engine, int blocks, int distance) {
-        return new DevicePlan(live, engine_in(engine), {blocks, distance});
+  py::class_<DevicePlan, BoundPlan>(m, "DevicePlan")
+      .def(py::init([](const PlanSpec& spec, const py::capsule& engine, int blocks, int distance) {
+        return new DevicePlan(spec, engine_in(engine), {blocks, distance});
       }))
       .def("step", &DevicePlan::step)
       .def("measure", &DevicePlan::measure)

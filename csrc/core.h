@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
+#include <nv/target>
 #define LAYERLR_HD __host__ __device__ __forceinline__
 #else
 // Always inlined: the CPU kernels are compiled once for each instruction set, and an out-of-line
@@ -60,6 +61,29 @@ LAYERLR_HD double power(double x, double n) {
 template <class T>
 LAYERLR_HD T larger(T x, T y) {
   return x >= y || x != x ? x : y;
+}
+
+LAYERLR_HD float magnitude(float x) { return fabsf(x); }
+LAYERLR_HD float with_sign(float x, float of) { return copysignf(x, of); }
+
+/// The smaller value; the limit for NaN.
+LAYERLR_HD float at_most(float x, float limit) { return x < limit ? x : limit; }
+
+/// c + 1 where z >= threshold, else c.
+LAYERLR_HD float add_one_where(float z, float threshold, float c) {
+  return z >= threshold ? c + 1 : c;
+}
+
+/// A square root that may be wrong by two ulp.
+LAYERLR_HD float quick_root(float x) {
+#if defined(__CUDACC__)
+  float y;
+  NV_IF_TARGET(NV_IS_DEVICE, (asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));),
+               (y = sqrtf(x);))
+  return y;
+#else
+  return sqrtf(x);
+#endif
 }
 
 /// 1 above 0, -1 below, a zero or NaN as it is.

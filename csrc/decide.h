@@ -15,16 +15,17 @@ struct RuleConfig {
 
 /// What the layer brings along.
 struct LayerConfig {
-  bool ruled;               // else it takes the plain step
-  double lr;                // its own: lr times lr_scale times the direction's rate
-  double l2, decoupled;     // weight decay, in one form or the other
-  bool first_order;         // of the direction
-  bool skip;                // leave the layer alone where a sum is not finite
-  double* memory;           // the number that the layer stores, or null: none
-  bool whole;               // all of its tensors have a gradient
-  double start_radius = 0;  // that of a layer which starts at zero
-  double plain = 1;         // on lr, until it has that radius
-  bool taken = false;       // w is v - u: the step is taken, the rule says what of it stays
+  bool ruled;            // else it takes the plain step
+  double lr;             // its own: lr times lr_scale times the direction's rate
+  double l2, decoupled;  // weight decay, in one form or the other
+  bool first_order;      // of the direction
+  bool skip;             // leave the layer alone where a sum is not finite
+  double* memory;        // the number that the layer stores, or null: none
+  bool whole;            // all of its tensors have a gradient
+  double constant = 0;   // the radius of a layer which starts at zero, or the number of its weights
+  double plain = 1;      // on lr, until it has that radius
+  double taken = 0;      // not 0: w is v - taken*u, a step at that rate; the rule says what stays
+  double step = 1;       // number of the coming step
 };
 
 /// A rule's answer in terms of w and the bare direction.
@@ -37,10 +38,10 @@ struct Verdict {
 
 LAYERLR_HD bool finite(double x) { return x - x == 0; }
 
-/// The sums over v and u of a layer whose weights are w = v - u.
-LAYERLR_HD LayerStats before_the_step(const LayerStats& s) {
+/// The sums over v and u of a layer whose weights are w = v - rate*u, from those over w and rate*u.
+LAYERLR_HD LayerStats before_the_step(const LayerStats& s, double rate) {
   const double ww = s.ww + 2 * s.wu + s.uu;
-  return {ww < 0 ? 0 : ww, s.gg, s.uu, s.wu + s.uu};
+  return {ww < 0 ? 0 : ww, s.gg, s.uu / (rate * rate), (s.wu + s.uu) / rate};
 }
 
 /// A layer's radius as its memory has it, and the coming step's. 0: no step yet. Below 0: the layer
@@ -50,6 +51,18 @@ LAYERLR_HD double radius_of(double memory, double ww, double start) {
   return memory < 0 && ww >= memory * memory ? -memory : memory;
 }
 
+/// A layer's second moment after a step whose gradients have this mean square: the running mean,
+/// corrected for its start. memory < 0: there is none yet.
+LAYERLR_HD double second_moment(double memory, double square, double beta, double step) {
+  if (memory < 0) return square;
+  return memory + (1 - beta) / (1 - power(beta, step)) * (square - memory);
+}
+
+/// Adam's rate, u being a running mean of gradients from 0; h: both betas, eps.
+LAYERLR_HD double rate_of(double second_moment, const double* h, double step) {
+  return 1 / ((1 - power(h[0], step)) * (sqrt(second_moment) + h[2]));
+}
+
 LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const LayerStats& sums) {
   const RuleId id = c.ruled ? config.rule : RuleId::Plain;
   const RuleInfo info = rule_info(id);
@@ -57,7 +70,7 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
   v.seen = sums;
   if (config.update) {
     v.skip = c.skip && !(finite(sums.ww) && finite(sums.gg) && finite(sums.uu) && finite(sums.wu));
-    if (c.taken) v.seen = before_the_step(sums);
+    if (c.taken != 0) v.seen = before_the_step(sums, c.taken);
     const double ww = v.seen.ww, inside = info.decays_apart ? 0 : c.decoupled;
     // the rule sees u + decay*w, whose sums follow from those of u
     const double uu = v.seen.uu + 2 * inside * v.seen.wu + inside * inside * ww;
@@ -66,7 +79,12 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     // the norm of a part of the layer is no radius
     double* const at = c.whole || !info.latches ? c.memory : nullptr;
     double memory = at ? *at : 0;
-    if (info.latches && at) memory = radius_of(memory, ww, c.start_radius);
+    if (info.latches && at) memory = radius_of(memory, ww, c.constant);
+    if (info.averages) {
+      memory = second_moment(at ? memory : -1, sums.gg / c.constant, config.hyper[1], c.step);
+      if (at && !v.skip) *at = memory;
+      memory = rate_of(memory, config.hyper, c.step);
+    }
     if (info.latches && memory < 0) {
       v.scale = {1, 1, -(c.lr * c.plain), c.plain};
     } else {
@@ -79,7 +97,8 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     v.shown_a = v.scale.a;
     v.shown_b = v.scale.b;
     v.scale.a += v.scale.b * inside;
-    if (c.taken) v.scale.b += v.scale.a;  // a*v + b*u in terms of w = v - u
+    // a*v + b*u in terms of w = v - taken*u and taken*u
+    if (c.taken != 0) v.scale.b = v.scale.b / c.taken + v.scale.a;
     return v;
   }
   v.skip = c.skip && !(finite(sums.gg) && (!info.measures_ww || finite(sums.ww)));

@@ -35,8 +35,8 @@ constexpr size_t page = 1024;
 
 }  // namespace
 
-DevicePlan::DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning)
-    : LivePlan(live), engine_(engine), tuning_(tuning) {
+DevicePlan::DevicePlan(const PlanSpec& spec, const Engine* engine, Tuning tuning)
+    : BoundPlan(spec), engine_(engine), tuning_(tuning) {
   check(engine_->info(device().index(), &info_));
 }
 
@@ -195,7 +195,7 @@ void DevicePlan::hold_for(const std::optional<c10::Stream>& now) {
 /// Bring what is on the device up to date; false where there is nothing to step.
 bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   const auto& tensors = plan().tensors;
-  if (std::none_of(tensors.begin(), tensors.end(), [](const TensorRow& t) { return t.active; })) {
+  if (std::none_of(tensors.begin(), tensors.end(), [](const Row& t) { return t.active(); })) {
     return false;  // every layer has stepped within backward, or there was none
   }
   const bool measured = plan().has_rule || config.skip != 0;

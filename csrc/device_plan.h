@@ -3,15 +3,15 @@
 
 #include <map>
 
+#include "bound_plan.h"
 #include "cuda/schedule.h"
-#include "live_plan.h"
 
 namespace layerlr {
 
-class DevicePlan : public LivePlan {
+class DevicePlan : public BoundPlan {
  public:
   /// `engine` runs the kernels; `tuning` is what results do not depend on.
-  DevicePlan(const LivePlan& live, const Engine* engine, Tuning tuning);
+  DevicePlan(const PlanSpec& spec, const Engine* engine, Tuning tuning);
 
   /// Numbers of the config, by place, that are tensors on the device: they are read there, and
   /// nobody waits.

@@ -13,7 +13,8 @@ void Plan::finish() {
     for (const Span* span : parts[l]) {
       int64_t begin = span->begin;
       do {  // an empty tensor has an empty chunk: it takes part all the same
-        const int64_t count = std::min(chunk_size, span->end - begin);
+        const int64_t block = tensors[span->tensor].block;
+        const int64_t count = std::min(chunk_size / block * block, span->end - begin);
         chunks.push_back({span->tensor, static_cast<int32_t>(count), begin});
         begin += count;
       } while (begin < span->end);
@@ -33,13 +34,24 @@ std::vector<std::string> direction_names() {
   };
 }
 
-int states_of(int direction) {
-  const int states[] = {
-#define LAYERLR_STATES(D) D<float>::states,
+namespace {
+
+template <template <class> class D>
+std::vector<bool> states() {
+  std::vector<bool> answer;
+  for (int k = 0; k < D<float>::states; ++k) answer.push_back(D<float>::nonnegative(k));
+  return answer;
+}
+
+}  // namespace
+
+std::vector<bool> states_of(int direction) {
+  const std::vector<bool> all[] = {
+#define LAYERLR_STATES(D) states<D>(),
       LAYERLR_DIRECTIONS(LAYERLR_STATES)
 #undef LAYERLR_STATES
   };
-  return states[direction];
+  return all[direction];
 }
 
 std::vector<std::string> rule_names() {

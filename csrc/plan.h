@@ -6,49 +6,14 @@
 #include <vector>
 
 #include "decide.h"
-#include "directions/all.h"
-#include "precision.h"
+#include "row.h"
 #include "step_config.h"
 
 namespace layerlr {
 
-enum class DType : int32_t { f32, f64, bf16, f16 };
-
-/// Bytes of an element of a parameter or gradient, and of its state.
-LAYERLR_HD constexpr int param_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-LAYERLR_HD constexpr int state_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
-
 /// Elements a chunk has at most. Chunks start where their layer's part of a tensor starts, so the
 /// partial sums depend on the layer alone: not on threads, alignment or place in the list.
 constexpr int64_t chunk_size = int64_t(1) << 15;
-
-struct TensorRow {
-  void* param = nullptr;
-  const void* grad = nullptr;
-  void* state[max_states] = {};
-  void* step = nullptr;  // the count of steps taken, float32 or float64
-  DType dtype = DType::f32;
-  bool step_is_double = false;
-  bool active = false;  // takes part in this step
-  Held held = Held::nearest;
-  void* extra = nullptr;  // the master or the compensation, one element for each
-  int64_t seed = 0;       // of stochastic rounding
-
-  /// Number of steps taken.
-  double count() const {
-    return step_is_double ? *static_cast<const double*>(step)
-                          : static_cast<double>(*static_cast<const float*>(step));
-  }
-  void count_step() const {
-    if (step_is_double) {
-      *static_cast<double*>(step) += 1;
-    } else {
-      *static_cast<float*>(step) += 1;
-    }
-  }
-};
 
 /// A part of one tensor, all of it in one layer.
 struct Span {
@@ -67,7 +32,8 @@ struct Layer {
   int32_t chunk_begin = 0, chunk_end = 0;
   bool ruled = false;
   double lr_scale = 1;
-  double start_radius = 0;   // that of a layer which starts at zero, under a rule with a radius
+  double start_radius = 0;   // that of a layer which starts at zero, under a rule with a radius;
+                             // the number of its weights under one that averages
   double* memory = nullptr;  // the number that the rule stores, where it does
   int64_t numel = 0;
 };
@@ -76,7 +42,7 @@ struct Plan {
   int direction = 0;
   bool has_rule = false;
   RuleConfig rule;
-  std::vector<TensorRow> tensors;
+  std::vector<Row> tensors;
   std::vector<Span> spans;  // by tensor
   std::vector<Layer> layers;
   std::vector<Chunk> chunks;         // by layer
@@ -93,9 +59,10 @@ struct Plan {
   }
 };
 
-/// Names in the order of their ids, and the state tensors of a direction.
+/// Names in the order of their ids, and of the state tensors of a direction whether each is never
+/// below 0.
 std::vector<std::string> direction_names();
 std::vector<std::string> rule_names();
-int states_of(int direction);
+std::vector<bool> states_of(int direction);
 
 }  // namespace layerlr

@@ -1,11 +1,9 @@
-// How 16-bit weights keep what rounding to nearest would lose: layerlr/precision.py says it all.
+// Random bits for 16-bit weights: layerlr/precision.py says it all.
 #pragma once
 
 #include "core.h"
 
 namespace layerlr {
-
-enum class Held : int32_t { nearest, master, kahan, stochastic };
 
 /// The n-th number that the generator SplitMix64 draws from a seed.
 LAYERLR_HD uint64_t splitmix64(uint64_t seed, uint64_t n) {

@@ -17,7 +17,7 @@ struct StepConfig {
   double skip = 0;             // other than 0: leave layers with a sum that is not finite alone
   double found_inf = 0;        // other than 0: change nothing at all
   double plain = 1;            // on lr, for layers under the rule that take plain steps at first
-  double taken = 0;            // other than 0: weights are what a step has left, see decide.h
+  double taken = 0;            // other than 0: rate of the step that weights have taken already
   double direction[max_direction_hyper] = {};
   double rule[max_rule_hyper] = {};
 };

@@ -5,12 +5,13 @@
 | `tables.py` | the tables that the kernels walk |
 | `directions.py`, `rules.py` | the formulas of the C++ engine, one function each |
 | `rows.py` | what is done once a tensor or layer: `begin`, `total`, `decide`, `finish` |
+| `memory.py`, `codes.py` | elements between memory and registers; codes of 8 bits |
 | `tiles.py` | the passes over the elements: `measure` or `advance`, then `apply` |
 | `launches.py` | their order |
 """
 
 from .directions import DIRECTIONS
-from .launches import INTERPRETED, Blocks, Launch, Launches, launches
+from .launches import INTERPRETED, Blocks, Launch, Launches, Stored, launches
 from .rules import RULES
 from .tables import Tables
 
@@ -21,6 +22,7 @@ __all__ = [
     "Blocks",
     "Launch",
     "Launches",
+    "Stored",
     "Tables",
     "launches",
 ]

@@ -16,7 +16,7 @@ from .arithmetic import larger, power, quotient, root, sign
 
 
 class Direction(NamedTuple):
-    """The functions of a direction, the number of its state tensors, and whether it is linear."""
+    """The functions of a direction, and what is to know of its states."""
 
     scalars: Any
     advance: Any
@@ -24,6 +24,7 @@ class Direction(NamedTuple):
     states: int
     rate: Any  # factor on lr at step t
     first_order: bool = False  # a gradient rule scales g before the state sees it
+    nonnegative: int = 0  # bit k: state k is never below 0
 
 
 @triton.jit
@@ -256,18 +257,24 @@ DIRECTIONS: dict[str, Direction] = {
     "averaged_momentum": Direction(
         _averaged_scalars, _momentum_advance, _first_state, 1, _full_rate, True
     ),
-    "adagrad": Direction(_adagrad_scalars, _adagrad_advance, _adagrad_direction, 1, _adagrad_rate),
-    "rmsprop": Direction(_rmsprop_scalars, _rmsprop_advance, _rmsprop_direction, 1, _full_rate),
+    "adagrad": Direction(
+        _adagrad_scalars, _adagrad_advance, _adagrad_direction, 1, _adagrad_rate, nonnegative=1
+    ),
+    "rmsprop": Direction(
+        _rmsprop_scalars, _rmsprop_advance, _rmsprop_direction, 1, _full_rate, nonnegative=1
+    ),
     "rmsprop_centered": Direction(
-        _rmsprop_scalars, _centered_advance, _centered_direction, 2, _full_rate
+        _rmsprop_scalars, _centered_advance, _centered_direction, 2, _full_rate, nonnegative=1
     ),
     "rmsprop_momentum": Direction(
-        _rmsprop_scalars, _rmsprop_momentum_advance, _second_state, 2, _full_rate
+        _rmsprop_scalars, _rmsprop_momentum_advance, _second_state, 2, _full_rate, nonnegative=1
     ),
     "rmsprop_centered_momentum": Direction(
-        _rmsprop_scalars, _centered_momentum_advance, _third_state, 3, _full_rate
+        _rmsprop_scalars, _centered_momentum_advance, _third_state, 3, _full_rate, nonnegative=1
     ),
-    "adam": Direction(_adam_scalars, _adam_advance, _adam_direction, 2, _full_rate),
-    "amsgrad": Direction(_adam_scalars, _amsgrad_advance, _amsgrad_direction, 3, _full_rate),
+    "adam": Direction(_adam_scalars, _adam_advance, _adam_direction, 2, _full_rate, nonnegative=2),
+    "amsgrad": Direction(
+        _adam_scalars, _amsgrad_advance, _amsgrad_direction, 3, _full_rate, nonnegative=6
+    ),
     "lion": Direction(_lion_scalars, _momentum_advance, _lion_direction, 1, _full_rate),
 }

@@ -35,11 +35,18 @@ class Launches(NamedTuple):
     norms: list[Launch]
 
 
+class Stored(NamedTuple):
+    """How elements are stored: what tiles have in common."""
+
+    dtype: str  # of parameter and gradient
+    states: str  # "plain", "bfloat16" or "codes"
+
+
 class Launch(NamedTuple):
-    """A kernel over all rows, or over the tiles of one dtype."""
+    """A kernel over all rows, or over the tiles that are stored alike."""
 
     kernel: Any
-    dtype: str | None
+    stored: Stored | None
     constants: dict[str, Any]
     warps: int = 8
 
@@ -53,7 +60,7 @@ def launches(
     direction: str,
     rule: str,
     measured: bool,
-    dtypes: Sequence[str],
+    kinds: Sequence[Stored],
     blocks: Blocks,
     precision: str | None = None,
 ) -> Launches:
@@ -65,26 +72,28 @@ def launches(
 
     def over_tiles(kernel: Any, **constants: Any) -> list[Launch]:
         return [
-            Launch(kernel, dtype, {**_of(dtype, blocks, precision), **constants})
-            for dtype in dtypes
+            Launch(kernel, kind, {**_of(kind, blocks, precision), **constants}) for kind in kinds
         ]
+
+    def over_states(kernel: Any, **constants: Any) -> list[Launch]:
+        return over_tiles(kernel, NONNEGATIVE=d.nonnegative, **formulas, **constants)
 
     def totals(update: bool, ww: bool) -> Launch:
         return Launch(total, None, {"UPDATE": update, "MEASURES_WW": ww, **of_rows})
 
     first = [Launch(begin, None, {"MAKE": d.scalars, "RATE_OF": d.rate, "ROWS": blocks.rows}, 1)]
     if measured and r.update:
-        first += over_tiles(advance, **formulas)
+        first += over_states(advance)
     elif measured:
         first += over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient, BARE=False)
     asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "LATCHES": r.latches}
-    asked["DECAYS_APART"] = r.decays_apart
+    asked["DECAYS_APART"], asked["AVERAGES"] = r.decays_apart, r.averages
     asked["FIRST_ORDER"] = d.first_order
     here, given = (
         Launch(decide, None, {**asked, **passes, "TOTAL": t, **of_rows}) for t in (False, True)
     )
     second = [
-        *over_tiles(apply, **formulas, **passes),
+        *over_states(apply, **passes),
         Launch(finish, None, {"TELLS": measured and not r.update, **of_rows}),
     ]
     return Launches(
@@ -98,8 +107,9 @@ def launches(
     )
 
 
-def _of(dtype: str, blocks: Blocks, precision: str | None) -> dict[str, Any]:
-    arithmetic = tl.float64 if dtype == "float64" else tl.float32
+def _of(kind: Stored, blocks: Blocks, precision: str | None) -> dict[str, Any]:
+    arithmetic = tl.float64 if kind.dtype == "float64" else tl.float32
     sizes = {"TILES": blocks.tiles, "BLOCK": blocks.elements}
-    of_dtype = precision if dtype in ("bfloat16", "float16") else None
-    return {"DT": getattr(tl, dtype), "T": arithmetic, "PRECISION": of_dtype, **sizes}
+    of_weights = precision if kind.dtype in ("bfloat16", "float16") else None
+    stored = {"PRECISION": of_weights, "STORED": kind.states}
+    return {"DT": getattr(tl, kind.dtype), "T": arithmetic, **stored, **sizes}

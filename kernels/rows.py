@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import finite
+from .arithmetic import finite, power
 from .rules import plain
 from .tables import (
     DECOUPLED_DECAY,
@@ -12,6 +12,7 @@ from .tables import (
     LR,
     PLAIN,
     RATE,
+    ROW,
     RULE_HYPER,
     RULED,
     SKIP_COUNT,
@@ -31,10 +32,8 @@ from .tables import (
 @triton.jit
 def count_steps(t, tensor, active):
     """Addresses of the step counts, which of them are float64, and the counts."""
-    at = tl.load(t.tensors + tensor * WIDTH + STEP, mask=active, other=0)
-    wide = active & (
-        tl.load(t.tensors + tensor * WIDTH + STEP_IS_DOUBLE, mask=active, other=0) != 0
-    )
+    at = tl.load(t.tensors + tensor * ROW + STEP, mask=active, other=0)
+    wide = active & (tl.load(t.tensors + tensor * ROW + STEP_IS_DOUBLE, mask=active, other=0) != 0)
     double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
     single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=active & ~wide, other=0.0)
     return at, wide, double + single.to(tl.float64)
@@ -111,6 +110,13 @@ def _radius(memory, ww, start, stored):
 
 
 @triton.jit
+def _second_moment(memory, square, beta, step):
+    """A layer's second moment, corrected for its start: see csrc/decide.h."""
+    share = (1.0 - beta) / (1.0 - power(beta, step))
+    return tl.where(memory < 0, square, memory + share * (square - memory))
+
+
+@triton.jit
 def decide(
     t,
     SCALE: tl.constexpr,
@@ -118,6 +124,7 @@ def decide(
     MEASURES_WW: tl.constexpr,
     LATCHES: tl.constexpr,
     DECAYS_APART: tl.constexpr,
+    AVERAGES: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -139,10 +146,12 @@ def decide(
     decay = tl.load(t.config + DECOUPLED_DECAY)
     if UPDATE:
         skip = skipped(t, finite(ww) & finite(gg) & finite(uu) & finite(wu))
-        taken = tl.load(t.config + TAKEN) != 0
-        before = ww + 2.0 * wu + uu  # of weights w = v - u
-        ww = tl.where(taken, tl.where(before < 0, 0.0, before), ww)
-        wu = tl.where(taken, wu + uu, wu)
+        taken = tl.load(t.config + TAKEN)
+        is_taken, pace = taken != 0, tl.where(taken != 0, taken, 1.0)
+        before = ww + 2.0 * wu + uu  # of weights w = v - taken*u
+        ww = tl.where(is_taken, tl.where(before < 0, 0.0, before), ww)
+        wu = tl.where(is_taken, (wu + uu) / pace, wu)
+        uu = uu / (pace * pace)
         # the rule sees u + decay*w, whose sums follow from those of u
         inside = tl.where(ruled, 0.0, decay) if DECAYS_APART else decay
         uu = uu + 2.0 * inside * wu + inside * inside * ww
@@ -156,6 +165,14 @@ def decide(
         memory = tl.load(at, mask=stored, other=0.0)
         if LATCHES:
             memory = _radius(memory, ww, tl.load(t.start_radius + layer), stored)
+        if AVERAGES:
+            _, _, count = count_steps(t, tensor, takes_part)
+            square = gg / tl.load(t.start_radius + layer)
+            memory = tl.where(stored, memory, -1.0)
+            memory = _second_moment(memory, square, tl.load(h + 1), count + 1.0)
+            tl.store(at, memory, mask=stored & takes_part & ~skip)
+            below = tl.sqrt(memory) + tl.load(h + 2)
+            memory = 1.0 / ((1.0 - power(tl.load(h), count + 1.0)) * below)
     else:
         good = finite(gg)
         if MEASURES_WW:
@@ -178,7 +195,7 @@ def decide(
         a = a - lr * (decay - inside)
         shown_a, shown_b = a, b
         a = a + b * inside
-        b = tl.where(taken, b + a, b)
+        b = tl.where(is_taken, b / pace + a, b)
     else:
         b = -lr if FIRST_ORDER else -(lr * grad)
         grad = grad if FIRST_ORDER else 1.0

@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     raw_gradient: bool = False  # gg before L2 decay is added
     latches: bool = False  # the memory is the layer's radius
     decays_apart: bool = False  # decoupled decay is no part of the step it sees
+    averages: bool = False  # the memory is a running mean of gg/n, see `rows.decide`
 
 
 @triton.jit
@@ -135,4 +136,5 @@ RULES: dict[str, Rule] = {
     "hyperball": Rule(_hyperball, update=True, measures_ww=True, latches=True),
     "relative": Rule(_lamb, update=True, measures_ww=True, decays_apart=True),
     "brake": Rule(_brake, update=True, measures_ww=True),
+    "adam_mini": Rule(_rated, update=True, measures_ww=True, decays_apart=True, averages=True),
 }

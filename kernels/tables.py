@@ -16,9 +16,7 @@ class Tables(NamedTuple):
     alone: no atomics, and the same bits wherever the layer stands.
     """
 
-    #: int64, each tensor's addresses: parameter, gradient (0: none in this step), three states,
-    #: count of steps, what lies beside the weights (or the seed of their rounding); then whether
-    #: the count is float64
+    #: int64, rows of ROW numbers: each tensor's row, as ``csrc/row.h`` has it
     tensors: Any
     #: int64, by layer: tensor, layer, first element, number of elements
     tiles: Any
@@ -30,7 +28,7 @@ class Tables(NamedTuple):
     owners: Any
     #: one a layer
     lr_scale: Any
-    #: one a layer, see the rules with a radius
+    #: one a layer, see the rules with a radius; its number of weights under one that averages
     start_radius: Any
     #: int64, one a layer: address of its memory, or 0
     memory: Any
@@ -51,12 +49,18 @@ class Tables(NamedTuple):
 WIDTH = tl.constexpr(8)
 STATS = tl.constexpr(9)
 TOTALS = tl.constexpr(4)
+# places in a tensor's row: arrays of ARRAY numbers, address first, then other numbers
+ROW = tl.constexpr(20)
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(3)
+STATE = tl.constexpr(6)
+STEP = tl.constexpr(15)
+STEP_IS_DOUBLE = tl.constexpr(16)
+SEED = tl.constexpr(17)
+BLOCK_SIZE = tl.constexpr(18)  # elements that share a scale
+ARRAY = tl.constexpr(3)
+AUX = tl.constexpr(1)  # of an array: address of what lies beside its elements
 # columns
-GRAD = tl.constexpr(1)
-STATE = tl.constexpr(2)
-STEP = tl.constexpr(5)
-AUX = tl.constexpr(6)
-STEP_IS_DOUBLE = tl.constexpr(7)
 RULED = tl.constexpr(2)
 RATE = tl.constexpr(7)
 SKIPPED = tl.constexpr(3)
@@ -69,7 +73,7 @@ GRAD_FACTOR = tl.constexpr(3)  # factor on the gradient
 SKIP = tl.constexpr(4)  # leave layers with a sum that is not finite alone
 FOUND_INF = tl.constexpr(5)  # else nothing changes at all
 PLAIN = tl.constexpr(6)  # on lr, for layers under the rule that take plain steps at first
-TAKEN = tl.constexpr(7)  # weights are what a step has left: the rule says what of it stays
+TAKEN = tl.constexpr(7)  # rate of the step that weights have taken already, or 0
 DIRECTION_HYPER = tl.constexpr(8)  # 5 numbers
 RULE_HYPER = tl.constexpr(13)  # 4 numbers
 
@@ -77,7 +81,7 @@ RULE_HYPER = tl.constexpr(13)  # 4 numbers
 @triton.jit
 def is_active(t, tensor):
     """Whether tensors have a gradient in this step."""
-    return tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
+    return tl.load(t.tensors + tensor * ROW + GRAD) != 0
 
 
 @triton.jit

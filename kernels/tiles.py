@@ -1,29 +1,23 @@
 """The passes over the elements; a program for each tile of one dtype.
 
-``DT`` is the dtype of parameter and gradient, ``T`` that of state and arithmetic, ``PRECISION`` how
-16-bit weights are stored (None: rounded). In Triton's interpreter, which takes its time for each
-operation, a program takes several tiles side by side: what is a number for each tile is a column
-then.
+In Triton's interpreter, which takes its time for each operation, a program takes several tiles side
+by side: what is a number for each tile is a column then.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import add_step, at_random, finite, narrow, nearest, rounding_key, widen
-from .rows import count_steps
-from .tables import (
-    AUX,
-    GRAD,
-    GRAD_FACTOR,
-    L2,
-    RULED,
-    SKIPPED,
-    STATE,
-    WIDTH,
-    is_active,
-    nothing,
-    skipped,
+from .arithmetic import add_step, finite
+from .memory import (
+    addresses,
+    load,
+    load_states,
+    load_weights,
+    places,
+    store_states,
+    store_weights,
 )
+from .tables import GRAD, GRAD_FACTOR, L2, ROW, RULED, SKIPPED, WIDTH, nothing, skipped
 
 
 @triton.jit
@@ -35,119 +29,9 @@ def _tiles(t, order, program, TILES: tl.constexpr):
     tile = tl.load(order + place)
     at = t.tiles + tile * WIDTH
     tensor = tl.load(at)
-    active = tl.load(t.tensors + tensor * WIDTH + GRAD) != 0
+    active = tl.load(t.tensors + tensor * ROW + GRAD) != 0
     count = tl.where(active, tl.load(at + 3), 0)  # else there is nothing to do
     return tile, tensor, tl.load(at + 1), tl.load(at + 2), count
-
-
-@triton.jit
-def _addresses(
-    t,
-    tensor,
-    begin,
-    count,
-    STATES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DT: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Addresses of weights, gradient, states and of what lies beside the weights.
-
-    The last is the seed where weights are rounded by it. Then: whether all can be read 16 bytes at
-    a time.
-    """
-    row = t.tensors + tensor * WIDTH
-    w = tl.load(row) + begin * (DT.primitive_bitwidth // 8)
-    g = tl.load(row + GRAD) + begin * (DT.primitive_bitwidth // 8)
-    s = ()
-    bits = w | g
-    for k in tl.static_range(STATES):
-        state = tl.load(row + STATE + k) + begin * (T.primitive_bitwidth // 8)
-        s = s + (state,)
-        bits = bits | state
-    aux = w
-    if PRECISION is not None:
-        aux = tl.load(row + AUX)
-    if PRECISION == "master" or PRECISION == "kahan":
-        aux += begin * ((T if PRECISION == "master" else DT).primitive_bitwidth // 8)
-        bits = bits | aux
-    return w, g, s, aux, (count == BLOCK) & (bits % 16 == 0)
-
-
-@triton.jit
-def _load(address, lane, inside, full, DT: tl.constexpr, T: tl.constexpr):
-    """Elements in the dtype of the arithmetic. Both ways end in one layout, hence in equal sums."""
-    p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
-    if len(address.shape) == 0 and full:
-        x = tl.load(tl.multiple_of(p, 16) + lane)
-    else:
-        x = tl.load(p + lane, mask=inside, other=0)
-    return widen(x) if DT == tl.bfloat16 else x.to(T)
-
-
-@triton.jit
-def _load_states(addresses, lane, inside, full, T: tl.constexpr):
-    s = ()
-    for k in tl.static_range(len(addresses)):
-        s = s + (_load(addresses[k], lane, inside, full, T, T),)
-    return s
-
-
-@triton.jit
-def _store(address, x, lane, inside, full, DT: tl.constexpr):
-    p = address.to(tl.pointer_type(tl.uint16 if DT == tl.bfloat16 else DT))
-    y = narrow(x) if DT == tl.bfloat16 else x.to(DT)
-    if len(address.shape) == 0 and full:
-        tl.store(tl.multiple_of(p, 16) + lane, y)
-    else:
-        tl.store(p + lane, y, mask=inside)
-
-
-@triton.jit
-def _load_weights(
-    address, aux, lane, inside, full, PRECISION: tl.constexpr, DT: tl.constexpr, T: tl.constexpr
-):
-    """The arithmetic weights."""
-    w = _load(address, lane, inside, full, DT, T)
-    if PRECISION == "master":
-        x = _load(aux, lane, inside, full, T, T)
-        w = tl.where(nearest(x, DT) == w, x, w)
-    if PRECISION == "kahan":
-        rest = _load(aux, lane, inside, full, DT, T)
-        w = tl.where(nearest(w + rest * 0.5, DT) == w, w + rest, w)
-    return w
-
-
-@triton.jit
-def _store_weights(
-    t,
-    tensor,
-    begin,
-    address,
-    aux,
-    w,
-    x,
-    lane,
-    inside,
-    full,
-    PRECISION: tl.constexpr,
-    DT: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Store x where there was w."""
-    if PRECISION == "master":
-        _store(aux, x, lane, inside, full, T)
-    if PRECISION == "kahan":  # two pairs of numbers can have one sum
-        rest = x - nearest(x, DT)
-        rest = tl.where(finite(rest), rest, 0.0)
-        rest = tl.where(x == w, _load(aux, lane, inside, full, DT, T), rest)
-        _store(aux, rest, lane, inside, full, DT)
-        x = tl.where(x == w, _load(address, lane, inside, full, DT, T), x)
-    if PRECISION == "stochastic":
-        _, _, count = count_steps(t, tensor, is_active(t, tensor))
-        x = at_random(x, rounding_key(aux, count + 1.0), (begin + lane).to(tl.uint32))
-    _store(address, x, lane, inside, full, DT)
 
 
 @triton.jit
@@ -171,6 +55,7 @@ def measure(
     MEASURES_WW: tl.constexpr,
     RAW: tl.constexpr,
     BARE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
@@ -181,15 +66,16 @@ def measure(
     if nothing(t):
         return
     tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, _, aux, full = _addresses(t, tensor, begin, count, 0, PRECISION, DT, T, BLOCK)
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
+    w_at, g_at, _, _, aux, full = addresses(
+        t, tensor, begin, first, whole, 0, STORED, PRECISION, DT, T
+    )
     sums = t.sums + tile * WIDTH
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
+    g = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     if not BARE:
         l2 = tl.load(t.config + L2)
         if MEASURES_WW or l2 != 0:
-            w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
+            w = load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
             if RAW:  # parameters outside the layers are measured as they are used
                 l2 = tl.where(tl.load(t.layers + layer * WIDTH + RULED) != 0, 0.0, l2)
             g = _decayed(g, w, l2)
@@ -206,6 +92,8 @@ def advance(
     ADVANCE: tl.constexpr,
     DIRECTION: tl.constexpr,
     STATES: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
@@ -216,14 +104,13 @@ def advance(
     if nothing(t):
         return
     tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
-    w_at, g_at, s_at, aux, full = _addresses(
-        t, tensor, begin, count, STATES, PRECISION, DT, T, BLOCK
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
+    w_at, g_at, s_at, scales_at, aux, full = addresses(
+        t, tensor, begin, first, whole, STATES, STORED, PRECISION, DT, T
     )
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
-    w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
-    raw = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
-    old = _load_states(s_at, lane, inside, full, T)
+    w = load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
+    raw = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
+    old = load_states(s_at, scales_at, lane, inside, full, STORED, NONNEGATIVE, T)
     g = _decayed(raw, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH
     new = ADVANCE(g, old, c)
@@ -231,7 +118,7 @@ def advance(
     s = ()
     for k in tl.static_range(STATES):  # an element with a bad gradient keeps its state
         s = s + (tl.where(skip, old[k], new[k]),)
-        _store(s_at[k], s[k], lane, inside, full, T)
+    s = store_states(s_at, scales_at, s, lane, inside, full, STORED, NONNEGATIVE, T)
     u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
     w, g = w.to(tl.float64), g.to(tl.float64)
     sums = t.sums + tile * WIDTH
@@ -250,6 +137,8 @@ def apply(
     STATES: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURED: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     DT: tl.constexpr,
     T: tl.constexpr,
@@ -263,24 +152,22 @@ def apply(
     tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
     scale = t.scales + layer * WIDTH
     count = tl.where(tl.load(scale + SKIPPED) == 0, count, 0)
-    w_at, g_at, s_at, aux, full = _addresses(
-        t, tensor, begin, count, STATES, PRECISION, DT, T, BLOCK
+    first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
+    w_at, g_at, s_at, scales_at, aux, full = addresses(
+        t, tensor, begin, first, whole, STATES, STORED, PRECISION, DT, T
     )
-    lane = tl.arange(0, BLOCK)[None, :]
-    inside = lane < count
-    w = _load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
-    g = _load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
-    s = _load_states(s_at, lane, inside, full, T)
+    w = load_weights(w_at, aux, lane, inside, full, PRECISION, DT, T)
+    g = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
+    s = load_states(s_at, scales_at, lane, inside, full, STORED, NONNEGATIVE, T)
     g = _decayed(g, w, tl.load(t.config + L2))
     c = t.scalars + tensor * WIDTH
     if not UPDATE:
         g = g * tl.load(scale).to(T)
         s = ADVANCE(g, s, c)
-        for k in tl.static_range(STATES):
-            _store(s_at[k], s[k], lane, inside, full, T)
+        s = store_states(s_at, scales_at, s, lane, inside, full, STORED, NONNEGATIVE, T)
     u = DIRECTION(g, s, c)
     moved = add_step(w * tl.load(scale + 1).to(T), u * tl.load(scale + 2).to(T))
-    _store_weights(t, tensor, begin, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
+    store_weights(t, tensor, first, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
     if MEASURED and not UPDATE:
         w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
         sums = t.sums + tile * WIDTH

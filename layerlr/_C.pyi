@@ -4,12 +4,18 @@ from typing import Any
 
 from torch import Tensor
 
-def directions() -> list[str]: ...
+def directions() -> dict[str, list[bool]]: ...
 def rules() -> dict[str, dict[str, bool]]: ...
 def columns() -> int: ...
 
 # places of a step's numbers in their array, and its size
 CONFIG: dict[str, int]
+
+# places of a tensor's numbers in its row, and its size
+ROW: dict[str, int]
+
+# numbers that share a scale
+CODE_BLOCK: int
 
 # why layerlr._cuda was left out of the build; "" where it was not
 NO_CUDA: str
@@ -23,32 +29,34 @@ class Snapshot:
     def __init__(self, dict: dict[Any, Any]) -> None: ...
     def matches(self, dict: dict[Any, Any]) -> bool: ...
 
-class LivePlan:
+class PlanSpec:
+    params: list[Tensor]
+    states: Sequence[dict[str, Any] | None]
+    keys: list[str]
+    aux_keys: list[str]
+    precision: str
+    weights_aux_key: str
+    spans: Sequence[tuple[int, int, int, int]]
+    ruled: list[bool]
+    lr_scale: list[float]
+    start_radius: list[float]
+    direction: str
+    rule: str | None
+    memory_key: str | None
+    stats: Tensor
+    def __init__(self) -> None: ...
+
+class BoundPlan:
     READY: int
     STALE: int
-    def __init__(
-        self,
-        params: list[Tensor],
-        states: Sequence[dict[str, Any] | None],
-        keys: list[str],
-        spans: Sequence[tuple[int, int, int, int]],
-        ruled: list[bool],
-        lr_scale: list[float],
-        start_radius: list[float],
-        direction: str,
-        rule: str | None,
-        memory_key: str | None,
-        stats: Tensor,
-        precision: str,
-        aux_key: str,
-    ) -> None: ...
+    def __init__(self, spec: PlanSpec) -> None: ...
     def prepare(self) -> int: ...
     def finish(self) -> None: ...
     def rows(self) -> Tensor: ...
     def memory_pointers(self) -> Tensor: ...
 
-class CpuPlan(LivePlan):
-    def __init__(self, live: LivePlan) -> None: ...
+class CpuPlan(BoundPlan):
+    def __init__(self, spec: PlanSpec) -> None: ...
     def step(self, config: array[float]) -> None: ...
     def measure(self, config: array[float]) -> Tensor: ...
     def apply(self, config: array[float], sums: Tensor) -> None: ...
@@ -56,8 +64,8 @@ class CpuPlan(LivePlan):
 
 # on_device: by place, numbers of the config that are tensors on the device
 
-class DevicePlan(LivePlan):
-    def __init__(self, live: LivePlan, engine: Any, blocks: int, distance: int) -> None: ...
+class DevicePlan(BoundPlan):
+    def __init__(self, spec: PlanSpec, engine: Any, blocks: int, distance: int) -> None: ...
     def step(self, config: array[float], on_device: dict[int, Tensor]) -> None: ...
     def measure(self, config: array[float], on_device: dict[int, Tensor]) -> Tensor: ...
     def apply(self, config: array[float], on_device: dict[int, Tensor], sums: Tensor) -> None: ...

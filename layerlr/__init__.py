@@ -2,10 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import monitor, rules
+from . import integrations, monitor, rules
 from .describe import describe
 from .layers import depth_multipliers
-from .optimizers import SGD, Adagrad, Adam, AdamW, AMomSGD, Lion, RMSprop
+from .optimizers import SGD, Adagrad, Adam, AdamMini, AdamW, AMomSGD, Lion, RMSprop
 from .param_groups import param_groups
 from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
@@ -21,11 +21,13 @@ __all__ = [
     "AMomSGD",
     "Adagrad",
     "Adam",
+    "AdamMini",
     "AdamW",
     "Lion",
     "RMSprop",
     "depth_multipliers",
     "describe",
+    "integrations",
     "monitor",
     "param_groups",
     "rules",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import options, rules
@@ -46,11 +47,16 @@ def _level_of_the_caller() -> int:
     return level
 
 
+@functools.cache
+def _arguments(owner: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(owner).parameters
+
+
 def _about(
     owner: type, group: dict[str, Any], direction: Direction, governed: bool
 ) -> Iterator[tuple[str, str]]:
     rule = group["rule"]
-    arguments = inspect.signature(owner).parameters
+    arguments = _arguments(owner)
     ours = options.OPTIONS | options.GROUP_ONLY
     for key in group.keys() - arguments.keys() - ours.keys() - {*_OTHERS}:
         close = difflib.get_close_matches(key, ours, 1, 0.8)

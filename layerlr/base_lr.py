@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checks, rules
+from . import checks, plain_lr, rules
 from .rules import LayerRule
 
 Group = dict[str, Any]
@@ -44,13 +44,7 @@ def settle(ours: Group, theirs: Group, defaults: Group) -> None:
             "or the ratio that it turns or moves layers by"
         )
     checks.lr(lr)
-    reference = float(ours.get("reference_lr") or lr)
-    if not reference > 0.0:
-        raise ValueError(
-            f"Invalid lr: {reference}, the base's rate follows lr by its ratio: give a nonzero lr "
-            "and let a scheduler warm it up"
-        )
-    ours["reference_lr"] = reference
+    ours["reference_lr"] = plain_lr.reference(ours, "the base's rate")
 
 
 def has_own(rule: LayerRule | None) -> bool:

@@ -108,6 +108,16 @@ def _sharded(name: str, p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(f"parameter {name!r} is sharded: differentiable=True is not supported")
 
 
+def rule(rule: rules.LayerRule | None, owner: type) -> rules.LayerRule | None:
+    """A rule, unless it is that of a class of its own and this is another."""
+    if isinstance(rule, rules.AdamMini):
+        raise ValueError(
+            f"rule {rule.name!r} is no rule on top of {owner.__name__}: it is all of "
+            "layerlr.AdamMini, use that class"
+        )
+    return rule
+
+
 def corrected_decay(group: dict[str, Any], index: int, decoupled: bool) -> None:
     """Refuse a decay that follows lr where it is part of the gradient, or lr is on a device."""
     if not group["corrected_decay"]:

@@ -70,15 +70,21 @@ def local_part(x: Any) -> Any:
     return x._local_tensor.detach() if is_sharded(x) else x
 
 
-def like(p: Any, local: Tensor) -> Any:
-    """A tensor placed as p is, of which this process holds ``local``."""
+def like(p: Any, local: Tensor, shape: Sequence[int] | None = None) -> Any:
+    """A tensor placed as p is, of which this process holds ``local``.
+
+    ``shape``: that of the whole, where it is not p's; it is contiguous then.
+    """
     if not is_sharded(p):
         return local
     from torch.distributed.tensor import DTensor
 
-    shape, stride = p.shape, p.stride()
+    stride = p.stride()
+    if shape is not None:
+        stride = torch.empty(shape, device="meta").stride()
+    whole = torch.Size(shape or p.shape)
     return DTensor.from_local(
-        local, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+        local, p.device_mesh, p.placements, run_check=False, shape=whole, stride=stride
     )
 
 

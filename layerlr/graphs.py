@@ -17,13 +17,17 @@ class CapturedSteps:
         self._cache = plans
         self.plans: list[GroupPlans] = []  # a graph does not keep what it reads alive
 
-    def prepared(self, wanted: Callable[[GroupPlans], bool] = every_plan) -> list[GroupPlans]:
+    def prepared(
+        self,
+        wanted: Callable[[GroupPlans], bool] = every_plan,
+        among: list[GroupPlans] | None = None,
+    ) -> list[GroupPlans]:
         """`PlanCache.prepared`, of a step that may be about to be captured."""
         graph = self._capturing()
         if graph:
             for index, group in enumerate(self._cache.optimizer.param_groups):
                 _check_capture(group, index)
-        ready = self._cache.prepared(wanted)
+        ready = self._cache.prepared(wanted, among)
         if graph:
             self.plans += [plans for plans in ready if plans not in self.plans]
         return ready

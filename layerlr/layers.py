@@ -46,8 +46,10 @@ class LayerTable:
         Factor on lr for each layer: the group's ``lr_factor``, and the ratio of ``plain_lr`` to lr
         where the rule does not govern.
     start_radius
-        The norm at which a layer that starts at zero comes under a rule with a radius; 0 where the
-        rule has none.
+        The norm at which a layer that starts at zero comes under a rule with a radius; the number
+        of its weights under a rule that averages; 0 under others.
+    places
+        The layer's place in a list of ``lr_factor``; None outside every layer.
     """
 
     params: list[Tensor]
@@ -57,6 +59,7 @@ class LayerTable:
     ruled: list[bool]
     lr_scale: list[float]
     start_radius: list[float]
+    places: list[int | None] = dataclasses.field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +139,13 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
+def adapted(group: dict[str, Any], without_rule: str) -> str | Adapt:
+    """What a group's rule governs: ``adapt``, or the rule's own choice."""
+    rule = group["rule"]
+    adapt: str | Adapt = group["adapt"] or (without_rule if rule is None else rule.adapts)
+    return adapt
+
+
 def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
 
@@ -148,11 +158,11 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
         layers, or a layer has parameters on several devices.
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
-    adapt = group["adapt"] or (rule.adapts if rule is not None else "all")
+    adapt = adapted(group, "all")
     frozen = plain is None or (rule is not None and rule.freezes)
     tables: dict[torch.device, LayerTable] = {}
     place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table
-    ruled: list[tuple[LayerTable, int]] = []  # governed layers in parameter order
+    governed = 0
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         inside = governs(adapt, name, p)
         if not inside and frozen:
@@ -170,8 +180,8 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
                 place[where] = p.device, len(table.layers)
                 table.layers.append(title if len(sizes) == 1 else f"{title}[{block}]")
                 table.ruled.append(inside and rule is not None)
-                if inside:
-                    ruled.append((table, len(table.layers) - 1))
+                table.places.append(governed if inside else None)
+                governed += inside
             device, layer = place[where]
             if device != p.device:
                 raise ValueError(
@@ -180,10 +190,27 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
                 )
             table.spans.append(Span(tensor, begin, begin + size, layer))
             begin += size
-    _set_lr_scale(group.get("lr_factor", 1.0), plain or 0.0, list(tables.values()), ruled)
+    set_lr_scale(list(tables.values()), group, plain)
     for table in tables.values():
-        table.start_radius = _start_radii(table, rule)
+        table.start_radius = _constants(table, rule)
     return list(tables.values())
+
+
+def _constants(table: LayerTable, rule: LayerRule | None) -> list[float]:
+    """What a rule wants to know of each layer beside its sums; 0: nothing."""
+    if rule is not None and rule.averages:
+        return _sizes(table)
+    return _start_radii(table, rule)
+
+
+def _sizes(table: LayerTable) -> list[float]:
+    """The number of weights, at least 1; a complex number is two."""
+    sizes = [0.0] * len(table.layers)
+    for span in table.spans:
+        p = table.params[span.tensor]
+        row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+        sizes[span.layer] += (span.end - span.begin) * row
+    return [max(size, 1.0) for size in sizes]
 
 
 def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
@@ -219,28 +246,33 @@ def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
     return sizes
 
 
-def _set_lr_scale(
-    factor: float | Sequence[float] | Tensor,
-    plain: float,
-    tables: list[LayerTable],
-    ruled: list[tuple[LayerTable, int]],
-) -> None:
+def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: float | None) -> None:
+    """Set the factor on lr of each layer of a group's tables; if that fails, nothing has changed.
+
+    Raises
+    ------
+    ValueError
+        Where ``lr_factor`` is no factor, or has another length than there are layers.
+    """
+    factor, plain = group.get("lr_factor", 1.0), plain or 0.0
     if isinstance(factor, Tensor):
         factor = factor.tolist()
+    names = {k: t.layers[i] for t in tables for i, k in enumerate(t.places) if k is not None}
     one = isinstance(factor, (int, float))
-    values = [float(factor)] * len(ruled) if one else [float(v) for v in factor]  # type: ignore
-    if len(values) != len(ruled):
+    values = [float(factor)] * len(names) if one else [float(v) for v in factor]
+    if len(values) != len(names):
         raise ValueError(
-            f"lr_factor has {len(values)} entries for {len(ruled)} layers "
-            f"({', '.join(t.layers[i] for t, i in ruled)})"
+            f"lr_factor has {len(values)} entries for {len(names)} layers "
+            f"({', '.join(names[k] for k in sorted(names))})"
         )
     if not all(0.0 <= v < float("inf") for v in values):
         raise ValueError(f"Invalid lr_factor: {factor!r}, wanted finite numbers >= 0")
+    outside = plain * (float(factor) if one else 1.0)
     for table in tables:
-        outside = plain * (float(factor) if one else 1.0)  # type: ignore
-        table.lr_scale = [outside] * len(table.layers)
-    for (table, layer), value in zip(ruled, values, strict=True):
-        table.lr_scale[layer] = value if table.ruled[layer] else plain * value
+        table.lr_scale = [
+            outside if k is None else values[k] if ruled else plain * values[k]
+            for k, ruled in zip(table.places, table.ruled, strict=True)
+        ]
 
 
 def depth_multipliers(n_layers: int, alpha: float) -> list[float]:

@@ -35,10 +35,7 @@ class LayerwiseOptimizer(Optimizer):
     _grad_norm: Tensor | None = None
 
     def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        layerwise: LayerwiseOptions,
+        self, params: ParamsT, defaults: dict[str, Any], layerwise: LayerwiseOptions
     ) -> None:
         given = options.complete(type(self), layerwise)
         self.backend: str = given.pop("backend")
@@ -65,6 +62,10 @@ class LayerwiseOptimizer(Optimizer):
         """Whether a param group's weight decay is decoupled from its gradients."""
         return False
 
+    def rule(self, group: dict[str, Any]) -> rules.LayerRule | None:
+        """The rule of a param group, from what it was given."""
+        return checks.rule(rules.resolve(group["rule"]), type(self))
+
     def numbers(self, group: dict[str, Any]) -> StepConfig:
         """The numbers of a group's step, but for the direction's and the rule's own."""
         return numbers.of_group(self, group)
@@ -84,7 +85,7 @@ class LayerwiseOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             # a copy: torch.compile watches one of several ways to an object, not each group's
-            group["rule"] = copy.copy(rules.resolve(group["rule"]))
+            group["rule"] = copy.copy(self.rule(group))
             if group["rule"] is None and "lr" in own and "plain_lr" not in own:
                 group["plain_lr"] = None  # its lr is a plain rate already
             self.plans.rebuild(len(self.param_groups) - 1)

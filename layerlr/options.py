@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 import torch
 
 from . import backends, plain_lr, precision, rules
+from .codes import StateDtype
 from .layers import Adapt, LayerKey, names_of
 from .precision import Precision
 from .rules import Rule
@@ -100,6 +101,21 @@ def _check_precision(group: Group, index: int) -> None:
             )
 
 
+def _check_state_dtype(group: Group, index: int) -> None:
+    wanted = group["state_dtype"]
+    if wanted not in get_args(StateDtype):
+        raise ValueError(f"Invalid state_dtype: {wanted!r}, wanted 'float32', 'bfloat16' or '8bit'")
+    if wanted == "float32":
+        return
+    if group["differentiable"]:
+        raise ValueError("state_dtype does not work with differentiable=True, which cannot round")
+    if group.get("centered"):
+        raise ValueError(
+            f"state_dtype={wanted!r} does not work with centered=True: what is left of two rounded "
+            "means can be below zero, and has no root; use state_dtype='float32'"
+        )
+
+
 def _check_seed(group: Group, index: int) -> None:
     seed = group.get("seed")
     if seed is not None and not isinstance(seed, int):
@@ -112,10 +128,11 @@ def _check_seed(group: Group, index: int) -> None:
 class LayerwiseOptions(TypedDict, total=False):
     """Keyword arguments of every constructor; all but ``backend`` are keys of param groups.
 
-    rule : str, layerlr.rules.LayerRule or None
+    rule : str, layerlr.rules.LayerRule, dict or None
         How each layer's rate is set: ``"singh"``, ``"layca"``, ``"lars"``, ``"lamb"``,
-        ``"curvature"``, ``"backmatching"``, ``"rated"``, or a rule with its hyper-parameters. None:
-        the torch.optim optimizer of the same name.
+        ``"relative"``, ``"hyperball"``, ``"brake"``, ``"curvature"``, ``"backmatching"``,
+        ``"rated"``, or a rule with its hyper-parameters, in configuration files a mapping with its
+        name: ``{"name": "lamb", "clip": 10.0}``. None: the torch.optim optimizer of the same name.
     layers : str or callable
         What forms a layer: ``"tensor"`` (each parameter), ``"module"`` (the parameters of a module;
         needs named parameters) or ``(name, param) -> key``.
@@ -154,6 +171,12 @@ class LayerwiseOptions(TypedDict, total=False):
         follow from a seed in the state: `torch.initial_seed` or the group key ``seed``. None:
         rounded to nearest. Of memory they take 4, 2, 0 and 0 bytes a weight; a pass over the
         weights reads 6, 4, 2 and 2, a step writes as many. See `layerlr.precision`.
+    state_dtype : str
+        ``"float32"``; ``"bfloat16"``: 2 bytes a number instead of 4; ``"8bit"``: 1 byte and a
+        sixteenth, in blocks of 64 with a scale each, for what the rule governs (without a rule:
+        kernels) with 4,096 weights or more in rows of a multiple of 64, by the shape of the whole
+        parameter; the rest stays float32. State dicts convert when they are loaded. See
+        `layerlr.codes`.
 
     Notes
     -----
@@ -173,6 +196,7 @@ class LayerwiseOptions(TypedDict, total=False):
     on_nonfinite: Annotated[OnNonfinite, Option(None, _check_on_nonfinite)]
     max_grad_norm: Annotated[float | None, Option(None, _check_max_grad_norm)]
     precision: Annotated[Precision, Option(None, _check_precision)]
+    state_dtype: Annotated[StateDtype, Option("float32", _check_state_dtype)]
 
 
 class GroupOptions(TypedDict, total=False):

@@ -29,15 +29,27 @@ def settle(group: Group, index: int) -> None:
         plain = group["plain_lr"] = float(plain)
         if not 0.0 <= plain < float("inf"):
             raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
-    reference = float(group.get("reference_lr") or group["lr"])
-    if not 0.0 < reference < float("inf"):
-        what = "corrected_decay" if plain is None else f"plain_lr={plain}"
+    what = "corrected_decay" if plain is None else f"plain_lr={plain}"
+    where = f" of param group {index}"
+    instead = f", or the group key reference_lr, the lr at which {what} is meant"
+    group["reference_lr"] = reference(group, what, where, instead)
+
+
+def reference(group: Group, what: str, where: str = "", instead: str = "") -> float:
+    """The lr at which something that follows lr by its ratio is meant: the first one, if not known.
+
+    Raises
+    ------
+    ValueError
+        For an lr that nothing can follow.
+    """
+    found = float(group.get("reference_lr") or group["lr"])
+    if not 0.0 < found < float("inf"):
         raise ValueError(
-            f"{what} follows lr by its ratio, and lr of param group {index} is {reference}: give a "
-            "nonzero lr and let a scheduler warm it up, or the group key reference_lr, the lr at "
-            f"which {what} is meant"
+            f"{what} follows lr by its ratio, and lr{where} is {found}: give a nonzero lr and let "
+            f"a scheduler warm it up{instead}"
         )
-    group["reference_lr"] = reference
+    return found
 
 
 def ratio(group: Group) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
 from .directions import Direction
 from .dtensor import is_sharded
-from .layers import LayerTable, build_tables
+from .group_key import GroupKey, group_key
+from .layers import LayerTable, build_tables, set_lr_scale
 from .precision import of as precision_of
 from .sharded_plan import ShardedPlan
 
@@ -45,7 +46,7 @@ class GroupPlans:
     """The plans of one param group, and the key and parameters that they were built for."""
 
     group: dict[str, Any]
-    key: tuple[Any, ...]
+    key: GroupKey
     params: list[Tensor]
     direction: Direction
     tables: list[TablePlan]
@@ -59,13 +60,17 @@ class GroupPlans:
         """What an estimator sees of each table."""
         return [t.view for t in self.tables if t.view is not None]
 
-    def fits(self, key: tuple[Any, ...], params: list[Tensor]) -> bool:
+    def fits(self, key: GroupKey, params: list[Tensor]) -> bool:
         """Whether the plans are those of a group with this key and these parameters."""
         return _C.same_objects(params, self.params) and key == self.key
 
+    def fits_but_for_rates(self, key: GroupKey, params: list[Tensor]) -> bool:
+        """Whether the plans differ from those of such a group by ``lr_factor`` alone."""
+        return self.fits(key._replace(lr_factor=self.key.lr_factor), params)
+
     def expire(self) -> None:
         """Have the plans built again before the next step."""
-        self.key = ()
+        self.key = GroupKey(None, ())
 
     def release(self) -> None:
         """Let go of the plans and of their memory; statistics stay."""
@@ -116,17 +121,22 @@ class PlanCache:
         self._check_state(optimizer)
         return [self._fitting(optimizer, index) for index in range(len(optimizer.param_groups))]
 
-    def prepared(self, wanted: Callable[[GroupPlans], bool] = every_plan) -> list[GroupPlans]:
+    def prepared(
+        self,
+        wanted: Callable[[GroupPlans], bool] = every_plan,
+        among: list[GroupPlans] | None = None,
+    ) -> list[GroupPlans]:
         """Plans of all param groups, which have read and checked the gradients of a step.
 
-        Where only some are ``wanted``, those.
+        Where only some are ``wanted``, those. ``among``: what `every` has said within this step;
+        plans that are out of date are replaced in it.
 
         Raises
         ------
         RuntimeError
             For a gradient that cannot be used, naming its parameter.
         """
-        ready = self.every()
+        ready = self.every() if among is None else among
         for index, plans in enumerate(ready):
             if wanted(plans) and not all(plan.prepare() for plan in plans.plans):
                 ready[index] = self.rebuild(index)
@@ -140,7 +150,7 @@ class PlanCache:
         for place, value in enumerate(plans.direction.hyper(plans.group), DIRECTION):
             config.values[place] = value
         rule = plans.group["rule"]
-        for place, value in enumerate(rule.hyper() if rule is not None else (), RULE):
+        for place, value in enumerate(rule.hyper_of(plans.group) if rule is not None else (), RULE):
             config.values[place] = value
         return config
 
@@ -186,6 +196,9 @@ class PlanCache:
         old = self.groups[index]
         if self._fits(optimizer, index):
             return old
+        group = optimizer.param_groups[index]
+        if old.fits_but_for_rates(group_key(optimizer, group), group["params"]):
+            return self._rescale(old, index)
         new = self.rebuild(index)
         if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
             new.group["estimated"] = 0
@@ -201,16 +214,25 @@ class PlanCache:
         group = plans.group = optimizer.param_groups[index]  # perhaps another dict by now
         return plans.fits(group_key(optimizer, group), group["params"])
 
+    def _rescale(self, old: GroupPlans, index: int) -> GroupPlans:
+        """Plans over the tables that there are, at other rates: schedules write ``lr_factor``."""
+        optimizer = self.optimizer
+        group = optimizer.param_groups[index]
+        _check_capture(group, index)
+        tables = [t for t in old.tables if t.plan is not None]
+        set_lr_scale([t.table for t in tables], group, optimizer.plain_ratio(group))
+        plans = [make_plan(backends.BACKENDS[t.backend], t.plan.spec) for t in tables if t.plan]
+        tables = [dataclasses.replace(t, plan=p) for t, p in zip(tables, plans, strict=True)]
+        key = group_key(optimizer, group)
+        self.groups[index] = dataclasses.replace(old, group=group, key=key, tables=tables)
+        return self.groups[index]
+
     def _build(self, index: int) -> GroupPlans:
         """Tables, state and plans of a group; statistics of unchanged layers are carried over."""
         optimizer = self.optimizer
         group = optimizer.param_groups[index]
-        if any(map(devices.capturing, {p.device for p in group["params"]})):
-            raise RuntimeError(
-                f"param group {index} is new or has changed: take a step before capturing one in a "
-                "CUDA graph"
-            )
-        group["rule"] = rules.resolve(group["rule"])
+        _check_capture(group, index)
+        group["rule"] = optimizer.rule(group)
         options.check(group, index)
         checks.params(group, index)
         checks.corrected_decay(group, index, optimizer.decoupled(group))
@@ -240,6 +262,14 @@ class PlanCache:
         return GroupPlans(group, key, list(group["params"]), direction, tables)
 
 
+def _check_capture(group: dict[str, Any], index: int) -> None:
+    if any(map(devices.capturing, {p.device for p in group["params"]})):
+        raise RuntimeError(
+            f"param group {index} is new or has changed: take a step before capturing one in a "
+            "CUDA graph"
+        )
+
+
 def _place(table: LayerTable) -> tuple[Any, ...]:
     """What makes a table's layers the same as another's, whatever their names."""
     return table.device, tuple(map(id, table.params)), tuple(table.spans)
@@ -258,26 +288,3 @@ def _view(spec: PlanSpec) -> Layers | None:
     from .estimators import Layers  # which optimizers without such a rule never import
 
     return Layers(spec)
-
-
-def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
-    """All that a plan is built from, but for parameters and their state."""
-    return (
-        optimizer.direction(group),
-        group["rule"],
-        group["layers"],
-        group["adapt"],
-        group["on_nonfinite"],
-        _hashable(group.get("split")),
-        _hashable(group.get("lr_factor")),
-        _hashable(group.get("plain_lr")),
-        group.get("reference_lr"),
-        group["corrected_decay"],
-        group["precision"],
-    )
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    return tuple(value) if isinstance(value, Sequence) else value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import dtensor, options, precision, rules
+from . import codes, dtensor, layers, options, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -34,7 +34,8 @@ def complete(
 
     ``memory``: keys and first values of the numbers that the rule stores for each of the
     parameter's ``parts`` that it governs; ``number``: the parameter's in the optimizer. State moves
-    to its parameter's device; its dtype is left alone once a step was taken.
+    to its parameter's device, and into the bits that ``state_dtype`` says; other dtypes are left
+    alone once a step was taken.
 
     Raises
     ------
@@ -45,15 +46,19 @@ def complete(
     present = [key for key in direction.states if state.get(key) is not None]
     if "dampening" in group and len(present) < len(direction.states):
         state.pop("step", None)  # torch never dampens a new buffer, and the count tells a new one
+    coded = layers.governs(layers.adapted(group, "kernels"), name, p)
     for key in direction.states:
         value = state.get(key)
         if value is None or _never_used(state, value, p):
-            state[key] = _new(p, direction.initial(group, key))
-            continue
-        _check_shape(key, value, tuple(p.shape), name)
-        if value.device != p.device:
-            value = value.to(p.device)
-        state[key] = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+            value = _new(p, direction.initial(group, key))
+        else:
+            _check_shape(key, value, tuple(p.shape), name)
+            value = dtensor.placed_as(p, value.to(p.device), f"state {key!r} of parameter {name!r}")
+        state[key] = value
+        nonnegative = key in direction.nonnegative
+        codes.convert(
+            state, key, p, codes.dtype_of(p, group["state_dtype"], coded, nonnegative), name
+        )
     step = state.get("step")
     if not isinstance(step, Tensor):
         # torch's SGD has no count; a buffer that is there has seen a step
@@ -154,7 +159,7 @@ def unpack_groups(
             if key in old:
                 group.setdefault(key, old[key])
         if not isinstance(group.get("lr_scale", 1.0), (int, float)):
-            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name: see README
+            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name
         group["rule"] = rules.resolve(group["rule"])
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from .backends import StepConfig
 from .backends.config import L2, TAKEN
 
+#: a rate of 0 counts as this: its step is 0, and stays so
+LEAST = 1e-30
+
 #: weights and copies of them
 Copies = Sequence[tuple[Tensor, Tensor]]
 
@@ -36,9 +39,9 @@ def as_gradients(before: Copies) -> Iterator[None]:
             p.grad = g
 
 
-def config() -> StepConfig:
-    """The numbers of such a step."""
+def config(rate: float | Tensor = 1.0) -> StepConfig:
+    """The numbers of such a step, which the rule sees as ``rate`` times its u."""
     found = StepConfig()
     found.values[L2] = -1.0
-    found.values[TAKEN] = 1.0
+    found.put(TAKEN, rate.clamp(min=LEAST) if isinstance(rate, Tensor) else max(rate, LEAST))
     return found

@@ -43,17 +43,17 @@ def factor(group: dict[str, Any]) -> None:
     )
 
 
-def rule(rule: LayerRule | None) -> None:
-    """Refuse a rule that cannot be put on another optimizer, saying what to do instead."""
+def rule(rule: LayerRule | None, theirs: dict[str, Any]) -> None:
+    """Refuse a rule that cannot be put on a group of the base's, saying what to do instead."""
     if isinstance(rule, rules.Estimated):
         raise ValueError(
             f"rule {rule.name!r} finds its rates from directions of this package and cannot be put "
             "on another optimizer: use layerlr.SGD, layerlr.AdamW and the like"
         )
-    if isinstance(rule, rules.Lamb) and not rule.sets_length:
+    if isinstance(rule, rules.Lamb) and not rule.sets_length and theirs.get("lr") is None:
         raise ValueError(
-            f"{rule!r} bounds a ratio to a direction at a rate of 1, and the step of another "
-            "optimizer has its rate in it: leave the bounds out, or use Layca(max_angle=...)"
+            f"{rule!r} bounds a ratio to the step at an lr of 1, and the base has no lr by which "
+            "its step could be divided: leave the bounds out, or use Layca(max_angle=...)"
         )
     if rule is not None and rule.freezes:
         raise ValueError(

@@ -19,6 +19,7 @@ from .numbers import put_lr
 from .optimizer import LayerwiseOptimizer
 from .plans import GroupPlans
 from .rules import Rule
+from .taken import LEAST
 from .wrapped_state import SHARED, State
 
 #: keys of a group that are the wrapper's alone
@@ -51,9 +52,9 @@ def wrap(
         A rule or its name; see `layerlr.rules`. Those that look at the model need a direction of
         this package.
     lr
-        Under a rule that sets the length of the step (Layca, Hyperball, LAMB, relative steps): the
-        rule's, an angle or a ratio; must be given. Under the others: the base's (None: the one
-        that it has). Schedulers work on the wrapper.
+        Under a rule that sets the length of the step (Layca, Hyperball, LAMB and relative steps
+        without bounds): the rule's, an angle or a ratio; must be given. Under the others: the
+        base's (None: the one that it has). Schedulers work on the wrapper.
     layers, adapt, backend
         As for every optimizer of this package; what the rule does not govern takes the base's own
         step. Param groups may have keys ``rule``, ``layers``, ``adapt``, ``split``, ``lr_factor``
@@ -69,8 +70,8 @@ def wrap(
     TypeError
         For what is no optimizer, and for one that steps several times with its closure (L-BFGS).
     ValueError
-        For a rule that looks at the model, ``others="freeze"``, LAMB's bounds, a missing lr, or
-        one of zero.
+        For a rule that looks at the model, ``others="freeze"``, bounds of LAMB on a base without
+        lr, a missing lr, or one of zero.
 
     Notes
     -----
@@ -86,6 +87,9 @@ def wrap(
                                                                         the factor on g
     clipping           before the step, as without a wrapper            the same
     =================  ===============================================  ==========================
+
+    Bounds of LAMB (``min_ratio``, ``max_ratio``, ``trust_clip``) are on the ratio to what the
+    base's step would be at an lr of 1: its step over its lr.
 
     Layers that start at zero take the base's own steps until they reach their radius.
 
@@ -103,7 +107,9 @@ def wrap(
     Steps cannot be captured in CUDA graphs, nor taken inside backward.
 
     The base's state is at ``optimizer.base.state``. State dicts hold it beside the wrapper's, under
-    keys that begin with ``base.``; so does `torch.distributed.checkpoint`, unless it flattens.
+    keys that begin with ``base.``; so does `torch.distributed.checkpoint`. With its
+    ``flatten_optimizer_state_dict=True`` it brings back no key that ``optimizer.state`` and the
+    param groups do not have themselves, so the base's would be lost: loading refuses such a dict.
 
     Examples
     --------
@@ -162,11 +168,11 @@ class Wrapped(LayerwiseOptimizer):
             config = StepConfig()
             put_lr(config, self, group["lr"])
             return config
-        lr = group["lr"] if rule.sets_length else 1.0
-        config = taken.config()
+        lr = group["lr"]
+        config = taken.config() if rule.sets_length else taken.config(lr)
         put_lr(config, self, lr)
-        # for layers that grow: the step as it was taken
-        config.put(PLAIN, 1.0 / (lr.clamp(min=1e-30) if isinstance(lr, Tensor) else lr or 1.0))
+        if rule.sets_length:  # for layers that grow: the step as it was taken
+            config.put(PLAIN, 1.0 / (lr.clamp(min=LEAST) if isinstance(lr, Tensor) else lr or 1.0))
         return config
 
     # -- param groups --------------------------------------------------------------------------
@@ -198,7 +204,7 @@ class Wrapped(LayerwiseOptimizer):
             raise
 
     def _add(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-        wrapped_checks.rule(rules.resolve(ours.get("rule", self.defaults["rule"])))
+        wrapped_checks.rule(rules.resolve(ours.get("rule", self.defaults["rule"])), theirs)
         base_lr.settle(ours, theirs, self.defaults)
         super().add_param_group(ours)
 
@@ -213,22 +219,19 @@ class Wrapped(LayerwiseOptimizer):
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
         wrapped_checks.capture(self.param_groups)
+        every = self.plans.every()
         with (
             base_lr.written(self.param_groups, self.base.param_groups),
-            scaled_gradients(self._prepared("gradient"), self.numbers),
+            scaled_gradients(self._prepared("gradient", every), self.numbers),
         ):
-            before = taken.copies(p for p in self._under_update_rules() if p.grad is not None)
+            before = taken.copies(p for p in _under_update_rules(every) if p.grad is not None)
             self.base.step()
         with taken.as_gradients(before):
-            plans = self._prepared("update") if before else []
+            plans = self._prepared("update", every) if before else []
             stepping.step([(plan, self.plans.config(p)) for p in plans for plan in p.plans], {})
 
-    def _under_update_rules(self) -> list[Tensor]:
-        plans = [plans for plans in self.plans.every() if _order(plans) == "update"]
-        return [p for of_group in plans for table in of_group.tables for p in table.table.params]
-
-    def _prepared(self, order: str) -> list[GroupPlans]:
-        return self._graphs.prepared(lambda plans: _order(plans) == order)
+    def _prepared(self, order: str, among: list[GroupPlans]) -> list[GroupPlans]:
+        return self._graphs.prepared(lambda plans: _order(plans) == order, among)
 
     # -- persistence ---------------------------------------------------------------------------
 
@@ -262,6 +265,11 @@ class Wrapped(LayerwiseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "base": self.base, "_joined": True}
+
+
+def _under_update_rules(plans: list[GroupPlans]) -> list[Tensor]:
+    tables = [t for of_group in plans if _order(of_group) == "update" for t in of_group.tables]
+    return [p for of_table in tables for p in of_table.table.params]
 
 
 def _order(plans: GroupPlans) -> str | None:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 import layerlr
 from layerlr.rules import (
+    AdamMini,
     Brake,
     Hyperball,
     Lamb,
@@ -149,12 +150,23 @@ PAIRS += [(d, r) for d in ("mom", "adamw") for r in ("hyperball", "relative", "b
 PAIRS += [("mom", "hyperball-now"), ("adamw", "hyperball-1.5")]
 PAIRS += [("mom", "layca-cap"), ("adamw", "layca-cap"), ("adamw", "lamb-range")]
 
-CASES = [BY_ID[f"{d}-{r}"] for d, r in PAIRS]
+#: a rule that goes with one class alone
+OWN = [
+    Case(
+        "adam-mini",
+        layerlr.AdamMini,
+        AdamMini(),
+        {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.2},
+    )
+]
+BY_ID |= {case.id: case for case in OWN}
+
+CASES = [BY_ID[f"{d}-{r}"] for d, r in PAIRS] + OWN
 RULED = [case for case in CASES if case.rule is not None]
 #: those of one direction for each class and number of states
 SHORT = [BY_ID[f"{d}-{r}"] for d, r in PAIRS if d in ("nag", "amom", "adagrad", "adamw", "rms-cm")]
 SHORT += [BY_ID[f"ams-{r}"] for r in ("none", "layca")]
-SHORT += [BY_ID[f"mom-{r}"] for r in ("layca-frozen", "layca-wide")]
+SHORT += [BY_ID[f"mom-{r}"] for r in ("layca-frozen", "layca-wide")] + OWN
 
 CLASSES = list(dict.fromkeys(cls for _, cls, _ in DIRECTION_ROWS.values()))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

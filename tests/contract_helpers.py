@@ -99,7 +99,7 @@ def _takes_the_host(backend):
     return True
 
 
-RULES = [None, *(name for name in rules.RULES if name != "plain")]
+RULES = [None, *(name for name in rules.RULES if name in rules.KNOWN and name != "plain")]
 #: without Triton: interpreted, it would take minutes, and its table is held to the others' anyway
 BACKENDS = [name for name in backends.BACKENDS if name != "triton" and _takes_the_host(name)]
 

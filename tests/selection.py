@@ -18,7 +18,7 @@ EVERY, NONE = None, ()
 EDGES = (
     *("nag-layca", "nag-singh", "nag-lars", "mom-lars", "mom-layca-frozen", "mom-none"),
     *("adamw-lamb", "adamw-none", "ams-layca", "adagrad-singh", "rms-cm-rated", "rms-c-rated"),
-    "lion-none",
+    *("lion-none", "adam-mini"),
 )
 #: Rows in the dtypes other than float32. The dtype is a template argument: what loads and stores
 #: does not know the direction, and what computes sees float32 (or float64) alone.

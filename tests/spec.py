@@ -133,6 +133,14 @@ def lion(g, size, s, t, h):
     return np.sign(c), abs(np.sign(c))
 
 
+def first_moment(g, size, s, t, h):
+    """Adam-mini's: Adam's momentum, divided by what the layer's second moment makes of it."""
+    b1, _ = h["betas"]
+    s["size"] = {"exp_avg": b1 * abs(s["exp_avg"]) + (1 - b1) * size}
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    return s["exp_avg"], s["size"]["exp_avg"]
+
+
 DIRECTIONS = {
     "SGD": sgd,
     "AMomSGD": averaged,
@@ -141,11 +149,16 @@ DIRECTIONS = {
     "Adam": adam,
     "AdamW": adam,
     "Lion": lion,
+    "AdamMini": first_moment,
 }
 
 
 #: rules that scale the step, each a method below
-UPDATE_RULES = ("lamb", "layca", "rated", "hyperball", "relative", "brake")
+UPDATE_RULES = ("lamb", "layca", "rated", "hyperball", "relative", "brake", "adam_mini")
+#: classes whose weight decay is decoupled
+DECOUPLED = ("AdamW", "Lion", "AdamMini")
+#: rules whose step does not hold it
+APART = ("relative", "adam_mini")
 
 
 class Spec:
@@ -163,7 +176,7 @@ class Spec:
         self.size = [np.zeros(w.shape) for w in self.w]
         name = self.rule.name if self.rule is not None else None
         if layers is None:
-            everything = name in ("singh", "plain", "rated")
+            everything = name in ("singh", "plain", "rated", "adam_mini")
             layers = [[i] for i, w in enumerate(self.w) if everything or is_kernel(w)]
         self.layers = layers if name else []
         self.lr_scale = lr_scale or [1.0] * len(self.layers)
@@ -190,7 +203,7 @@ class Spec:
 
     def _step(self, members, raw, rule, lr_scale, index) -> None:
         h, name = self.h, rule.name if rule is not None else "plain"
-        decoupled = self.kind in ("AdamW", "Lion") or h.get("decoupled_weight_decay", False)
+        decoupled = self.kind in DECOUPLED or h.get("decoupled_weight_decay", False)
         decay = h["weight_decay"]
         w = [self.w[i] for i in members]
         raw = [raw[i] for i in members]
@@ -225,12 +238,13 @@ class Spec:
             u_size.append(x_size)
 
         if name in UPDATE_RULES:
-            if decoupled and name != "relative":
+            self.seen = gradient**2, sum(x.size for x in w), self.state[members[0]], steps[0]
+            if decoupled and name not in APART:
                 u = [x + decay * y for x, y in zip(u, w)]
                 u_size = [x + decay * abs(y) for x, y in zip(u_size, w)]
             update = getattr(self, f"_{name}")
             new, moved, scale = update(w, u, u_size, lr, rule, index)
-            if decoupled and name == "relative":
+            if decoupled and name in APART:
                 new = [y - lr * decay * x for x, y in zip(w, new)]
         else:
             rate = lr if first_order else lr * f
@@ -286,6 +300,14 @@ class Spec:
     def _rated(self, w, u, u_size, lr, rule, index):
         rate = lr * RATE
         return [x - rate * y for x, y in zip(w, u)], [rate * x for x in u_size], RATE
+
+    def _adam_mini(self, w, u, u_size, lr, rule, index):
+        (b1, b2), (gg, n, state, t) = self.h["betas"], self.seen
+        v = 0.0 if t == 1 else state["second_moment"].item() * (1 - b2 ** (t - 1))
+        v = (b2 * v + (1 - b2) * gg / max(n, 1)) / (1 - b2**t)
+        state["second_moment"] = state["size"]["second_moment"] = np.array([v])
+        rate = 1 / (1 - b1**t) / (math.sqrt(v) + self.h["eps"])
+        return [x - lr * rate * y for x, y in zip(w, u)], [lr * rate * x for x in u_size], rate
 
     def _layca(self, w, u, u_size, lr, rule, index):
         weight = norm(w)

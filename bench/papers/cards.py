@@ -27,7 +27,7 @@ INTRODUCTION = (
     "Written by `python -m bench.papers.cards` from the JSON files beside it; the protocol stands "
     "in [README.md](../README.md). Differences are paired by seed and above 0 where the claim "
     "holds; ± is half their 95% interval. *Not resolved*: the interval holds 0 at this scale. Of "
-    "twenty intervals one misses its mark by chance. What README says of times and memory is in "
+    "twenty intervals one misses its mark by chance. What is promised of times and memory is in "
     "[promises.md](../../results/promises.md), what follows for a user in "
     "[choosing.md](../../../docs/choosing.md).\n"
 )

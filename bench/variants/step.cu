@@ -98,12 +98,11 @@ struct Model {
     float* counts = memory.zeros<float>(sizes.size() * 128);
     size_t at = 0;
     for (size_t i = 0; i < sizes.size(); ++i) {
-      TensorRow row;
-      row.param = arrays[0] + at;
-      row.grad = arrays[1] + at;
-      for (int k = 0; k < 2; ++k) row.state[k] = arrays[2 + k] + at;
+      Row row;
+      row.param.data = arrays[0] + at;
+      row.grad.data = arrays[1] + at;
+      for (int k = 0; k < 2; ++k) row.state[k].data = arrays[2 + k] + at;
       row.step = counts + 128 * i;
-      row.active = true;
       plan.tensors.push_back(row);
       plan.spans.push_back({int(i), int(i), 0, sizes[i]});
       Layer layer;

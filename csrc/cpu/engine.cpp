@@ -19,7 +19,7 @@ class Step {
     measured_ = plan.has_rule || config.skip != 0;
     tensors_.resize(plan.tensors.size());
     for (size_t i = 0; i < plan.tensors.size(); ++i) {
-      if (plan.tensors[i].active) prepare(i);
+      if (plan.tensors[i].active()) prepare(i);
     }
   }
 
@@ -63,7 +63,7 @@ class Step {
   struct Tensor {
     const Kernels* kernels;
     const void* direction;
-    double rate;
+    double rate, step;
   };
 
   /// A layer's sums, the first of its tensors that take part (null: none), whether all do.
@@ -75,9 +75,9 @@ class Step {
 
   /// Scalars of a tensor's coming step; tensors of one dtype at the same step share them.
   void prepare(size_t i) {
-    const TensorRow& row = plan_.tensors[i];
+    const Row& row = plan_.tensors[i];
     const double t = row.count() + 1;
-    const bool plain = row.held == Held::nearest;
+    const bool plain = row.plain();
     for (const Made& made : made_) {
       if (made.t == t && made.dtype == row.dtype && made.plain == plain) {
         tensors_[i] = made.tensor;
@@ -87,36 +87,31 @@ class Step {
     const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
     scalars_.push_back(std::make_unique<Scalars>());
     k.make(scalars_.back()->room, config_.direction, t);
-    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t)};
+    tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t), t};
     made_.push_back({t, row.dtype, plain, tensors_[i]});
   }
 
   Piece piece(const Chunk& chunk) const {
-    const TensorRow& row = plan_.tensors[chunk.tensor];
+    const Row& row = plan_.tensors[chunk.tensor];
     const Tensor& t = tensors_[chunk.tensor];
-    const int64_t bytes = chunk.begin * param_bytes(row.dtype);
     Piece p;
-    p.w = static_cast<char*>(row.param) + bytes;
-    p.g = static_cast<const char*>(row.grad) + bytes;
+    p.w = row.param.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
+    p.g = row.grad.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
     for (int k = 0; k < t.kernels->states; ++k) {
-      p.s[k] = static_cast<char*>(row.state[k]) + chunk.begin * t.kernels->state_bytes;
+      p.s[k] = row.state[k].from(chunk.begin, row.block, state_bytes(row.dtype), row.dtype);
     }
     p.n = chunk.count;
+    p.block = row.block;
     p.direction = t.direction;
     p.grad_factor = config_.grad_factor;
     p.l2 = config_.l2;
     p.skip = config_.skip != 0;
-    p.held = row.held;
-    if (row.extra) {
-      const int64_t each = row.held == Held::master ? sizeof(float) : param_bytes(row.dtype);
-      p.extra = static_cast<char*>(row.extra) + chunk.begin * each;
-    }
-    if (row.held == Held::stochastic) p.key = rounding_key(row.seed, row.count() + 1);
+    if (p.w.codec == Codec::stochastic) p.key = rounding_key(row.seed, row.count() + 1);
     p.place = static_cast<uint32_t>(chunk.begin);
     return p;
   }
 
-  bool active(int32_t c) const { return plan_.tensors[plan_.chunks[c].tensor].active; }
+  bool active(int32_t c) const { return plan_.tensors[plan_.chunks[c].tensor].active(); }
   const Kernels& kernels(int32_t c) const { return *tensors_[plan_.chunks[c].tensor].kernels; }
 
   // -- over layers and chunks ------------------------------------------------------------------
@@ -212,10 +207,18 @@ class Step {
     const Tensor* const first = found.first;
     const double lr = config_.lr * layer.lr_scale * (first ? first->rate : 1);
     const bool first_order = !first || first->kernels->first_order;
-    const LayerConfig of{
-        layer.ruled,       lr,           config_.l2,  config_.decoupled_decay, first_order,
-        config_.skip != 0, layer.memory, found.whole, layer.start_radius,      config_.plain,
-        config_.taken != 0};
+    const LayerConfig of{layer.ruled,
+                         lr,
+                         config_.l2,
+                         config_.decoupled_decay,
+                         first_order,
+                         config_.skip != 0,
+                         first ? layer.memory : nullptr,
+                         found.whole,
+                         layer.start_radius,
+                         config_.plain,
+                         config_.taken,
+                         first ? first->step : 1};
     const Verdict v = decide(plan_.rule, of, measured_ ? found.sums : LayerStats());
     plan_.skips[l] = v.skip;
     if (measured_ && first) write_row(plan_.stats + l * columns, v, lr);
@@ -227,8 +230,8 @@ class Step {
     std::vector<char> skipped(plan_.tensors.size(), 1);
     for (const Span& span : plan_.spans) skipped[span.tensor] &= plan_.skips[span.layer];
     for (size_t i = 0; i < plan_.tensors.size(); ++i) {
-      const TensorRow& row = plan_.tensors[i];
-      if (row.active && !skipped[i]) row.count_step();
+      const Row& row = plan_.tensors[i];
+      if (row.active() && !skipped[i]) row.count_step();
     }
   }
 

@@ -1,22 +1,20 @@
 // The elementwise kernels of one direction and dtype, as function pointers.
 #pragma once
 
+#include "codes.h"
 #include "plan.h"
 
 namespace layerlr {
 
 /// Part of a tensor, and what is done to it.
 struct Piece {
-  void* w;
-  const void* g;
-  void* s[max_states];
+  Array w, g, s[max_states];
   int64_t n;
+  int64_t block;          // elements that share a scale
   const void* direction;  // the direction's scalars
   double grad_factor;     // on the gradient
   double l2;
-  bool skip;  // an element with a bad gradient keeps its state
-  Held held = Held::nearest;
-  void* extra = nullptr;        // what 16-bit weights have beside them
+  bool skip;                    // an element with a bad gradient keeps its state
   uint32_t key = 0, place = 0;  // of stochastic rounding: the step's, the first element's
 };
 
@@ -28,7 +26,6 @@ struct Measure {
 struct Kernels {
   int states;
   bool first_order;
-  int state_bytes;  // an element of state
 
   /// Form the direction's scalars for step t in 64 bytes of room.
   void (*make)(void* room, const double* hyper, double t);
@@ -47,8 +44,8 @@ struct Kernels {
 
 constexpr int direction_room = 64;
 
-/// Kernels of a direction and dtype for the instruction set that was chosen at load. `plain`:
-/// weights are held as they are.
+/// Kernels of a direction and dtype for the instruction set that was chosen at load. `plain`: no
+/// array has a codec.
 const Kernels& kernels_for(int direction, DType dtype, bool plain);
 
 /// Name of that instruction set: "avx512", "avx2" or "default".

@@ -16,6 +16,34 @@ struct Arithmetic<double> {
   typedef double type;
 };
 
+// -- codes of 8 bits ------------------------------------------------------------------------------
+
+/// Bytes, signed or not, as numbers.
+template <class Byte>
+inline Pack<float> load_code(const Byte* p) {
+  typedef Byte Bytes __attribute__((vector_size(register_bytes / 4)));
+  typedef int32_t Words __attribute__((vector_size(register_bytes)));
+  Pack<float> r;
+  for (int i = 0; i < registers; ++i) {
+    Bytes bytes;
+    std::memcpy(&bytes, p + i * sizeof bytes, sizeof bytes);
+    r.v[i] = __builtin_convertvector(__builtin_convertvector(bytes, Words),
+                                     typename Register<float>::type);
+  }
+  return r;
+}
+inline Pack<float> load(const int8_t* p) { return load_code(p); }
+inline Pack<float> load(const uint8_t* p) { return load_code(p); }
+/// The low bytes of whole numbers.
+inline void store_code(uint8_t* p, Pack<float> c) {
+  typedef uint8_t Bytes __attribute__((vector_size(register_bytes / 4)));
+  typedef int32_t Words __attribute__((vector_size(register_bytes)));
+  for (int i = 0; i < registers; ++i) {
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(c.v[i], Words), Bytes);
+    std::memcpy(p + i * sizeof bytes, &bytes, sizeof bytes);
+  }
+}
+
 #if defined(__AVX512F__)
 inline Pack<float> load(const BFloat16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -75,12 +75,25 @@ inline Pack<T> operator+(Pack<T> x, T y) {
   LAYERLR_EACH(x.v[i] + y)
 }
 template <class T>
+inline Pack<T> operator-(Pack<T> x, T y) {
+  LAYERLR_EACH(x.v[i] - y)
+}
+template <class T>
 inline Pack<T> operator*(Pack<T> x, T y) {
   LAYERLR_EACH(x.v[i] * y)
 }
 template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
+}
+inline Pack<float> at_most(Pack<float> x, float limit) {
+  typedef float T;
+  const auto most = Pack<T>::fill(limit).v[0];
+  LAYERLR_EACH(x.v[i] < most ? x.v[i] : most)
+}
+inline Pack<float> add_one_where(Pack<float> z, Pack<float> threshold, Pack<float> c) {
+  typedef float T;
+  LAYERLR_EACH(z.v[i] >= threshold.v[i] ? c.v[i] + 1 : c.v[i])
 }
 /// 1 above 0, -1 below, a zero or NaN as it is.
 template <class T>
@@ -117,6 +130,7 @@ inline Pack<float> root(Pack<float> x) {
 #endif
   return r;
 }
+inline Pack<float> quick_root(Pack<float> x) { return root(x); }
 inline Pack<double> root(Pack<double> x) {
   Pack<double> r;
 #if defined(__AVX512F__)
@@ -131,6 +145,37 @@ inline Pack<double> root(Pack<double> x) {
 }
 
 typedef uint32_t Bits __attribute__((vector_size(register_bytes)));
+constexpr uint32_t sign_bit = 0x80000000u;
+
+inline Pack<float> magnitude(Pack<float> x) {
+  for (auto& r : x.v) r = (Register<float>::type)((Bits)r & ~sign_bit);
+  return x;
+}
+inline Pack<float> with_sign(Pack<float> x, Pack<float> of) {
+  for (int i = 0; i < registers; ++i) {
+    x.v[i] = (Register<float>::type)((Bits)x.v[i] | ((Bits)of.v[i] & sign_bit));
+  }
+  return x;
+}
+/// The largest |x|, or NaN where there is one: of numbers without a sign the bits are in order.
+struct Largest {
+  Bits bits[registers] = {};
+
+  void add(Pack<float> x) {
+    for (int i = 0; i < registers; ++i) {
+      const Bits now = (Bits)x.v[i] & ~sign_bit;
+      bits[i] = now > bits[i] ? now : bits[i];
+    }
+  }
+  float total() const {
+    uint32_t all[16], most = 0;
+    std::memcpy(all, bits, sizeof all);
+    for (const uint32_t b : all) most = b > most ? b : most;
+    float x;
+    std::memcpy(&x, &most, sizeof x);
+    return x;
+  }
+};
 
 /// x rounded up or down to bfloat16s, the first of them at a place of its tensor.
 inline Pack<float> at_random(Pack<float> x, uint32_t key, uint32_t place) {

@@ -17,6 +17,7 @@ struct Work {
   bool waits;   // its verdict was not there yet
   bool second;  // the pass
   bool sums;    // there are sums to add, of nothing perhaps
+  bool codes;   // its states are codes
   int scalars;  // which of the block's two
   int layer, slot;
   double grad, a, b;
@@ -42,29 +43,32 @@ struct Shared {
 /// The barrier of all threads of the block.
 LAYERLR_DEVICE void meet() { __syncthreads(); }
 
-/// Dtypes that a kernel knows. with_type calls body(P(), whether weights may have something
-/// beside).
+/// Dtypes that a kernel knows. with_type calls body(P(), whether arrays may have codecs, whether
+/// the states are codes).
 template <class P, bool may_be_coded>
 struct Only {
   static constexpr bool any = false, coded = may_be_coded;
   template <class Body>
-  LAYERLR_DEVICE static void with_type(DType, Body body) {
-    body(P(), std::bool_constant<may_be_coded>());
+  LAYERLR_DEVICE static void with_type(DType, bool codes, Body body) {
+    if constexpr (may_be_coded) {
+      if (codes) return body(P(), std::true_type(), std::true_type());
+    }
+    body(P(), std::bool_constant<may_be_coded>(), std::false_type());
   }
 };
 struct AnyDtype {
   static constexpr bool any = true, coded = true;
   template <class Body>
-  LAYERLR_DEVICE static void with_type(DType dtype, Body body) {
+  LAYERLR_DEVICE static void with_type(DType dtype, bool codes, Body body) {
     switch (dtype) {
       case DType::f32:
-        return body(float(), std::false_type());
+        return Only<float, true>::with_type(dtype, codes, body);
       case DType::f64:
-        return body(double(), std::false_type());
+        return Only<double, false>::with_type(dtype, codes, body);
       case DType::bf16:
-        return body(BFloat16(), std::true_type());
+        return Only<BFloat16, true>::with_type(dtype, codes, body);
       case DType::f16:
-        return body(Float16(), std::true_type());
+        return Only<Float16, true>::with_type(dtype, codes, body);
     }
   }
 };
@@ -80,13 +84,14 @@ LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
     if (now.what == ends) return;
     if (now.what == nothing) continue;
     LayerStats sums;
-    F::with_type(now.dtype, [&](auto p, auto coded) {
+    F::with_type(now.dtype, now.codes, [&](auto p, auto coded, auto codes) {
       using P = decltype(p);
       using T = typename Wide<P>::type;
       const Arrays at = now.at;
       const Gradient how = now.how;
       const D<T> d = *reinterpret_cast<const D<T>*>(shared.scalars[now.scalars].room);
-      const Elements<D, P, decltype(coded)::value, !F::any> elements(at, d, how);
+      const Elements<D, P, decltype(coded)::value, decltype(codes)::value, !F::any> elements(at, d,
+                                                                                             how);
       const T grad = T(now.grad), a = T(now.a), b = T(now.b);
       if constexpr (order == unmeasured) {
         elements.template advance_apply<false>(grad, a, b);

@@ -15,10 +15,14 @@ namespace layerlr::device {
 
 // -- memory of the whole device -----------------------------------------------------------------
 
-/// 8 or 16 bytes of it, as one access moves them.
+/// 4, 8 or 16 bytes of it, as one access moves them.
 template <int bytes>
 struct Word {
   typedef uint4 type;
+};
+template <>
+struct Word<4> {
+  typedef uint32_t type;
 };
 template <>
 struct Word<8> {

@@ -94,7 +94,9 @@ struct Dispatcher {
     if (lane < arrays) array = span.array[lane];
     const DType dtype = static_cast<DType>(span.dtype);
     const int64_t size = span.size, tensor_begin = span.begin, seed = span.seed;
-    const Held held = span.held;
+    const Codec weights = static_cast<Codec>(span.weights);
+    const Stored states = span.states;
+    const int block = span.block;
     const bool ruled = span.ruled;
     const double lr_scale = span.lr_scale;
     const void* const step = span.step;
@@ -114,13 +116,16 @@ struct Dispatcher {
     if (active) w.scalars = scalars_for(t, F::any && dtype == DType::f64);
 
     const int64_t begin = int64_t(item.number) * args.item_elements, left = size - begin;
-    if (array.data) array.data += begin * array.element_bytes;
+    if (array.data) array.data += begin / code_block * array.block_bytes;
     const bool begins = (reinterpret_cast<uintptr_t>(array.data) & (array.vector_bytes - 1)) == 0;
-    w.at.aligned = __all_sync(all, begins);
+    w.at.aligned = __all_sync(all, begins) && block % 4 == 0;
+    w.at.block = block;
     w.at.count = static_cast<int>(left < args.item_elements ? left : args.item_elements);
-    w.at.held = held;
-    w.at.key = held == Held::stochastic ? rounding_key(seed, t) : 0;
-    w.at.place = static_cast<uint32_t>(tensor_begin + begin);
+    w.at.weights = weights;
+    w.at.narrow = states == Stored::bfloat16;
+    w.codes = states == Stored::codes;
+    w.at.key = weights == Codec::stochastic ? rounding_key(seed, t) : 0;
+    w.at.place = static_cast<uint32_t>(tensor_begin + begin / code_block * block);
     w.dtype = dtype;
     const bool raw = ruled && info.raw_gradient;
     w.how = {sign, l2, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};

@@ -88,13 +88,14 @@ DirectionKernels kernels_of() {
   }
   typedef Only<float, false> Float32;
 #if defined(LAYERLR_FEW_FAMILIES)  // a test may compile fewer kernels, whose results are the same
-  typedef AnyDtype Bfloat16, Coded;
+  typedef AnyDtype Bfloat16, CodedFloat32, CodedBfloat16;
 #else
   typedef Only<BFloat16, false> Bfloat16;
-  typedef Only<BFloat16, true> Coded;
+  typedef Only<float, true> CodedFloat32;
+  typedef Only<BFloat16, true> CodedBfloat16;
 #endif
-  return {{LAYERLR_ORDERS(Float32), LAYERLR_ORDERS(Bfloat16), LAYERLR_ORDERS(Coded),
-           LAYERLR_ORDERS(AnyDtype)},
+  return {{LAYERLR_ORDERS(Float32), LAYERLR_ORDERS(Bfloat16), LAYERLR_ORDERS(CodedFloat32),
+           LAYERLR_ORDERS(CodedBfloat16), LAYERLR_ORDERS(AnyDtype)},
           decide_kernel<D>};
 #undef LAYERLR_ORDERS
 }

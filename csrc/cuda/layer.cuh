@@ -25,12 +25,18 @@ LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer&
     t = coming_step(span.step, span.step_is_double);
   }
   const double lr = config.lr * layer.lr_scale * D::rate(config.direction, t);
-  return {layer.ruled != 0,   lr,
-          l2_of(args),        config.decoupled_decay,
-          D::first_order,     config.skip != 0,
-          args.memory[l],     present.whole != 0,
-          layer.start_radius, config.plain,
-          config.taken != 0};
+  return {layer.ruled != 0,
+          lr,
+          l2_of(args),
+          config.decoupled_decay,
+          D::first_order,
+          config.skip != 0,
+          present.first < 0 ? nullptr : args.memory[l],
+          present.whole != 0,
+          layer.start_radius,
+          config.plain,
+          config.taken,
+          t};
 }
 
 /// Decide on layer l: its verdict, and its row of statistics.

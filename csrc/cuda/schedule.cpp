@@ -14,14 +14,27 @@ constexpr int items_of_a_verdict = 6;
 
 Family family_of(const Plan& plan) {
   const auto all = [&](DType dtype, bool coded) {
-    return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const TensorRow& row) {
-      return row.dtype == dtype && (coded || row.held == Held::nearest);
+    return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const Row& row) {
+      return row.dtype == dtype && (coded || row.plain());
     });
   };
   return all(DType::f32, false)    ? float32_only
          : all(DType::bf16, false) ? bfloat16_only
+         : all(DType::f32, true)   ? coded_float32_only
          : all(DType::bf16, true)  ? coded_bfloat16_only
                                    : any_dtype;
+}
+
+Stored stored(const Array& state) {
+  return has_scales(state.codec)          ? Stored::codes
+         : state.codec == Codec::bfloat16 ? Stored::bfloat16
+                                          : Stored::plain;
+}
+
+/// Elements of a span, of a tensor with codes as if its blocks were whole.
+int64_t size_of(const Plan& plan, const Span& span) {
+  const int64_t elements = span.end - span.begin, block = plan.tensors[span.tensor].block;
+  return block == code_block ? elements : elements / block * code_block;
 }
 
 class Maker {
@@ -61,7 +74,8 @@ class Maker {
 
  private:
   int64_t items_of(const Span& span) const {  // an empty one takes part all the same
-    return std::max<int64_t>(1, (span.end - span.begin + s_.item_elements - 1) / s_.item_elements);
+    const int64_t size = size_of(plan_, span);
+    return std::max<int64_t>(1, (size + s_.item_elements - 1) / s_.item_elements);
   }
 
   void add_layer(size_t l) {
@@ -113,28 +127,36 @@ class Maker {
 namespace {
 
 void fill_span(DeviceSpan& to, const Plan& plan, const Span& span) {
-  const TensorRow& row = plan.tensors[span.tensor];
+  const Row& row = plan.tensors[span.tensor];
   to.array[array_g].data = nullptr;
-  if (!row.active) return;  // the other pointers may be stale
-  const auto fill = [&](int which, const void* data, int bytes) {
-    const char* at = static_cast<const char*>(data) + (data ? span.begin * bytes : 0);
-    to.array[which] = {const_cast<char*>(at), bytes, std::min(4 * bytes, 16)};
+  if (!row.active()) return;  // the other pointers may be stale
+  const auto fill = [&](int which, int which_aux, const Array& whole, int plain_bytes) {
+    const int block = static_cast<int>(row.block);
+    const Array x = whole.from(span.begin, block, plain_bytes, row.dtype);
+    const int bytes = stored_bytes(x.codec, plain_bytes);
+    to.array[which] = {static_cast<char*>(x.data), block * bytes, std::min(4 * bytes, 16)};
+    if (which_aux < 0) return;
+    const int beside = static_cast<int>(x.aux_bytes(block, block, row.dtype));
+    char* const aux = beside ? static_cast<char*>(x.aux) : nullptr;
+    const int each = has_scales(x.codec) ? 1 : beside / block;
+    to.array[which_aux] = {aux, beside, has_scales(x.codec) ? 4 : std::min(4 * each, 16)};
   };
-  fill(array_w, row.param, param_bytes(row.dtype));
-  fill(array_g, row.grad, param_bytes(row.dtype));
+  fill(array_w, array_aux, row.param, param_bytes(row.dtype));
+  fill(array_g, -1, row.grad, param_bytes(row.dtype));
   for (int k = 0; k < max_states; ++k) {
-    fill(array_state + k, row.state[k], state_bytes(row.dtype));
+    fill(array_state + k, array_scales + k, row.state[k], state_bytes(row.dtype));
   }
-  fill(array_aux, row.extra, aux_bytes(row.dtype, row.held));
   const Layer& layer = plan.layers[span.layer];
   to.step = row.step;
   to.lr_scale = layer.lr_scale;
-  to.size = span.end - span.begin;
+  to.size = size_of(plan, span);
   to.begin = span.begin;
   to.seed = row.seed;
   to.dtype = static_cast<int32_t>(row.dtype);
   to.step_is_double = row.step_is_double;
-  to.held = row.held;
+  to.weights = static_cast<int32_t>(row.param.codec);
+  to.states = stored(row.state[0]);
+  to.block = static_cast<int32_t>(row.block);
   to.ruled = layer.ruled;
 }
 
@@ -147,16 +169,16 @@ void fill_tables(const StepTables& to, const Plan& plan, const Schedule& schedul
   }
   for (size_t i = 0; i < plan.spans.size(); ++i) {
     const Span& span = plan.spans[i];
-    const bool active = plan.tensors[span.tensor].active;
+    const bool active = plan.tensors[span.tensor].active();
     fill_span(to.spans[i], plan, span);
     DevicePresence& layer = to.presence[span.layer];
     layer.whole &= active;
     if (active && layer.first < 0) layer.first = static_cast<int32_t>(i);
   }
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
-    const TensorRow& row = plan.tensors[i];
+    const Row& row = plan.tensors[i];
     const int32_t first = schedule.first_layer[i];
-    to.counts[i] = {row.active ? row.step : nullptr, row.step_is_double, first,
+    to.counts[i] = {row.active() ? row.step : nullptr, row.step_is_double, first,
                     schedule.first_layer[i + 1] - first, 0};
   }
 }

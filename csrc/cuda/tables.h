@@ -28,12 +28,16 @@ LAYERLR_HD constexpr int item_tiles(bool measured) { return measured ? 4 : 2; }
 #endif
 constexpr int segment_items = LAYERLR_SEGMENT_ITEMS;
 
-LAYERLR_HD constexpr int aux_bytes(DType dtype, Held held) {
-  return held == Held::master ? state_bytes(dtype) : param_bytes(dtype);
-}
-
-/// Which kernel of a direction runs a plan: by the dtypes in it, and what weights have beside them.
-enum Family : int32_t { float32_only, bfloat16_only, coded_bfloat16_only, any_dtype, families };
+/// Which kernel of a direction runs a plan: by the dtypes of its parameters, and whether arrays may
+/// have codecs.
+enum Family : int32_t {
+  float32_only,
+  bfloat16_only,
+  coded_float32_only,
+  coded_bfloat16_only,
+  any_dtype,
+  families
+};
 
 /// What the rule scales, if there is anything to measure.
 enum Order : int32_t { unmeasured, gradient_rule, update_rule, orders };
@@ -49,21 +53,34 @@ using DeviceConfig = StepConfig;
 /// An array of a span, from where the span begins.
 struct DeviceArray {
   char* data;
-  int32_t element_bytes;
+  int32_t block_bytes;   // of a block, or of code_block elements where there are no codes
   int32_t vector_bytes;  // four elements, or 16 bytes if those are less: what is read at once
 };
 
-/// The arrays of a span: w, g, states, and what 16-bit weights have beside them.
-enum ArrayIndex { array_w, array_g, array_state, array_aux = array_state + max_states, arrays };
+/// The arrays of a span: w, g, states, what 16-bit weights have beside them, scales of the states.
+enum ArrayIndex {
+  array_w,
+  array_g,
+  array_state,
+  array_aux = array_state + max_states,
+  array_scales,
+  arrays = array_scales + max_states
+};
+
+/// How the states of a tensor are stored, all of them alike.
+enum class Stored : int32_t { plain, bfloat16, codes };
 
 struct alignas(16) DeviceSpan {
   DeviceArray array[arrays];  // without a gradient it takes no part in this step
   const void* step;           // count of the tensor's steps
   double lr_scale;
-  int64_t size, begin;  // elements; those of the tensor before the span
-  int64_t seed;         // of stochastic rounding
+  int64_t size;   // elements, of a tensor with codes as many as if its blocks were whole
+  int64_t begin;  // elements of the tensor before the span
+  int64_t seed;   // of stochastic rounding
   int32_t dtype, step_is_double;
-  Held held;
+  int32_t weights;  // their codec
+  Stored states;
+  int32_t block;  // elements that share a scale
   int32_t ruled;
 };
 

@@ -24,12 +24,21 @@ LAYERLR_DEVICE float widened(float x) { return x; }
 LAYERLR_DEVICE double widened(double x) { return x; }
 LAYERLR_DEVICE float widened(BFloat16 x) { return widen(x); }
 LAYERLR_DEVICE float widened(Float16 x) { return widen(x); }
+/// A byte as a number, by way of a float whose last bits it is: no conversion unit.
+LAYERLR_DEVICE float widened(uint8_t c) { return bit_cast<float>(0x4b000000u | c) - 8388608.f; }
+LAYERLR_DEVICE float widened(int8_t c) {
+  return bit_cast<float>(0x4b000000u | (static_cast<uint8_t>(c) ^ 0x80u)) - (8388608.f + 128.f);
+}
+/// The low byte of a whole number.
+LAYERLR_DEVICE void narrowed(float x, uint8_t& to) {
+  to = static_cast<uint8_t>(bit_cast<uint32_t>(x + 12582912.f));
+}
 LAYERLR_DEVICE void narrowed(float x, float& to) { to = x; }
 LAYERLR_DEVICE void narrowed(double x, double& to) { to = x; }
 LAYERLR_DEVICE void narrowed(float x, BFloat16& to) { to = narrow_bf16(x); }
 LAYERLR_DEVICE void narrowed(float x, Float16& to) { to = narrow_f16(x); }
 
-/// What one access moves: 16 bytes, or 8 for four 16-bit elements.
+/// What one access moves: 16 bytes, or what four elements are if those are less.
 template <class P>
 struct Vector {
   static constexpr int n = sizeof(P) == 8 ? 2 : 4;

@@ -16,6 +16,7 @@ struct Adagrad {
 
   LAYERLR_HD Adagrad(const double* h, double) : eps(T(h[0])) {}
   LAYERLR_HD static double rate(const double* h, double t) { return 1 / (1 + (t - 1) * h[1]); }
+  LAYERLR_HD static constexpr bool nonnegative(int) { return true; }
 
   template <class V>
   LAYERLR_HD void advance(V g, V* s) const {

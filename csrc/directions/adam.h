@@ -24,6 +24,7 @@ struct Adam {
         unbias1(T(h[3] != 0 ? 1 / (1 - power(h[0], t)) : 1)),
         unbias2(T(h[3] != 0 ? 1 / root(1 - power(h[1], t)) : 1)) {}
   LAYERLR_HD static double rate(const double*, double) { return 1; }
+  LAYERLR_HD static constexpr bool nonnegative(int k) { return k > 0; }
 
   template <class V>
   LAYERLR_HD void advance(V g, V* s) const {

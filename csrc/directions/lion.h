@@ -22,6 +22,7 @@ struct Lion {
         alpha(T(h[0] / h[1])),
         one_minus_alpha(T(1 - h[0] / h[1])) {}
   LAYERLR_HD static double rate(const double*, double) { return 1; }
+  LAYERLR_HD static constexpr bool nonnegative(int) { return false; }
 
   template <class V>
   LAYERLR_HD void advance(V g, V* s) const {

@@ -17,6 +17,7 @@ struct RmspropBase {
   LAYERLR_HD RmspropBase(const double* h, double)
       : alpha(T(h[0])), one_minus_alpha(T(1 - h[0])), eps(T(h[1])), mu(T(h[2])) {}
   LAYERLR_HD static double rate(const double*, double) { return 1; }
+  LAYERLR_HD static constexpr bool nonnegative(int k) { return k == 0; }
 
   template <class V>
   LAYERLR_HD V normalised(V g, const V* s) const {

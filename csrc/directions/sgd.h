@@ -14,7 +14,8 @@ struct Sgd {
   static constexpr bool needs_grad = true;   // direction() reads g, so the second pass must too
 
   LAYERLR_HD Sgd(const double*, double) {}
-  LAYERLR_HD static double rate(const double*, double) { return 1; }  // factor on lr at step t
+  LAYERLR_HD static double rate(const double*, double) { return 1; }   // factor on lr at step t
+  LAYERLR_HD static constexpr bool nonnegative(int) { return false; }  // whether state k is
 
   template <class V>
   LAYERLR_HD void advance(V, V*) const {}
@@ -36,6 +37,7 @@ struct Momentum {
   LAYERLR_HD Momentum(T momentum, T gain) : mu(momentum), gain(gain) {}
   LAYERLR_HD Momentum(const double* h, double t) : Momentum(T(h[0]), T(t == 1 ? 1 : 1 - h[1])) {}
   LAYERLR_HD static double rate(const double*, double) { return 1; }
+  LAYERLR_HD static constexpr bool nonnegative(int) { return false; }
 
   template <class V>
   LAYERLR_HD void advance(V g, V* s) const {

@@ -2,6 +2,7 @@
 // memory being the number that the layer stores from step to step (0: none).
 #pragma once
 
+#include "rules/adam_mini.h"
 #include "rules/brake.h"
 #include "rules/hyperball.h"
 #include "rules/lamb.h"
@@ -20,7 +21,8 @@
   X(Rated)               \
   X(Hyperball)           \
   X(Relative)            \
-  X(Brake)
+  X(Brake)               \
+  X(AdamMini)
 
 namespace layerlr {
 
@@ -28,7 +30,7 @@ constexpr int max_rule_hyper = 4;
 
 struct RuleInfo {
   const char* name;
-  bool update, measures_ww, raw_gradient, latches, decays_apart;
+  bool update, measures_ww, raw_gradient, latches, decays_apart, averages;
 };
 
 enum class RuleId : int32_t {
@@ -45,9 +47,10 @@ constexpr int rule_count = 0
 
 LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
   switch (rule) {
-#define LAYERLR_CASE(R) \
-  case RuleId::R:       \
-    return {R::name, R::update, R::measures_ww, R::raw_gradient, R::latches, R::decays_apart};
+#define LAYERLR_CASE(R)                                                   \
+  case RuleId::R:                                                         \
+    return {R::name,    R::update,       R::measures_ww, R::raw_gradient, \
+            R::latches, R::decays_apart, R::averages};
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }

@@ -12,6 +12,7 @@ struct GradientRule {
   static constexpr bool raw_gradient = false;  // gg is taken before L2 decay is added
   static constexpr bool latches = false;
   static constexpr bool decays_apart = false;
+  static constexpr bool averages = false;
 
   LAYERLR_HD static LayerScale factor(double f) { return {f, 1, 0, f}; }
 };
@@ -23,6 +24,7 @@ struct UpdateRule {
   static constexpr bool raw_gradient = false;
   static constexpr bool latches = false;       // the memory is the layer's radius, see decide.h
   static constexpr bool decays_apart = false;  // decoupled decay is no part of the step it sees
+  static constexpr bool averages = false;      // the memory is a running mean of gg/n, see decide.h
 
   /// w <- w + b*u; shown: the number for people to read.
   LAYERLR_HD static LayerScale step(double b, double shown) { return {1, 1, b, shown}; }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from layerlr import _C
 
 from . import native
 from .base import PlanSpec
-from .config import StepConfig
 
 
 class CpuBackend:
@@ -30,32 +28,10 @@ class CpuBackend:
         return CpuPlan(spec)
 
 
-class CpuPlan:
+class CpuPlan(native.NativePlan):
     """A native plan over the live parameters and state dicts of a table."""
 
+    name = CpuBackend.name
+
     def __init__(self, spec: PlanSpec) -> None:
-        self.spec = spec
-        self._native = _C.CpuPlan(native.live_plan(spec))
-
-    def prepare(self) -> bool:
-        """Read gradients and data pointers afresh."""
-        return native.prepare(self._native, self.spec, "cpu")
-
-    def step(self, config: StepConfig) -> None:
-        """One pass, or two where there is something to measure."""
-        self._native.step(config.on_host())
-
-    def norms(self, config: StepConfig) -> Tensor:
-        """One pass over the gradients."""
-        return self._native.norms(config.on_host())
-
-    def measure(self, config: StepConfig) -> Tensor:
-        """The first pass."""
-        return self._native.measure(config.on_host())
-
-    def apply(self, config: StepConfig, sums: Tensor) -> None:
-        """The second pass."""
-        self._native.apply(config.on_host(), sums)
-
-    def refresh(self, config: StepConfig) -> None:
-        """Nothing is captured here."""
+        super().__init__(spec, _C.CpuPlan(native.bound(spec)))

@@ -105,42 +105,32 @@ class CudaBackend:
         return CudaPlan(spec, self)
 
 
-class CudaPlan:
-    """A plan with tables in device memory, built at its first step."""
+class CudaPlan(native.NativePlan):
+    """A plan with tables in device memory, built at its first step.
+
+    A step is one launch, and one more for what changed since the last one; halves are one launch
+    and two.
+    """
 
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
-        self.spec, self.name = spec, backend.name
-        self._native = _C.DevicePlan(native.live_plan(spec), backend.engine(), *_tuning)
+        super().__init__(spec, _C.DevicePlan(native.bound(spec), backend.engine(), *_tuning))
+        self.name = backend.name  # type: ignore[misc]
 
     @property
     def memory(self) -> int:
         """Bytes of device memory that the plan keeps: O(layers) and 0.02 an element."""
         return self._native.memory()
 
-    def prepare(self) -> bool:
-        """Read gradients and data pointers afresh; nothing reaches the device yet."""
-        return native.prepare(self._native, self.spec, self.name)
-
-    def step(self, config: StepConfig) -> None:
-        """One launch, and one more for what changed since the last step."""
-        if not config.changes_nothing:
-            self._native.step(config.values, config.tensors)
-
-    def norms(self, config: StepConfig) -> Tensor:
-        """One launch."""
-        return self._native.norms(config.values, config.tensors)
+    def numbers(self, config: StepConfig) -> tuple[Any, ...]:
+        """Those on the host, and those on the device, for which nobody waits."""
+        return config.values, config.tensors
 
     def measure(self, config: StepConfig) -> Tensor:
-        """One launch."""
+        """The first pass."""
         if config.changes_nothing:
             return self.spec.stats.new_zeros(len(self.spec.table.layers), 4)
-        return self._native.measure(config.values, config.tensors)
-
-    def apply(self, config: StepConfig, sums: Tensor) -> None:
-        """Two launches: the layers, the elements."""
-        if not config.changes_nothing:
-            self._native.apply(config.values, config.tensors, sums)
+        return super().measure(config)
 
     def refresh(self, config: StepConfig) -> None:
         """A launch, where there was a step."""
-        self._native.refresh(config.values, config.tensors)
+        self._native.refresh(*self.numbers(config))

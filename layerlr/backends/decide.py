@@ -12,26 +12,35 @@ from torch import Tensor
 
 from layerlr.rules import LayerRule, LayerScale, LayerStats
 
-from .config import DECOUPLED_DECAY, PLAIN, TAKEN, StepConfig
+from .config import DECOUPLED_DECAY, PLAIN, RULE, TAKEN, StepConfig
 
 
-class Radius(NamedTuple):
-    """What layers remember, whether they take part whole, and the radius of one that starts at 0.
+class Layers(NamedTuple):
+    """What layers bring along beside their sums, one entry a layer.
 
     The memory of a rule with a radius: 0 before the first step; below 0 where the layer started at
-    zero and takes plain steps until its norm reaches the number; else the radius.
+    zero and takes plain steps until its norm reaches the number; else the radius. That of a rule
+    that averages: the second moment, below 0 before the first step.
     """
 
     memory: Tensor
-    whole: Tensor
-    start: Tensor
+    whole: Tensor  # whether all of the layer takes part
+    constant: Tensor  # the radius of a layer that starts at zero, or the number of its weights
+    step: Tensor  # number of the coming step
 
-    def coming(self, ww: Tensor) -> Tensor:
+    def radius(self, ww: Tensor) -> Tensor:
         """The memory for a step that finds the layers at these squared norms."""
         arrived = (self.memory < 0) & (ww >= self.memory * self.memory)
         begins = (self.memory == 0) & (ww == 0)
-        now = torch.where(begins, 0.0 - self.start, torch.where(arrived, -self.memory, self.memory))
+        grown = torch.where(arrived, -self.memory, self.memory)
+        now = torch.where(begins, 0.0 - self.constant, grown)
         return torch.where(self.whole, now, 0.0)  # the norm of a part of the layer is no radius
+
+    def second_moment(self, gg: Tensor, beta: float) -> Tensor:
+        """The running mean after a step of such gradients, corrected for its start."""
+        square, share = gg / self.constant, (1.0 - beta) / (1.0 - beta**self.step)
+        mean = self.memory + share * (square - self.memory)
+        return torch.where(self.memory < 0, square, mean)
 
 
 class Decision(NamedTuple):
@@ -41,15 +50,16 @@ class Decision(NamedTuple):
     b: Tensor
     scale: LayerScale  # the rule's answer, with respect to the sums that it saw
     seen: LayerStats
-    radius: Tensor
+    memory: Tensor
 
 
 def decide(
-    rule: LayerRule, config: StepConfig, sums: LayerStats, lr: Tensor, layers: Radius
+    rule: LayerRule, config: StepConfig, sums: LayerStats, lr: Tensor, layers: Layers
 ) -> Decision:
     """Ask an update rule."""
-    taken = config.values[TAKEN] != 0.0
-    seen = _before_the_step(sums) if taken else sums
+    taken = config.get(TAKEN)  # 0: the step is not taken yet
+    is_taken = config.values[TAKEN] != 0.0
+    seen = _before_the_step(sums, taken) if is_taken else sums
     ww = seen.ww
     # the rule sees u + decay*w, whose sums follow from those of u
     decay = config.values[DECOUPLED_DECAY]
@@ -59,8 +69,13 @@ def decide(
         wu=seen.wu + inside * ww,
     )
     has_radius = rule.latches and rule.memory_key is not None
-    memory = layers.coming(ww) if has_radius else layers.memory
-    scale = rule.scale(seen, lr, memory)
+    memory = layers.radius(ww) if has_radius else layers.memory
+    told = memory
+    if rule.averages:
+        beta1, beta2, eps = config.values[RULE : RULE + 3]
+        memory = layers.second_moment(sums.gg, beta2)
+        told = 1.0 / ((1.0 - beta1**layers.step) * (memory.sqrt() + eps))  # Adam's rate
+    scale = rule.scale(seen, lr, told)
     if has_radius:
         grows, plain, one = memory < 0, config.get(PLAIN), torch.ones_like(lr)
         steps = LayerScale(one, one, -(lr * plain), one * plain)
@@ -71,11 +86,11 @@ def decide(
         memory = torch.where((lr > 0) & (seen.uu > 0), memory, layers.memory)
     scale = scale._replace(a=scale.a - lr * (decay - inside))
     a = scale.a + scale.b * inside
-    b = scale.b + a if taken else scale.b
+    b = scale.b / taken + a if is_taken else scale.b
     return Decision(a, b, scale, seen, memory)
 
 
-def _before_the_step(s: LayerStats) -> LayerStats:
-    """The sums over v and u of layers whose weights are w = v - u."""
+def _before_the_step(s: LayerStats, rate: float | Tensor) -> LayerStats:
+    """The sums over v and u of layers whose weights are w = v - rate*u."""
     ww = s.ww + 2.0 * s.wu + s.uu
-    return s._replace(ww=ww.clamp(min=0.0), wu=s.wu + s.uu)
+    return LayerStats(ww.clamp(min=0.0), s.gg, s.uu / (rate * rate), (s.wu + s.uu) / rate)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from array import array
+from typing import Any, ClassVar
 
-from layerlr import _C
+import torch
+from torch import Tensor
+
+from layerlr import _C, codes
 from layerlr.precision import KEYS
 
 from .base import PlanSpec, accumulator, check_gradient, state_dtype
+from .config import StepConfig
 
 _DTYPES = frozenset(
     {
@@ -34,7 +39,7 @@ def unsupported(spec: PlanSpec) -> str | None:
             return f"does not support parameter {name!r} of dtype {p.dtype}"
         for key in spec.direction.states if state else ():
             dtype = state[key].dtype  # type: ignore[index]
-            if dtype != state_dtype(p):
+            if dtype != state_dtype(p) and not codes.is_coded(state[key]):  # type: ignore[index]
                 return f"keeps state in {accumulator(p.dtype)}, {name!r} has {key} in {dtype}"
         if state and state["step"].dtype not in (torch.float32, torch.float64):
             return f"counts steps in floating point, {name!r} in {state['step'].dtype}"
@@ -49,27 +54,25 @@ def counts_elsewhere(spec: PlanSpec, device: torch.device) -> str | None:
     return None
 
 
-def live_plan(spec: PlanSpec) -> _C.LivePlan:
-    """The native look-up over the live parameters and state dicts of a table."""
-    table, rule = spec.table, spec.rule
-    return _C.LivePlan(
-        table.params,
-        spec.states,
-        list(spec.direction.states),
-        table.spans,
-        table.ruled,
-        table.lr_scale,
-        table.start_radius,
-        spec.direction.name,
-        None if rule is None else rule.kernel,
-        None if rule is None else rule.memory_key,
-        spec.stats,
-        spec.precision or "",
-        KEYS.get(spec.precision or "", ""),
-    )
+def bound(spec: PlanSpec) -> _C.PlanSpec:
+    """What a native plan over the live parameters and state dicts of a table is built from."""
+    table, rule, native = spec.table, spec.rule, _C.PlanSpec()
+    native.params, native.states = table.params, spec.states
+    native.keys = list(spec.direction.states)
+    native.aux_keys = [codes.scale_key(key) for key in native.keys]
+    native.precision = spec.precision or ""
+    native.weights_aux_key = KEYS.get(native.precision, "")
+    native.spans = table.spans
+    native.ruled, native.lr_scale = table.ruled, table.lr_scale
+    native.start_radius = table.start_radius
+    native.direction = spec.direction.name
+    native.rule = None if rule is None else rule.kernel
+    native.memory_key = None if rule is None else rule.memory_key
+    native.stats = spec.stats
+    return native
 
 
-def prepare(plan: _C.LivePlan, spec: PlanSpec, backend: str) -> bool:
+def prepare(plan: _C.BoundPlan, spec: PlanSpec, backend: str) -> bool:
     """Read gradients and data pointers afresh; False: the plan is out of date."""
     answer = plan.prepare()
     if answer >= 0:
@@ -80,4 +83,44 @@ def prepare(plan: _C.LivePlan, spec: PlanSpec, backend: str) -> bool:
             f"backend {backend!r} wants gradients in the parameter's dtype; {name!r} is {p.dtype}, "
             f"its gradient {p.grad.dtype}: use backend='reference'"
         )
-    return bool(answer == _C.LivePlan.READY)
+    return bool(answer == _C.BoundPlan.READY)
+
+
+class NativePlan:
+    """A plan that C++ holds; `numbers` is what its methods take of a step's config."""
+
+    name: ClassVar[str]
+
+    def __init__(self, spec: PlanSpec, native: Any) -> None:
+        self.spec, self._native = spec, native
+
+    def numbers(self, config: StepConfig) -> tuple[array[float], ...]:
+        """All of them on the host."""
+        return (config.on_host(),)
+
+    def prepare(self) -> bool:
+        """Read gradients and data pointers afresh; nothing reaches a device yet."""
+        return prepare(self._native, self.spec, self.name)
+
+    def step(self, config: StepConfig) -> None:
+        """One pass, or two where there is something to measure."""
+        if not config.changes_nothing:
+            self._native.step(*self.numbers(config))
+
+    def norms(self, config: StepConfig) -> Tensor:
+        """One pass over the gradients."""
+        norms: Tensor = self._native.norms(*self.numbers(config))
+        return norms
+
+    def measure(self, config: StepConfig) -> Tensor:
+        """The first pass."""
+        sums: Tensor = self._native.measure(*self.numbers(config))
+        return sums
+
+    def apply(self, config: StepConfig, sums: Tensor) -> None:
+        """The second pass."""
+        if not config.changes_nothing:
+            self._native.apply(*self.numbers(config), sums)
+
+    def refresh(self, config: StepConfig) -> None:
+        """Nothing is captured on the host."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerlr import codes
 from layerlr import precision as precisions
 from layerlr.directions.base import Scalar
 
@@ -53,12 +54,18 @@ class Operands:
         """State tensors of the direction, in the dtype of the arithmetic."""
         dtype = accumulator(self.spec.table.params[i].dtype)
         state = self.state_dict(i)
-        return [_own(_real(state[k]).to(dtype)) for k in self.spec.direction.states]
+        return [_own(_real(codes.load(state, k)).to(dtype)) for k in self.spec.direction.states]
 
-    def store_state(self, i: int, new: Sequence[Tensor]) -> None:
-        """Write the state tensors of the direction."""
-        for key, value in zip(self.spec.direction.states, new, strict=True):
-            _real(self.state_dict(i)[key]).copy_(value)
+    def stored(self, i: int, new: Sequence[Tensor]) -> list[Tensor]:
+        """What a load will find of the state tensors of the direction once they are stored."""
+        state, keys = self.state_dict(i), self.spec.direction.states
+        return [codes.stored(state, key, x) for key, x in zip(keys, new, strict=True)]
+
+    def store_state(self, i: int, new: Sequence[Tensor], skip: Tensor | None = None) -> None:
+        """Write the state tensors of the direction; ``skip``: leave these elements alone."""
+        state = self.state_dict(i)
+        for key, x in zip(self.spec.direction.states, new, strict=True):
+            codes.store(state, key, x, skip)
 
     def store(
         self, i: int, w: Tensor, u: Tensor, a: Tensor, b: Tensor, skip: Tensor, t: Scalar

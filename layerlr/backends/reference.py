@@ -7,21 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import devices
+from layerlr import codes, devices
 from layerlr.directions.base import Scalar
 from layerlr.precision import KEYS
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import PlanSpec, check_gradient
-from .config import (
-    DECOUPLED_DECAY,
-    DIRECTION,
-    FOUND_INF,
-    L2,
-    LR,
-    StepConfig,
-)
-from .decide import Radius, decide
+from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, StepConfig
+from .decide import Layers, decide
 from .operands import Operands
 
 
@@ -65,8 +58,11 @@ class ReferencePlan:
             state = spec.states[i]
             if state is None or (p.dtype, p.shape, p.device) != self.kinds[i]:
                 return False
-            values = [state.get(key) for key in spec.direction.states]
+            keys = spec.direction.states
+            values = [state.get(key) for key in keys]
             if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
+                return False
+            if any(codes.is_codes(state[k]) and codes.scale_key(k) not in state for k in keys):
                 return False
             precision = self.operands.precision(i)
             if precision and KEYS[precision] not in state:
@@ -157,13 +153,11 @@ class ReferencePlan:
             old = self.operands.state(i)
             g = g * self.spec.table.spread(i, grad, g)
             new = d.advance(g, old, c)
-            u = d.direction(g, new, c)
+            u = d.direction(g, self.operands.stored(i, new), c)
             for total, x, y in ((seen.ww, w, w), (seen.uu, u, u), (seen.wu, w, u)):
                 self._sum(i, total, x, y)
             skipped = self.spec.table.spread(i, skip, w)
-            self.operands.store_state(
-                i, [torch.where(skipped, o, n) for o, n in zip(old, new, strict=True)]
-            )
+            self.operands.store_state(i, new, skipped)
             self.operands.store(i, w, u, a, b, skipped, self.steps[i])
         self._finish(tensors, seen, f, lr * f, a, b, skip)
 
@@ -184,10 +178,12 @@ class ReferencePlan:
         d = self.spec.direction
         skip = self._skips(config, sums)
         memory, whole = self._memory(rule, lr)
-        start = torch.tensor(self.spec.table.start_radius, dtype=lr.dtype, device=lr.device)
-        verdict = decide(rule, config, sums, lr, Radius(memory, whole, start))
-        if rule.latches:
-            self._latch(rule, whole & ~skip, verdict.radius)
+        constant = torch.tensor(self.spec.table.start_radius, dtype=lr.dtype, device=lr.device)
+        of_layers = Layers(memory, whole, constant, self._layer_steps(lr))
+        verdict = decide(rule, config, sums, lr, of_layers)
+        if rule.latches or rule.averages:
+            here = whole if rule.latches else self._take_part(tensors, skip)
+            self._remember(rule, here & ~skip, verdict.memory)
         a, b, seen, scale = verdict.a, verdict.b, verdict.seen, verdict.scale
         for i in tensors:
             w, _, g = self.operands.load(i, config)
@@ -219,7 +215,7 @@ class ReferencePlan:
         if config.skips:  # the state of an element with a bad gradient stays
             good = torch.isfinite(g0)
             new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
-        return w, g, new, d.direction(g, new, c)
+        return w, g, new, d.direction(g, self.operands.stored(i, new), c)
 
     # -- per layer ----------------------------------------------------------------------------
 
@@ -238,11 +234,23 @@ class ReferencePlan:
         lr = torch.tensor(table.lr_scale, dtype=torch.float64, device=table.device)
         of_group = config.get(LR)
         lr = lr * (of_group.double().reshape(()) if isinstance(of_group, Tensor) else of_group)
-        rate = torch.ones_like(lr)
+        return lr * d.rate(config.values[DIRECTION:], self._layer_steps(lr))
+
+    def _layer_steps(self, like: Tensor) -> Tensor:
+        """Number of each layer's coming step: that of its first tensor."""
+        steps = torch.ones_like(like)
         for i in reversed(self.active):
             for span in self.spec.table.parts[i]:
-                rate[span.layer] = d.rate(config.values[DIRECTION:], self.steps[i])
-        return lr * rate
+                steps[span.layer] = self.steps[i]
+        return steps
+
+    def _take_part(self, tensors: list[int], like: Tensor) -> Tensor:
+        """Whether each layer has a tensor that takes part."""
+        found = torch.zeros_like(like)
+        for i in tensors:
+            for span in self.spec.table.parts[i]:
+                found[span.layer] = True
+        return found
 
     def _skips(self, config: StepConfig, sums: Sequence[Tensor]) -> Tensor:
         """Layers to leave alone: those with a sum that is not finite."""
@@ -263,7 +271,7 @@ class ReferencePlan:
                 whole[span.layer] = False
         return memory, whole
 
-    def _latch(self, rule: LayerRule, where: Tensor, value: Tensor) -> None:
+    def _remember(self, rule: LayerRule, where: Tensor, value: Tensor) -> None:
         for layer, i, k in self._leaders(rule):
             stored = self.operands.state_dict(i)[str(rule.memory_key)]
             stored[k] = torch.where(where[layer], value[layer], stored[k])
@@ -279,13 +287,11 @@ class ReferencePlan:
         skip: Tensor,
     ) -> None:
         """Advance the step counts and write the layers' row of statistics."""
-        took_part = torch.zeros_like(skip)
+        took_part = self._take_part(tensors, skip)
         for i in tensors:
             skipped = torch.stack([skip[s.layer] for s in self.spec.table.parts[i]]).all()
             step = self.operands.state_dict(i)["step"]
             step += (~skipped).to(step)
-            for span in self.spec.table.parts[i]:
-                took_part[span.layer] = True
         stats = self.spec.stats
         rows = torch.stack([*seen, scale, lr, a, b], 1).detach()
         stats[:, :-1] = torch.where((took_part & ~skip).unsqueeze(1), rows, stats[:, :-1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerlr import _C, devices
+from layerlr import _C, codes, devices
 from layerlr.layers import Span, rows
 
 from . import native
@@ -57,7 +57,7 @@ class TritonPlan:
         kernels: Any = importlib.import_module("layerlr.kernels")  # which imports Triton
 
         self.spec, self._kernels = spec, kernels
-        self._native = native.live_plan(spec)
+        self._native = _C.BoundPlan(native.bound(spec))
         self._blocks = kernels.INTERPRETED if _interpreted() else kernels.Blocks()
         device = spec.table.device
         host = _tables(spec, self._blocks.elements, self._blocks.rows)
@@ -66,8 +66,8 @@ class TritonPlan:
         self._known: dict[str, Tensor] = {}  # what was written last into the tables that change
         self._captured: dict[str, list[Tensor]] = {}  # of those, what graphs read
         self._tiles = {
-            name: tiles.to(device)
-            for name, tiles in _by_dtype(spec, host["tiles"], self._blocks.tiles).items()
+            kernels.Stored(*kind): tiles.to(device)
+            for kind, tiles in _by_kind(spec, host["tiles"], self._blocks.tiles).items()
         }
         self._bind()
 
@@ -80,15 +80,15 @@ class TritonPlan:
         direction, rule = self.spec.direction.name, self.spec.rule
         name = "plain" if rule is None else rule.kernel
         launches = self._kernels.launches(
-            direction, name, measured, self._tiles, self._blocks, self.spec.precision
+            direction, name, measured, list(self._tiles), self._blocks, self.spec.precision
         )
         return {method: [self._bound(x) for x in of] for method, of in launches._asdict().items()}
 
     def _bound(self, x: Any) -> tuple[Any, list[Any], dict[str, Any]]:
         programs, arguments = len(self._tables.tensors) // self._blocks.rows, [self._tables]
-        if x.dtype is not None:
-            programs = len(self._tiles[x.dtype]) // self._blocks.tiles
-            arguments.append(self._tiles[x.dtype])
+        if x.stored is not None:
+            programs = len(self._tiles[x.stored]) // self._blocks.tiles
+            arguments.append(self._tiles[x.stored])
         return x.kernel[(programs,)], arguments, x.constants | x.options
 
     def prepare(self) -> bool:
@@ -187,7 +187,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     lr_scale[: len(table.layers)] = torch.tensor(table.lr_scale, dtype=torch.float64)
     start_radius[: len(table.layers)] = torch.tensor(table.start_radius, dtype=torch.float64)
     return {
-        "tensors": torch.zeros(n, 8, dtype=torch.int64),
+        "tensors": torch.zeros(n, _C.ROW["size"], dtype=torch.int64),
         "tiles": torch.cat([tiles, torch.zeros(1, 8, dtype=torch.int64)]),
         "layers": layers,
         "parts": parts,
@@ -207,6 +207,8 @@ def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
     """Rows of the tiles of a span; an empty one has an empty tile, since it takes part too."""
     p = spec.table.params[span.tensor]
     row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+    if _kind(spec, span.tensor)[1] == "codes":  # counted as if blocks were whole
+        row = codes.blocks_of(p.shape) * _C.CODE_BLOCK
     begin, end = span.begin * row, span.end * row
     first = torch.arange(begin, max(end, begin + 1), block)
     tiles = torch.zeros(len(first), 8, dtype=torch.int64)
@@ -215,14 +217,23 @@ def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
     return tiles
 
 
-def _by_dtype(spec: PlanSpec, tiles: Tensor, multiple: int) -> dict[str, Tensor]:
-    """Numbers of the tiles of each dtype, filled up with that of the last, which is empty."""
-    of_params = [str(p.dtype.to_real()).removeprefix("torch.") for p in spec.table.params]
-    dtypes = list(dict.fromkeys(of_params))
-    of_tiles = torch.tensor([dtypes.index(d) for d in of_params])[tiles[:-1, 0]]
+def _kind(spec: PlanSpec, i: int) -> tuple[str, str]:
+    """How the elements of tensor i are stored: dtype, and kind of its states."""
+    dtype = str(spec.table.params[i].dtype.to_real()).removeprefix("torch.")
+    state, keys = spec.states[i], spec.direction.states
+    if not (keys and state) or not codes.is_coded(state[keys[0]]):
+        return dtype, "plain"
+    return dtype, "codes" if codes.is_codes(state[keys[0]]) else "bfloat16"
+
+
+def _by_kind(spec: PlanSpec, tiles: Tensor, multiple: int) -> dict[tuple[str, str], Tensor]:
+    """Numbers of the tiles of each kind, filled up with that of the last, which is empty."""
+    of_params = [_kind(spec, i) for i in range(len(spec.table.params))]
+    kinds = list(dict.fromkeys(of_params))
+    of_tiles = torch.tensor([kinds.index(k) for k in of_params])[tiles[:-1, 0]]
     found = {}
-    for k, dtype in enumerate(dtypes):
+    for k, kind in enumerate(kinds):
         numbers = (of_tiles == k).nonzero().flatten()
         empty = numbers.new_full((-len(numbers) % multiple,), len(tiles) - 1)
-        found[dtype] = torch.cat([numbers, empty])
+        found[kind] = torch.cat([numbers, empty])
     return found

@@ -7,7 +7,7 @@ from .adam import Adam, AmsGrad
 from .base import Direction
 from .lion import Lion
 from .rmsprop import Rmsprop, RmspropCentered, RmspropCenteredMomentum, RmspropMomentum
-from .sgd import AveragedMomentum, Momentum, Nesterov, Sgd
+from .sgd import AveragedMomentum, FirstMoment, Momentum, Nesterov, Sgd
 
 #: name -> direction; the native engines assert that they know the same names
 DIRECTIONS: dict[str, Direction] = {
@@ -28,4 +28,7 @@ DIRECTIONS: dict[str, Direction] = {
     )
 }
 
-__all__ = ["DIRECTIONS", "Direction"]
+#: that of `layerlr.AdamMini`
+FIRST_MOMENT = FirstMoment()
+
+__all__ = ["DIRECTIONS", "FIRST_MOMENT", "Direction"]

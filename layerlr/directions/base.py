@@ -51,6 +51,8 @@ class Direction:
         The key under which C++, CUDA and Triton know the same formula.
     states
         Names of the per-element state tensors, torch.optim's own.
+    nonnegative
+        Those that are never below 0: sums and means of squares.
     first_order
         True where the state is linear in the gradient. A rule in gradient order then scales the
         gradient before the buffer sees it, as Caffe does; elsewhere it scales the step.
@@ -58,6 +60,7 @@ class Direction:
 
     name: ClassVar[str]
     states: ClassVar[tuple[str, ...]] = ()
+    nonnegative: ClassVar[tuple[str, ...]] = ("sum", "square_avg", "exp_avg_sq", "max_exp_avg_sq")
     first_order: ClassVar[bool] = False
 
     def initial(self, group: Mapping[str, Any], state: str) -> float:

@@ -62,3 +62,12 @@ class AveragedMomentum(Momentum):
 
     def scalars(self, hyper: Sequence[float], t: Scalar) -> tuple[Scalar, ...]:
         return hyper[0], 1.0 - hyper[0]
+
+
+class FirstMoment(AveragedMomentum):
+    """The same, with Adam's names for mu and m: beta1 and ``exp_avg``."""
+
+    states = ("exp_avg",)
+
+    def hyper(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        return (float(group["betas"][0]),)

@@ -169,9 +169,8 @@ def replay(
     Layca turns by the recorded angle to rounding. Hyperball does where its step is orthogonal to
     the weights, and by less where it is not.
 
-    A ``lr_factor`` that changes has the plan built again, at each step: some 35 microseconds a
-    parameter on the host (200 small matrices: 7 ms, 30 times the step). With ``per_layer=False``
-    nothing is built.
+    Rates that change layer by layer are handed to the engine anew at each step, which takes the
+    host some time for each parameter; with ``per_layer=False`` there is nothing to hand over.
 
     References
     ----------

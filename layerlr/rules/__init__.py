@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .adam_mini import AdamMini
 from .back_matching import BackMatching
 from .base import LayerRule, LayerScale, LayerStats
 from .brake import Brake
@@ -17,27 +18,27 @@ from .plain import Plain
 from .rated import Estimated, Rated
 from .singh import Singh
 
-_FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake)
+_FORMULAS = (Plain, Singh, Lars, Lamb, Layca, Rated, Hyperball, Relative, Brake, AdamMini)
 #: name -> class of each formula; the native engines know the same names
 RULES: dict[str, type[LayerRule]] = {r.name: r for r in _FORMULAS}
 #: name -> class of those that look at the model for their rates
 ESTIMATED: dict[str, type[Estimated]] = {r.name: r for r in (Curvature, BackMatching)}
-#: name -> class of every rule
+#: name -> class of every rule that may be named; a class of optimizers has the other to itself
 KNOWN: dict[str, type[LayerRule]] = RULES | ESTIMATED
+del KNOWN[AdamMini.name]
 
-#: what stands for a rule: its name (capitals or not), the rule itself or its class, or none
-Rule = str | LayerRule | type[LayerRule] | None
+#: what stands for a rule: its name (capitals or not), the rule itself or its class, its name with
+#: hyper-parameters as configuration files have them (``{"name": "lamb", "clip": 10.0}``), or none
+Rule = str | LayerRule | type[LayerRule] | Mapping[str, Any] | None
 
 
-def resolve(
-    rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None,
-) -> LayerRule | None:
-    """Rule from a name, a rule, a rule's class, the plain dict of a state dict, or None.
+def resolve(rule: Rule) -> LayerRule | None:
+    """Rule from a name, a rule, a rule's class, a mapping as in a state dict, or None.
 
     Raises
     ------
     ValueError
-        For an unknown name; the message lists the known ones.
+        For an unknown name; the message lists the known ones. For a mapping without a name.
     TypeError
         For any other kind of value.
     """
@@ -49,18 +50,22 @@ def resolve(
         return rule()
     if isinstance(rule, Mapping):
         options = dict(rule)
-        return _lookup(str(options.pop("name", None)))(**options)
+        if "name" not in options:
+            raise ValueError(
+                f"a rule that is a mapping needs its name, {{'name': 'lamb', ...}}, got {options}"
+            )
+        return _lookup(str(options.pop("name")))(**options)
     raise TypeError(f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}")
 
 
-def is_estimated(rule: str | LayerRule | type[LayerRule] | Mapping[str, Any] | None) -> bool:
+def is_estimated(rule: Rule) -> bool:
     """Whether a rule looks at the model for its rates."""
     return isinstance(rule if isinstance(rule, LayerRule) else resolve(rule), Estimated)
 
 
 def _lookup(name: str) -> type[LayerRule]:
     try:
-        return KNOWN[name.lower()]
+        return (RULES | ESTIMATED)[name.lower()]
     except KeyError:
         known = ", ".join(repr(n) for n in KNOWN)
         raise ValueError(f"unknown rule {name!r}, known are {known}") from None
@@ -70,6 +75,7 @@ __all__ = [
     "ESTIMATED",
     "KNOWN",
     "RULES",
+    "AdamMini",
     "BackMatching",
     "Brake",
     "Curvature",

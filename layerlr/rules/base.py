@@ -71,6 +71,9 @@ class LayerRule:
     sets_length: ClassVar[bool] = False
     #: whether decoupled weight decay is no part of the step that the rule sees
     decays_apart: ClassVar[bool] = False
+    #: whether that number is a running mean of ``gg/n`` (below 0: none yet), n being the number of
+    #: the layer's weights, from which its rate follows: Adam's second moment of a whole layer
+    averages: ClassVar[bool] = False
     #: name under which the engines know the formula, where it is another's
     kernel: ClassVar[str]
 
@@ -86,6 +89,10 @@ class LayerRule:
     def hyper(self) -> tuple[float, ...]:
         """Hyper-parameters in the order of the C++ function."""
         return ()
+
+    def hyper_of(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Hyper-parameters of a step, some of which may be its group's."""
+        return self.hyper()
 
     def factor(self, s: LayerStats, lr: Tensor, weight_decay: float) -> Tensor:
         """Factor on the gradient, [layers]; ``weight_decay`` is the L2 coefficient."""

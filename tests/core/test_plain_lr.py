@@ -9,7 +9,7 @@ import pickle
 import cases
 import pytest
 import torch
-from cases import RULED, SHORT, copies, ids, random, same_bits, set_grads, train
+from cases import OWN, RULED, SHORT, copies, ids, random, same_bits, set_grads, train
 from selection import NONE
 from spec import Spec
 from torch.nn import Parameter
@@ -20,7 +20,8 @@ from layerlr.rules import Layca
 
 SHAPES = ((4, 3), (4,), (1, 1, 5), (2, 4))
 #: where the plain parameters move
-MOVING = [c for c in SHORT if c in RULED and getattr(c.rule, "others", "") != "freeze"]
+MOVING = [c for c in SHORT if c in RULED and c not in OWN]
+MOVING = [c for c in MOVING if getattr(c.rule, "others", "") != "freeze"]
 
 
 def weights(dtype=torch.float64):

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +77,38 @@ def bare(kind):
     cls, arguments = KINDS[kind]
     shared = {k: v for k, v in arguments.items() if k not in ("rule", "adapt")}
     return (cls, shared), (TWINS[cls], shared)
+
+
+# -- timm ------------------------------------------------------------------------------------------
+
+
+def _loaded(name):
+    return [key for key in sys.modules if key.split(".")[0] == name]
+
+
+@contextlib.contextmanager
+def timm_installed():
+    """timm; without torchvision, which it asks for, what of its training loop needs torch alone."""
+    found = importlib.util.find_spec("timm")
+    if found is None:
+        pytest.skip("timm is not installed")
+    before = _loaded("timm")
+    try:
+        importlib.import_module("timm.optim")
+    except (ImportError, RuntimeError):
+        for name in _loaded("timm"):
+            del sys.modules[name]
+        for name in ("timm", "timm.models", "timm.utils"):
+            sys.modules[name] = types.ModuleType(name)
+            folder = Path(found.origin).parent.joinpath(*name.split(".")[1:])
+            sys.modules[name].__path__ = [str(folder)]
+        sys.modules["timm.models"].group_parameters = None  # for models with a group_matcher
+    yield types.SimpleNamespace(
+        optim=importlib.import_module("timm.optim"),
+        scheduler=importlib.import_module("timm.scheduler"),
+        registry=importlib.import_module("timm.optim._optim_factory"),
+        clip=importlib.import_module("timm.utils.clip_grad").dispatch_clip_grad,
+    )
+    for name in _loaded("timm"):
+        if name not in before:
+            del sys.modules[name]

@@ -5,15 +5,18 @@ As in `test_ecosystem`: saved and resumed in the middle, a run ends with the sam
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
-from pathlib import Path
-
 import pytest
 import torch
-from ecosystem import KINDS, Net, assert_same, assert_trained, data, each_kind, weights
+from ecosystem import (
+    KINDS,
+    Net,
+    assert_same,
+    assert_trained,
+    data,
+    each_kind,
+    timm_installed,
+    weights,
+)
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -22,36 +25,10 @@ import layerlr
 # -- timm ----------------------------------------------------------------------------------------
 
 
-def loaded(name):
-    return [key for key in sys.modules if key.split(".")[0] == name]
-
-
 @pytest.fixture(scope="module")
 def timm():
-    """timm; without torchvision, which it asks for, what of its training loop needs torch alone."""
-    found = importlib.util.find_spec("timm")
-    if found is None:
-        pytest.skip("timm is not installed")
-    before = loaded("timm")
-    try:
-        importlib.import_module("timm.optim")
-    except (ImportError, RuntimeError):
-        for name in loaded("timm"):
-            del sys.modules[name]
-        for name in ("timm", "timm.models", "timm.utils"):
-            sys.modules[name] = types.ModuleType(name)
-            folder = Path(found.origin).parent.joinpath(*name.split(".")[1:])
-            sys.modules[name].__path__ = [str(folder)]
-        sys.modules["timm.models"].group_parameters = None  # for models with a group_matcher
-    yield types.SimpleNamespace(
-        optim=importlib.import_module("timm.optim"),
-        scheduler=importlib.import_module("timm.scheduler"),
-        registry=importlib.import_module("timm.optim._optim_factory"),
-        clip=importlib.import_module("timm.utils.clip_grad").dispatch_clip_grad,
-    )
-    for name in loaded("timm"):
-        if name not in before:
-            del sys.modules[name]
+    with timm_installed() as found:
+        yield found
 
 
 def timm_run(timm, kind, file=None, updates=range(8), seed=0, clip="norm"):

@@ -34,7 +34,10 @@ ISA_FLAGS = {
 
 
 def test_registries_agree():
-    assert _C.directions() == list(DIRECTIONS)
+    assert list(_C.directions()) == list(DIRECTIONS)
+    for name, nonnegative in _C.directions().items():
+        direction = DIRECTIONS[name]
+        assert nonnegative == [key in direction.nonnegative for key in direction.states], name
     assert list(_C.rules()) == list(RULES)
     for name, flags in _C.rules().items():
         rule = RULES[name]
@@ -45,6 +48,7 @@ def test_registries_agree():
             "raw_gradient": rule.raw_gradient,
             "latches": rule.latches,
             "decays_apart": rule.decays_apart,
+            "averages": rule.averages,
         }, name
     assert _C.columns() == len(COLUMNS)
 

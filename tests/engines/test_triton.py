@@ -44,7 +44,7 @@ def test_rules_agree():
         update = theirs.order == "update"
         weights = update or "ww" in theirs.measures  # an update rule takes every sum
         flags = update, weights, theirs.raw_gradient, theirs.latches, theirs.decays_apart
-        assert ours[1:] == flags, name
+        assert ours[1:] == (*flags, theirs.averages), name
 
 
 def test_places_of_the_numbers_agree():

@@ -33,7 +33,7 @@ FLOORS = (
     "optimizer",
     "base_lr wrapped_checks wrapped_state",
     "agreement optimizers param_groups wrapping",
-    "describe step_in_backward",
+    "describe integrations step_in_backward",
     "monitor selfcheck",
     "__init__",
     "__main__",

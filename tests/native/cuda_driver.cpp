@@ -53,22 +53,19 @@ std::vector<Shape> shapes_of(const Case& c) {
 }
 
 Model make(const Case& c) {
-  Model m(c.direction, c.rule, shapes_of(c));
-  if (c.dtype == nearest_bf16) {
-    for (TensorRow& row : m.plan.tensors) row.held = Held::nearest;
-  }
-  return m;
+  const bool plain = c.dtype == nearest_bf16 || (c.dtype == int(DType::f32) && !c.options);
+  return Model(c.direction, c.rule, shapes_of(c), !plain);
 }
 
 /// What is not as in the step before. Options: a gradient that is not finite, so that a layer is
 /// skipped, and a tensor without one; another of each from the second step on.
 void change(Model& m, const Case& c, int step) {
   if (!c.options || step > 1) return;
-  const TensorRow& row = m.plan.tensors[step == 0 ? 4 : 5];
+  Row& row = m.plan.tensors[step == 0 ? 4 : 5];
   for (Buffer& b : m.buffers) {
-    if (b.data == row.grad) b.set(b.numel() - 1, NAN);
+    if (b.data == row.grad.data) b.set(b.numel() - 1, NAN);
   }
-  m.plan.tensors[step == 0 ? 1 : 2].active = false;
+  m.plan.tensors[step == 0 ? 1 : 2].grad.data = nullptr;
 }
 
 /// Of the last step but one nothing may show.

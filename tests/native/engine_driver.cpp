@@ -14,7 +14,7 @@ namespace {
 
 Model make(int direction, int rule, DType dtype) {
   // the last is shared out between threads; in float32 alone, since sanitizers are slow
-  const int64_t large = dtype == DType::f32 ? 8 * chunk_size + 100 : 100;
+  const int64_t large = dtype == DType::f32 ? 8 * chunk_size + 128 : 128;
   std::vector<Shape> shapes;
   for (const int64_t size : {int64_t(1), int64_t(15), int64_t(16), int64_t(17), int64_t(1000),
                              chunk_size + 3, int64_t(0), large}) {

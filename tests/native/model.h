@@ -20,15 +20,18 @@ struct Buffer {
   char* data;
   size_t size;  // in bytes
   DType dtype;
+  bool codes;  // of 8 bits instead
 
-  Buffer(int64_t n, DType dtype, bool odd) : size(n * param_bytes(dtype)), dtype(dtype) {
-    const size_t shift = odd ? param_bytes(dtype) : 0;
+  Buffer(int64_t n, DType dtype, bool odd, bool codes = false)
+      : size(n * (codes ? 1 : param_bytes(dtype))), dtype(dtype), codes(codes) {
+    const size_t shift = odd && !codes ? param_bytes(dtype) : 0;
     memory.reset(new char[size + shift]());
     data = memory.get() + shift;
   }
-  int64_t numel() const { return size / param_bytes(dtype); }
+  int64_t numel() const { return codes ? size : size / param_bytes(dtype); }
 
   double get(int64_t i) const {
+    if (codes) return data[i];
     switch (dtype) {
       case DType::f32:
         return at<float>(i);
@@ -76,16 +79,18 @@ struct Model {
   std::vector<Buffer> buffers;  // of each tensor: w, g, states, count, what is beside w
   std::vector<double> stats, radii;
 
-  Model(int direction, int rule, const std::vector<Shape>& shapes) {
+  /// With `codecs` some arrays have one, otherwise none.
+  Model(int direction, int rule, const std::vector<Shape>& shapes, bool codecs = true) {
     const double rule_hyper[rule_count][max_rule_hyper] = {
-        {}, {}, {1e-3, 1e-8, 0}, {10, 0, 1e9}, {1e-6, 2}, {}, {}, {10, 0, 1e9}, {0.5}};
+        {}, {}, {1e-3, 1e-8, 0}, {10, 0, 1e9}, {1e-6, 2},
+        {}, {}, {10, 0, 1e9},    {0.5},        {0.9, 0.99, 1e-8}};
     std::mt19937 random(7);
     plan.direction = direction;
     plan.has_rule = rule >= 0;
     if (rule >= 0) plan.rule.rule = static_cast<RuleId>(rule);
     plan.rule.update = rule_info(plan.rule.rule).update;
     std::copy_n(rule_hyper[rule < 0 ? 0 : rule], max_rule_hyper, plan.rule.hyper);
-    for (const Shape& shape : shapes) add(shape, random);
+    for (const Shape& shape : shapes) add(shape, random, codecs);
     const int layer_of[] = {0, 0, 1, 2, 3, 5, 6, 7};
     for (int i = 0; i < 8; ++i) {
       if (i == 4) {
@@ -101,6 +106,7 @@ struct Model {
       plan.layers[l].ruled = rule >= 0 && l != 6;
       plan.layers[l].lr_scale = 1 + 0.5 * (l % 3);
       plan.layers[l].memory = &radii[l];
+      if (plan.rule.rule == RuleId::AdamMini) plan.layers[l].start_radius = 100 * (l + 1);
     }
     stats.assign(8 * columns, 0);
     plan.stats = stats.data();
@@ -126,12 +132,12 @@ struct Model {
 
  private:
   /// Steps are counted in float32 and float64, from 0 or a little above.
-  void add(const Shape& shape, std::mt19937& random) {
+  void add(const Shape& shape, std::mt19937& random, bool codecs) {
     const size_t i = plan.tensors.size();
     std::normal_distribution<double> normal;
-    TensorRow row;
+    Row row;
     const auto buffer = [&](int64_t n, DType dtype) -> Buffer& {
-      const bool odd = i % 2 == 1 && (i != 3 || !row.param);  // of 3 the weights alone
+      const bool odd = i % 2 == 1 && (i != 3 || !row.param.data);  // of 3 the weights alone
       return buffers.emplace_back(n, dtype, odd);
     };
     const auto filled = [&] {
@@ -139,26 +145,47 @@ struct Model {
       for (int64_t e = 0; e < shape.size; ++e) b.set(e, normal(random));
       return b.data;
     };
-    row.param = filled();
-    row.grad = filled();
-    for (int k = 0; k < states_of(plan.direction); ++k) {
-      row.state[k] = buffer(shape.size, state_of(shape.dtype)).data;
+    row.param.data = filled();
+    row.grad.data = filled();
+    const std::vector<bool> states = states_of(plan.direction);
+    for (size_t k = 0; k < states.size(); ++k) {
+      add_state(row.state[k], shape, states[k], codecs && shape.dtype != DType::f64);
     }
     row.step_is_double = i % 3 == 1;
     Buffer& count = buffer(1, row.step_is_double ? DType::f64 : DType::f32);
     count.set(0, i % 3);
     row.step = count.data;
     row.dtype = shape.dtype;
-    if (param_bytes(shape.dtype) == 2) {  // every way to hold weights; float16 is not for the last
-      row.held = static_cast<Held>(i % (shape.dtype == DType::bf16 ? 4 : 3));
+    if (codecs && param_bytes(shape.dtype) == 2) {  // all of them; float16 is not for the last
+      row.param.codec = static_cast<Codec>(i % (shape.dtype == DType::bf16 ? 4 : 3));
       row.seed = static_cast<int64_t>(i);
-      const DType extra = row.held == Held::master ? DType::f32 : shape.dtype;
-      if (row.held == Held::master || row.held == Held::kahan) {
-        row.extra = buffer(shape.size, extra).data;
-      }
+      const DType aux = row.param.codec == Codec::master ? DType::f32 : shape.dtype;
+      if (row.param.aux_bytes(1, 1, shape.dtype)) row.param.aux = buffer(shape.size, aux).data;
     }
-    row.active = true;
+    if (has_scales(row.state[0].codec)) row.block = block_of(shape.size);
     plan.tensors.push_back(row);
+  }
+
+  /// Elements that share a scale, in tensors of odd sizes a few; 0: no codes.
+  static int64_t block_of(int64_t size) {
+    for (int64_t block = code_block; size && block > 4; --block) {
+      if (size % block == 0) return block;
+    }
+    return 0;
+  }
+
+  /// Codes where the size allows, bfloat16 in tensor 5.
+  void add_state(Array& state, const Shape& shape, bool nonnegative, bool coded) {
+    const size_t i = plan.tensors.size();
+    const int64_t block = i == 4 ? 0 : block_of(shape.size);  // which is split somewhere
+    const bool codes = coded && block;
+    const bool narrow = coded && !codes && i == 5;
+    const DType dtype = narrow ? DType::bf16 : state_of(shape.dtype);
+    state.data = buffers.emplace_back(shape.size, dtype, i % 2 == 1, codes).data;
+    if (narrow) state.codec = Codec::bfloat16;
+    if (!codes) return;
+    state.codec = nonnegative ? Codec::unsigned8 : Codec::signed8;
+    state.aux = buffers.emplace_back(shape.size / block, DType::f32, i % 2 == 1).data;
   }
 };
 

@@ -192,10 +192,10 @@ T read_fresh(const T* p) {
   return *p;
 }
 
-/// Vectors of 8 or 16 bytes; what is read first may be read again.
+/// Vectors of 4, 8 or 16 bytes; what is read first may be read again.
 template <class V>
 V read_vector(const V* p) {
-  static_assert(sizeof(V) == 8 || sizeof(V) == 16, "one access");
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "one access");
   simt::self().traffic.vectors += sizeof(V);
   return read(p);
 }

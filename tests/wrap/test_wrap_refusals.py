@@ -16,6 +16,16 @@ def sgd(**kwargs):
     return torch.optim.SGD([Parameter(v) for v in random(((7, 5), (5,)))], lr=0.1, **kwargs)
 
 
+class NoRate(torch.optim.Optimizer):
+    """A base without an lr."""
+
+    def __init__(self):
+        super().__init__([Parameter(torch.ones(3, 3))], {})
+
+    def step(self, closure=None):
+        """None."""
+
+
 REFUSED = {
     "no optimizer": (lambda: layerlr.wrap(nn.Linear(2, 2), "layca"), TypeError, "got Linear"),
     "scheduler": (
@@ -36,9 +46,9 @@ REFUSED = {
         "or use others='plain'",
     ),
     "bounds": (
-        lambda: layerlr.wrap(sgd(), rules.Lamb(min_ratio=2.0), lr=0.1),
+        lambda: layerlr.wrap(NoRate(), rules.Lamb(min_ratio=2.0), lr=0.1),
         ValueError,
-        "leave the bounds out",
+        "the base has no lr .* leave the bounds out",
     ),
     "no lr": (lambda: layerlr.wrap(sgd(), "layca"), ValueError, "give lr, the angle or the ratio"),
     "lr 0": (lambda: layerlr.wrap(sgd(), "lamb", lr=0.0), ValueError, "give a nonzero lr"),

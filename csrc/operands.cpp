@@ -1,4 +1,4 @@
-#include "torch_plan.h"
+#include "operands.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -46,24 +46,33 @@ void Staging::finish() {
   copies_.clear();
 }
 
-void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense) {
+void fill_row(Row& row, Staging& staging, const Operands& x, bool dense) {
+  const at::Tensor& param = *x.param.data;
   at::Tensor contiguous;
-  if (!dense) contiguous = at::empty(x.param->sizes(), x.param->options());
-  const at::Tensor& like = dense ? *x.param : contiguous;
-  row.dtype = dtype_of(*x.param);
-  row.param = staging.pointer(*x.param, like, true);
-  row.grad = staging.pointer(*x.grad, like, false);
-  for (int k = 0; k < x.n_states; ++k) row.state[k] = staging.pointer(*x.states[k], like, true);
-  row.held = x.held;
-  if (x.held == Held::stochastic) {
-    row.seed = *x.extra->data_ptr<int64_t>();
-  } else if (x.extra) {
-    row.extra = staging.pointer(*x.extra, like, true);
-  }
+  if (!dense) contiguous = at::empty(param.sizes(), param.options());
+  const at::Tensor& like = dense ? param : contiguous;
+  const auto fill = [&](Array& to, const Operand& of, bool written) {
+    to.data = staging.pointer(*of.data, like, written);
+    to.codec = of.codec;
+    if (!of.aux) return;
+    to.aux = of.aux->sizes() == param.sizes() ? staging.pointer(*of.aux, like, written)
+                                              : of.aux->data_ptr();
+  };
+  row.dtype = dtype_of(param);
+  fill(row.param, x.param, true);
+  fill(row.grad, x.grad, false);
+  for (int k = 0; k < x.n_states; ++k) fill(row.state[k], x.states[k], true);
+  if (x.param.codec == Codec::stochastic) row.seed = *static_cast<int64_t*>(row.param.aux);
   row.step = x.step->data_ptr();
-  if (!row.grad) row.grad = row.step;  // an empty gradient has no memory, but it is one
   row.step_is_double = x.step->scalar_type() == at::kDouble;
-  row.active = true;
+  if (!row.grad.data) row.grad.data = row.step;  // an empty gradient has no memory, but it is one
+}
+
+Codec codec_of_state(caffe2::TypeMeta dtype) {
+  if (dtype == caffe2::TypeMeta::Make<int8_t>()) return Codec::signed8;
+  if (dtype == caffe2::TypeMeta::Make<uint8_t>()) return Codec::unsigned8;
+  if (dtype == caffe2::TypeMeta::Make<at::BFloat16>()) return Codec::bfloat16;
+  return Codec::plain;
 }
 
 namespace {
@@ -99,8 +108,10 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
   }
 }
 
-Held held_by_name(const std::string& precision) {
-  return static_cast<Held>(index_of({"", "master", "kahan", "stochastic"}, precision, "precision"));
+Codec codec_of_weights(const std::string& precision) {
+  static_assert(int(Codec::stochastic) == 3);
+  return static_cast<Codec>(
+      index_of({"", "master", "kahan", "stochastic"}, precision, "precision"));
 }
 
 Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer) {

@@ -1,7 +1,10 @@
-#include "live_plan.h"
+#include "bound_plan.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
 
 namespace layerlr {
 
@@ -30,26 +33,22 @@ bool same_objects(const py::list& x, const py::list& y) {
   return true;
 }
 
-LivePlan::LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
-                   const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
-                   const std::vector<double>& lr_scale, const std::vector<double>& start_radius,
-                   const std::string& direction, const std::optional<std::string>& rule,
-                   const std::optional<std::string>& memory_key, at::Tensor stats,
-                   const std::string& precision, const std::string& extra_key)
-    : params_(std::move(params)),
-      states_(std::move(states)),
-      stats_(std::move(stats)),
+BoundPlan::BoundPlan(const PlanSpec& spec)
+    : params_(spec.params),
+      states_(spec.states),
+      stats_(spec.stats),
       device_(stats_.device()),
-      n_states_(static_cast<int>(keys.size())),
-      held_(held_by_name(precision)) {
-  configure(plan_, direction, rule.value_or(""), ruled, lr_scale, start_radius, stats_);
+      n_states_(static_cast<int>(spec.keys.size())),
+      weights_(codec_of_weights(spec.precision)) {
+  configure(plan_, spec.direction, spec.rule.value_or(""), spec.ruled, spec.lr_scale,
+            spec.start_radius, stats_);
   plan_.tensors.resize(params_.size());
   tensors_.resize(params_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, keys, memory_key, extra_key);
-  read_layouts(spans);
+  for (size_t i = 0; i < tensors_.size(); ++i) find_values(i, spec);
+  read_layouts(spec.spans);
 }
 
-int LivePlan::prepare() {
+int BoundPlan::prepare() {
   staging_ = {};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const int answer = look_up(i);
@@ -64,9 +63,7 @@ int LivePlan::prepare() {
   return ready;
 }
 
-void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
-                           const std::optional<std::string>& memory_key,
-                           const std::string& extra_key) {
+void BoundPlan::find_values(size_t i, const PlanSpec& spec) {
   Tensor& t = tensors_[i];
   t.param = PyList_GET_ITEM(params_.ptr(), i);
   t.state = PyList_GET_ITEM(states_.ptr(), i);
@@ -74,19 +71,28 @@ void LivePlan::find_values(size_t i, const std::vector<std::string>& keys,
     t.state = nullptr;
     return;
   }
-  const auto get = [&](const char* key) { return PyDict_GetItemString(t.state, key); };
+  const auto get = [&](const std::string& key) {
+    return PyDict_GetItemString(t.state, key.c_str());
+  };
   t.snapshot.emplace(py::reinterpret_borrow<py::dict>(t.state));
-  for (int k = 0; k < n_states_; ++k) t.values[k] = get(keys[k].c_str());
+  for (int k = 0; k < n_states_; ++k) {
+    t.values[k] = get(spec.keys[k]);
+    t.state_dtypes[k] = THPVariable_Unpack(t.values[k]).dtype();
+    if (!has_scales(codec_of_state(t.state_dtypes[k]))) continue;
+    t.aux[k] = get(spec.aux_keys[k]);
+    t.aux_sizes = THPVariable_Unpack(t.aux[k]).sizes();
+    const int64_t blocks = THPVariable_Unpack(t.aux[k]).numel();
+    if (blocks) plan_.tensors[i].block = THPVariable_Unpack(t.values[k]).numel() / blocks;
+  }
   t.step = get("step");
-  if (memory_key) t.memory = get(memory_key->c_str());
-  if (held_ != Held::nearest && THPVariable_Unpack(t.param).element_size() == 2) {
-    t.extra = get(extra_key.c_str());
+  if (spec.memory_key) t.memory = get(*spec.memory_key);
+  if (weights_ != Codec::plain && THPVariable_Unpack(t.param).element_size() == 2) {
+    t.weights_aux = get(spec.weights_aux_key);
   }
   t.step_dtype = THPVariable_Unpack(t.step).dtype();
-  if (n_states_) t.state_dtype = THPVariable_Unpack(t.values[0]).dtype();
 }
 
-void LivePlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
+void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
   std::vector<int> parts(tensors_.size()), place(tensors_.size());
   std::vector<char> led(plan_.layers.size());
   for (const auto& span : spans) ++parts[span[0]];
@@ -94,6 +100,7 @@ void LivePlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     Tensor& t = tensors_[tensor];
     const at::Tensor& p = THPVariable_Unpack(t.param);
     t.dense = is_dense(p, parts[tensor] > 1);
+    if (!t.aux_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
     t.dtype = p.dtype();
     t.sizes.assign(p.sizes().begin(), p.sizes().end());
     t.strides.assign(p.strides().begin(), p.strides().end());
@@ -106,17 +113,27 @@ void LivePlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
   }
 }
 
-bool LivePlan::holds_extra(const Tensor& t) const {
-  const at::Tensor& x = THPVariable_Unpack(t.extra);
-  if (held_ == Held::stochastic) {
+bool BoundPlan::holds_weights_aux(const Tensor& t) const {
+  const at::Tensor& x = THPVariable_Unpack(t.weights_aux);
+  if (weights_ == Codec::stochastic) {
     return x.scalar_type() == at::kLong && x.numel() == 1 && x.is_cpu();
   }
-  return holds(t, x, held_ == Held::master ? caffe2::TypeMeta::Make<float>() : t.dtype);
+  return holds(t, x, weights_ == Codec::master ? caffe2::TypeMeta::Make<float>() : t.dtype);
 }
 
-int LivePlan::look_up(size_t i) {
+bool BoundPlan::look_up_state(const Tensor& t, int k, Operand& x) const {
+  x.data = &THPVariable_Unpack(t.values[k]);
+  x.codec = codec_of_state(t.state_dtypes[k]);
+  if (!holds(t, *x.data, t.state_dtypes[k])) return false;
+  if (!t.aux[k]) return true;
+  x.aux = &THPVariable_Unpack(t.aux[k]);
+  return x.data->is_contiguous() && x.aux->is_contiguous() && x.aux->device() == device_ &&
+         x.aux->scalar_type() == at::kFloat && same(x.aux->sizes(), t.aux_sizes);
+}
+
+int BoundPlan::look_up(size_t i) {
   const Tensor& t = tensors_[i];
-  plan_.tensors[i].active = false;
+  plan_.tensors[i].grad.data = nullptr;
   const at::Tensor& p = THPVariable_Unpack(t.param);
   const at::Tensor& g = p.unsafeGetTensorImpl()->grad();
   if (!g.defined()) return ready;
@@ -125,52 +142,53 @@ int LivePlan::look_up(size_t i) {
     return stale;
   }
   if (!holds(t, g, t.dtype)) return static_cast<int>(i);
-  Operands x{&p, &g, {}, n_states_, &THPVariable_Unpack(t.step)};
+  Operands x;
+  x.param.data = &p;
+  x.grad.data = &g;
+  x.n_states = n_states_;
+  x.step = &THPVariable_Unpack(t.step);
   if (x.step->numel() != 1 || x.step->dtype() != t.step_dtype || x.step->device() != device_) {
     return stale;
   }
   for (int k = 0; k < n_states_; ++k) {
-    x.states[k] = &THPVariable_Unpack(t.values[k]);
-    if (!holds(t, *x.states[k], t.state_dtype)) return stale;
+    if (!look_up_state(t, k, x.states[k])) return stale;
   }
-  if (t.extra) {
-    if (!holds_extra(t)) return stale;
-    x.held = held_;
-    x.extra = &THPVariable_Unpack(t.extra);
+  if (t.weights_aux) {
+    if (!holds_weights_aux(t)) return stale;
+    x.param.codec = weights_;
+    x.param.aux = &THPVariable_Unpack(t.weights_aux);
   }
   fill_row(plan_.tensors[i], staging_, x, t.dense);
   return ready;
 }
 
-void LivePlan::finish() {
+void BoundPlan::finish() {
   staging_.finish();
   const auto bump = [](PyObject* value) {
     const at::Tensor& t = THPVariable_Unpack(value);
     if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
   };
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    if (!plan_.tensors[i].active) continue;
-    bump(tensors_[i].param);
-    for (int k = 0; k < n_states_; ++k) bump(tensors_[i].values[k]);
-    if (plan_.tensors[i].extra) bump(tensors_[i].extra);
+    const Row& row = plan_.tensors[i];
+    const Tensor& t = tensors_[i];
+    if (!row.active()) continue;
+    bump(t.param);
+    for (int k = 0; k < n_states_; ++k) {
+      bump(t.values[k]);
+      if (t.aux[k]) bump(t.aux[k]);
+    }
+    if (row.param.aux && weights_ != Codec::stochastic) bump(t.weights_aux);
   }
 }
 
-at::Tensor LivePlan::rows() const {
-  const at::Tensor answer = at::zeros({int64_t(plan_.tensors.size()), 8}, at::kLong);
-  int64_t* to = answer.data_ptr<int64_t>();
-  for (const TensorRow& row : plan_.tensors) {
-    const void* pointers[] = {row.param,    row.active ? row.grad : nullptr,
-                              row.state[0], row.state[1],
-                              row.state[2], row.step};
-    for (const void* p : pointers) *to++ = reinterpret_cast<int64_t>(p);
-    *to++ = row.extra ? reinterpret_cast<int64_t>(row.extra) : row.seed;
-    *to++ = row.step_is_double;
-  }
+at::Tensor BoundPlan::rows() const {
+  const int64_t n = plan_.tensors.size(), size = sizeof(Row) / sizeof(int64_t);
+  const at::Tensor answer = at::empty({n, size}, at::kLong);
+  if (n) std::memcpy(answer.data_ptr(), plan_.tensors.data(), n * sizeof(Row));
   return answer;
 }
 
-at::Tensor LivePlan::memory_pointers() const {
+at::Tensor BoundPlan::memory_pointers() const {
   const at::Tensor answer = at::zeros({int64_t(plan_.layers.size())}, at::kLong);
   int64_t* to = answer.data_ptr<int64_t>();
   for (const Layer& layer : plan_.layers) *to++ = reinterpret_cast<int64_t>(layer.memory);

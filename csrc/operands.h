@@ -45,19 +45,27 @@ class Staging {
   std::vector<Copy> copies_;
 };
 
+/// An array of a row: the tensor, what lies beside it (perhaps nothing), how its elements are
+/// stored.
+struct Operand {
+  const at::Tensor* data = nullptr;
+  const at::Tensor* aux = nullptr;
+  Codec codec = Codec::plain;
+};
+
 /// What a row of the plan points to.
 struct Operands {
-  const at::Tensor* param;
-  const at::Tensor* grad;
-  const at::Tensor* states[max_states];
-  int n_states;
-  const at::Tensor* step;
-  Held held = Held::nearest;
-  const at::Tensor* extra = nullptr;  // what the state holds for it
+  Operand param, grad;
+  Operand states[max_states];
+  int n_states = 0;
+  const at::Tensor* step = nullptr;
 };
 
 /// Fill a row of the plan for one parameter that takes part, and whose dense layout is known.
-void fill_row(TensorRow& row, Staging& staging, const Operands& x, bool dense);
+void fill_row(Row& row, Staging& staging, const Operands& x, bool dense);
+
+/// How a state tensor of that dtype is stored; Python has checked it.
+Codec codec_of_state(caffe2::TypeMeta dtype);
 
 /// Give a plan its direction, rule (empty: none), layers and statistics; throws for unknown names,
 /// naming the alternatives, and for sizes that do not fit.
@@ -65,8 +73,8 @@ void configure(Plan& plan, const std::string& direction, const std::string& rule
                const std::vector<bool>& ruled, at::ArrayRef<double> lr_scale,
                at::ArrayRef<double> start_radius, const at::Tensor& stats);
 
-/// A precision's number; empty: to nearest.
-Held held_by_name(const std::string& precision);
+/// A precision as a codec of weights; empty: as they are.
+Codec codec_of_weights(const std::string& precision);
 
 /// The span of rows [begin, end) of dim 0, in elements.
 Span span_of_rows(const at::Tensor& p, int64_t tensor, int64_t begin, int64_t end, int64_t layer);

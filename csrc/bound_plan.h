@@ -1,5 +1,5 @@
-// A plan over live Python objects. Whatever a user replaces is seen at the next step: gradients and
-// data pointers are read afresh, state dicts are compared with what the plan was built from.
+// A plan bound to live Python objects. Whatever a user replaces is seen at the next step: gradients
+// and data pointers are read afresh, state dicts are compared with what the plan was built from.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -8,7 +8,7 @@
 #include <array>
 #include <optional>
 
-#include "torch_plan.h"
+#include "operands.h"
 
 namespace layerlr {
 
@@ -26,17 +26,27 @@ class Snapshot {
 /// Whether two lists hold the same objects: tensors must not be compared by value.
 bool same_objects(const py::list& x, const py::list& y);
 
+/// What a plan is built from: backends/native.py fills it.
+struct PlanSpec {
+  py::list params, states;
+  std::vector<std::string> keys;           // of the direction's states
+  std::vector<std::string> aux_keys;       // of what lies beside each of them, where something does
+  std::string precision, weights_aux_key;  // of 16-bit weights
+  std::vector<std::array<int64_t, 4>> spans;  // tensor, first row, last row + 1, layer
+  std::vector<bool> ruled;                    // of each layer
+  std::vector<double> lr_scale, start_radius;
+  std::string direction;
+  std::optional<std::string> rule, memory_key;
+  at::Tensor stats;
+};
+
 /// Looks the operands of a step up and checks them, on any device.
-class LivePlan {
+class BoundPlan {
  public:
   enum Ready : int { ready = -1, stale = -2 };  // otherwise: index of a parameter to look at
 
-  LivePlan(py::list params, py::list states, const std::vector<std::string>& keys,
-           const std::vector<std::array<int64_t, 4>>& spans, const std::vector<bool>& ruled,
-           const std::vector<double>& lr_scale, const std::vector<double>& start_radius,
-           const std::string& direction, const std::optional<std::string>& rule,
-           const std::optional<std::string>& memory_key, at::Tensor stats,
-           const std::string& precision, const std::string& extra_key);
+  explicit BoundPlan(const PlanSpec& spec);
+  BoundPlan(const BoundPlan&) = delete;
 
   /// Read gradients and data pointers into plan().
   int prepare();
@@ -46,9 +56,7 @@ class LivePlan {
   Plan& plan() { return plan_; }
   at::Device device() const { return stats_.device(); }
 
-  /// [tensors, 8], int64 on the host: pointers of param, gradient (0: none), three states and step,
-  /// pointer to what is held beside the weights or the seed of their rounding, whether step is
-  /// float64.
+  /// The rows of plan() as int64 [tensors, size of a row], on the host.
   at::Tensor rows() const;
   /// [layers], int64 on the host: pointers of the layers' memory, or 0.
   at::Tensor memory_pointers() const;
@@ -60,11 +68,12 @@ class LivePlan {
     PyObject* state = nullptr;  // its dict, or null: frozen, no state yet
     std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
+    PyObject* aux[max_states] = {};  // what lies beside them
     PyObject* step = nullptr;
-    PyObject* memory = nullptr;  // of the layers of its parts
-    PyObject* extra = nullptr;   // what 16-bit weights have beside them
-    at::DimVector sizes, strides;
-    caffe2::TypeMeta dtype, state_dtype, step_dtype;
+    PyObject* memory = nullptr;       // of the layers of its parts
+    PyObject* weights_aux = nullptr;  // what 16-bit weights have beside them
+    at::DimVector sizes, strides, aux_sizes;
+    caffe2::TypeMeta dtype, step_dtype, state_dtypes[max_states];
     bool dense = true;
   };
   /// The first part of a layer whose tensor has a state: there lies what the layer memory_key.
@@ -77,17 +86,17 @@ class LivePlan {
     return x.dtype() == wanted && same(x.sizes(), t.sizes) && x.device() == device_ &&
            x.layout() == at::kStrided;
   }
-  void find_values(size_t i, const std::vector<std::string>& keys,
-                   const std::optional<std::string>& memory_key, const std::string& extra_key);
+  void find_values(size_t i, const PlanSpec& spec);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
-  bool holds_extra(const Tensor& t) const;
+  bool holds_weights_aux(const Tensor& t) const;
+  bool look_up_state(const Tensor& t, int k, Operand& x) const;
   int look_up(size_t i);
 
   py::list params_, states_;
   at::Tensor stats_;
   at::Device device_;
   int n_states_;
-  Held held_;  // how 16-bit weights are
+  Codec weights_;  // how those of 16 bits are stored
   Plan plan_;
   std::vector<Tensor> tensors_;
   std::vector<Leader> leaders_;

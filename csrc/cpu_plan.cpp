@@ -1,0 +1,51 @@
+#include "cpu_plan.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+namespace layerlr {
+namespace {
+
+LayerStats* rows_of(const at::Tensor& sums) {
+  return reinterpret_cast<LayerStats*>(sums.data_ptr<double>());
+}
+
+}  // namespace
+
+CpuPlan::CpuPlan(const PlanSpec& spec) : BoundPlan(spec) { plan().finish(); }
+
+void CpuPlan::step(const StepConfig& config) {
+  if (config.found_inf != 0) return;
+  {
+    py::gil_scoped_release release;
+    layerlr::step(plan(), config, torch_threads());
+  }
+  finish();
+}
+
+at::Tensor CpuPlan::measure(const StepConfig& config) {
+  py::gil_scoped_release release;
+  if (config.found_inf != 0) return at::zeros({layers(), 4}, at::kDouble);
+  const at::Tensor sums = at::empty({layers(), 4}, at::kDouble);
+  layerlr::measure(plan(), config, torch_threads(), rows_of(sums));
+  return sums;
+}
+
+void CpuPlan::apply(const StepConfig& config, const at::Tensor& sums) {
+  if (config.found_inf != 0) return;
+  TORCH_CHECK(sums.sizes() == at::IntArrayRef({layers(), 4}) && sums.is_contiguous());
+  {
+    py::gil_scoped_release release;
+    layerlr::apply(plan(), config, torch_threads(), rows_of(sums));
+  }
+  finish();
+}
+
+at::Tensor CpuPlan::norms(const StepConfig& config) {
+  py::gil_scoped_release release;
+  const at::Tensor sums = at::empty({layers()}, at::kDouble);
+  layerlr::norms(plan(), config, torch_threads(), sums.data_ptr<double>());
+  return sums;
+}
+
+}  // namespace layerlr

@@ -1,5 +1,0 @@
-#include "cuda/kernels.cuh"
-
-namespace layerlr {
-template DirectionKernels kernels_of<Lion>();
-}  // namespace layerlr

@@ -1,0 +1,239 @@
+"""State in fewer bits than 32: the group key ``state_dtype``.
+
+===============  ====================================  =====================  =====================
+``state_dtype``  the arithmetic state x                stored after a step    bytes a number
+===============  ====================================  =====================  =====================
+``"float32"``    ``s``                                 ``s = x``              4
+``"bfloat16"``   ``s``                                 ``s = round(x)``       2
+``"8bit"``       ``c*|c|*k``, momenta                  ``c, k = encode(x)``   1 + 1/16
+                 ``c^4*k``, what is never below 0
+===============  ====================================  =====================  =====================
+
+A row is all that one index of dimension 0 selects, in order; a block is up to 64 numbers side by
+side in it, as many as divide the row evenly. With M the largest magnitude in a block,
+
+    signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
+    unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M/255^4
+
+so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(k - 1/2)^2`` or
+``(k - 1/2)^4``, k = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
+operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all
+engines store the same bits. The step u is formed from what is stored. A block whose M is below
+2^-94 is stored as zeros. NaN makes its whole block NaN, an infinity leaves nothing finite in it.
+
+Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
+block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
+
+8 bits are for the parameters that the rule governs (without a rule: of two or more dimensions
+larger than 1) with at least 4,096 weights in blocks of 16 or more; the others store float32. Only
+the shape of the whole parameter counts, not that of a shard, and a shard along dimension 0 holds
+whole rows: codes stay what they are, whatever the number of processes. Shards that cut a block are
+refused. Parameters of float64 and complex ones have state of their own dtype, whatever
+``state_dtype`` says.
+
+Source: blocks and 8-bit codes with a scale each, Dettmers et al. 2022 (arXiv:2110.02861); these
+codes are ours. They were compared with the dynamic codes of that paper (``bench/results/``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _C, dtensor
+
+StateDtype = Literal["float32", "bfloat16", "8bit"]
+
+#: parameters with fewer weights store float32, and those with fewer numbers in a block
+SMALL, SMALL_BLOCK = 4096, 16
+
+_CODES = (torch.int8, torch.uint8)
+_LEAST = 2.0**-94
+
+
+def scale_key(key: str) -> str:
+    """Where the scales of the codes under a key lie."""
+    return f"{key}_scale"
+
+
+def is_codes(x: Tensor) -> bool:
+    """Whether a state tensor holds codes of 8 bits."""
+    return x.dtype in _CODES
+
+
+def is_coded(x: Tensor) -> bool:
+    """Whether a state tensor, of a parameter with arithmetic in float32, has fewer bits."""
+    return x.dtype in (*_CODES, torch.bfloat16)
+
+
+def dtype_of(p: Tensor, state_dtype: str, governed: bool, nonnegative: bool) -> torch.dtype | None:
+    """Dtype of a state tensor in fewer bits; None: that of the arithmetic."""
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or state_dtype == "float32":
+        return None
+    if state_dtype == "bfloat16":
+        return torch.bfloat16
+    if not governed or p.ndim < 2 or p.numel() < SMALL or block_size(p.shape) < SMALL_BLOCK:
+        return None
+    return torch.uint8 if nonnegative else torch.int8
+
+
+@functools.cache
+def _largest_divisor(n: int, most: int) -> int:
+    return next(d for d in range(most, 0, -1) if n % d == 0)
+
+
+def block_size(shape: torch.Size) -> int:
+    """Numbers that share a scale, in a tensor of a shape."""
+    return _largest_divisor(shape[1:].numel(), _C.CODE_BLOCK)
+
+
+def blocks_of(shape: torch.Size) -> int:
+    """Blocks of a row."""
+    return shape[1:].numel() // block_size(shape)
+
+
+def scale_shape(shape: torch.Size) -> tuple[int, int]:
+    """Shape of the scales of codes of a shape."""
+    return shape[0], blocks_of(shape)
+
+
+def _blocks(x: Tensor, blocks: int | None = None) -> Tensor:
+    """Rows, blocks, numbers; ``blocks``: those of a row, where x is a piece of rows."""
+    blocks = blocks or blocks_of(x.shape)
+    return x.reshape(len(x), blocks, x.shape[1:].numel() // blocks)
+
+
+def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of float32 numbers; ``of_row``: blocks of a row, where x is a shard."""
+    blocks = _blocks(x.contiguous(), of_row)
+    thresholds, most = _thresholds(dtype, x.device)
+    largest = blocks.abs().amax(2, keepdim=True)
+    scale = torch.where(largest < _LEAST, 0.0, largest * (1.0 / most))
+    counts = (largest >= _LEAST) & torch.isfinite(largest)
+    z = blocks.abs() * torch.where(counts, most / largest, 0.0)
+    z = torch.where(z < most, z, most)
+    c = torch.bucketize(z, thresholds, right=True)
+    if dtype == torch.int8:
+        c = torch.where(blocks < 0, -c, c)
+    else:
+        c = torch.maximum(c, (blocks > 0).to(c))
+    return c.to(dtype).reshape(x.shape), scale[..., 0].contiguous()
+
+
+def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a number must reach for codes 1, 2, ..., and what the largest of its block is."""
+    last = 127 if dtype == torch.int8 else 255
+    halves = torch.arange(1, last + 1, dtype=torch.float32, device=device) - 0.5
+    thresholds = halves * halves
+    if dtype == torch.int8:
+        return thresholds, torch.tensor(float(last**2), device=device)
+    return thresholds * thresholds, torch.tensor(float(last**4), device=device)
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that are stored, in float32."""
+    c = _blocks(codes, scale.shape[1]).float()
+    if codes.dtype == torch.int8:
+        x = (c * c.abs()) * scale[..., None]
+    else:
+        square = c * c
+        x = (square * square) * scale[..., None]
+    return x.reshape(codes.shape)
+
+
+def stored(state: Mapping[str, Any], key: str, x: Tensor) -> Tensor:
+    """What a load finds of x once it is stored."""
+    target: Tensor = state[key]
+    if is_codes(target):
+        return decode(*encode(x, target.dtype, state[scale_key(key)].shape[1]))
+    return x.to(target.dtype).to(x.dtype) if is_coded(target) else x
+
+
+# -- one tensor of a state -------------------------------------------------------------------------
+
+
+def load(state: Mapping[str, Any], key: str) -> Tensor:
+    """The numbers that are stored, in the dtype that they have if they are no codes."""
+    value: Tensor = state[key]
+    return decode(value, state[scale_key(key)]) if is_codes(value) else value
+
+
+def store(state: Mapping[str, Any], key: str, x: Tensor, skip: Tensor | None = None) -> None:
+    """Store x where there was something else; ``skip``: leave rows with such an element alone."""
+    target: Tensor = state[key]
+    if not is_codes(target):
+        target = torch.view_as_real(target) if target.is_complex() else target
+        target.copy_(x if skip is None else torch.where(skip, target.to(x.dtype), x))
+        return
+    scale: Tensor = state[scale_key(key)]
+    new = encode(x, target.dtype, scale.shape[1])
+    for old, value in zip((target, scale), new, strict=True):
+        if skip is not None:
+            of_rows = skip.expand(x.shape).reshape(len(x), -1)[:, 0]
+            value = torch.where(of_rows.view(-1, *[1] * (value.ndim - 1)), old, value)
+        old.copy_(value)
+
+
+def convert(
+    state: dict[str, Any], key: str, p: Tensor, wanted: torch.dtype | None, name: str
+) -> None:
+    """Bring one tensor of the state of p into the wanted bits (None: float32), where it is not.
+
+    Raises
+    ------
+    RuntimeError
+        Where scales are missing, or a shard of p cuts blocks.
+    """
+    value: Tensor = state[key]
+    if is_codes(value):
+        scale = state.get(scale_key(key))
+        if not isinstance(scale, Tensor) or tuple(scale.shape) != scale_shape(p.shape):
+            raise RuntimeError(
+                f"state {key!r} of parameter {name!r} holds codes without their scales, which "
+                f"belong into {scale_key(key)!r}: load both, or delete optimizer.state[param] to "
+                "start afresh"
+            )
+        state[key] = value.contiguous()
+        state[scale_key(key)] = _placed_scale(p, scale.to(p.device).contiguous(), name)
+    if value.dtype == wanted or (wanted is None and not is_codes(value)):
+        return
+    local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}
+    x = load(local, key).float()
+    state.pop(scale_key(key), None)
+    if wanted not in _CODES:
+        state[key] = dtensor.like(p, x if wanted is None else x.to(wanted))
+        return
+    codes, scale = encode(x, wanted, _blocks_here(p, name))
+    state[key] = dtensor.like(p, codes)
+    state[scale_key(key)] = dtensor.like(p, scale, scale_shape(p.shape))
+
+
+def _placed_scale(p: Any, scale: Tensor, name: str) -> Tensor:
+    _blocks_here(p, name)
+    return dtensor.placed_as(p, scale, f"scales of parameter {name!r}")
+
+
+def _blocks_here(p: Any, name: str) -> int:
+    """Blocks of the part of a row that this process holds.
+
+    Raises
+    ------
+    RuntimeError
+        For shards that cut blocks: pieces of rows that are no whole blocks.
+    """
+    if not dtensor.is_sharded(p):
+        return blocks_of(p.shape)
+    block = block_size(p.shape)
+    rows_whole = {q.dim for q in p.placements if not q.is_replicate()} <= {0}
+    length = p._local_tensor.shape[1:].numel()
+    if length % block or not (rows_whole or p.ndim == 2):
+        raise RuntimeError(
+            f"state_dtype='8bit' works with blocks of {block} numbers side by side; parameter "
+            f"{name!r} of shape {tuple(p.shape)} is placed {p.placements}, which cuts them: give "
+            "it a group with state_dtype='float32' or 'bfloat16'"
+        )
+    return length // block
