@@ -57,7 +57,7 @@ LAYERLR_HD V encode_unsigned(V x, float to_z) {
   const V z = at_most(x * to_z, largest_unsigned);
   const V c = rounded(quick_root(quick_root(z)) * just_below), half = c + 0.5f;
   const V square = half * half;
-  return larger(add_one_where(z, square * square, c), sign(x));
+  return at_least_one_where_positive(x, add_one_where(z, square * square, c));
 }
 template <class V>
 LAYERLR_HD V decode_unsigned(V c, float scale) {

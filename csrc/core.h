@@ -74,6 +74,12 @@ LAYERLR_HD float add_one_where(float z, float threshold, float c) {
   return z >= threshold ? c + 1 : c;
 }
 
+/// c, or 1 if that is more and x > 0.
+LAYERLR_HD float at_least_one_where_positive(float x, float c) {
+  const float least = x > 0 ? 1.f : 0.f;
+  return c > least ? c : least;
+}
+
 /// A square root that may be wrong by two ulp.
 LAYERLR_HD float quick_root(float x) {
 #if defined(__CUDACC__)

@@ -41,6 +41,9 @@ LAYERLR_HD constexpr int stored_bytes(Codec codec, int plain) {
   return has_scales(codec) ? 1 : codec == Codec::bfloat16 ? 2 : plain;
 }
 
+/// What there is of codecs in a tensor's row: none, some, codes of 8 bits.
+enum class Coding { none, some, codes };
+
 struct Array {
   void* data = nullptr;
   void* aux = nullptr;
@@ -73,11 +76,13 @@ struct Row {
   DType dtype = DType::f32;
 
   bool active() const { return grad.data; }
-  /// Whether no array has a codec.
-  bool plain() const {
+  Coding coding() const {
     bool plain = param.codec == Codec::plain;
-    for (const Array& s : state) plain &= s.codec == Codec::plain;
-    return plain;
+    for (const Array& s : state) {
+      if (has_scales(s.codec)) return Coding::codes;
+      plain &= s.codec == Codec::plain;
+    }
+    return plain ? Coding::none : Coding::some;
   }
   /// Number of steps taken.
   double count() const {

@@ -5,17 +5,17 @@
 
 namespace layerlr {
 
-const Kernels* kernels_default(int direction, DType dtype, bool plain);
+const Kernels* kernels_default(int direction, DType dtype, Coding coding);
 #if defined(LAYERLR_X86)
-const Kernels* kernels_avx2(int direction, DType dtype, bool plain);
-const Kernels* kernels_avx512(int direction, DType dtype, bool plain);
+const Kernels* kernels_avx2(int direction, DType dtype, Coding coding);
+const Kernels* kernels_avx512(int direction, DType dtype, Coding coding);
 #endif
 
 namespace {
 
 struct InstructionSet {
   const char* name;
-  const Kernels* (*kernels)(int, DType, bool);
+  const Kernels* (*kernels)(int, DType, Coding);
   bool here;
 };
 
@@ -45,8 +45,8 @@ InstructionSet chosen = best();
 
 }  // namespace
 
-const Kernels& kernels_for(int direction, DType dtype, bool plain) {
-  return *chosen.kernels(direction, dtype, plain);
+const Kernels& kernels_for(int direction, DType dtype, Coding coding) {
+  return *chosen.kernels(direction, dtype, coding);
 }
 
 const char* instruction_set() { return chosen.name; }

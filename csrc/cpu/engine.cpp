@@ -77,18 +77,18 @@ class Step {
   void prepare(size_t i) {
     const Row& row = plan_.tensors[i];
     const double t = row.count() + 1;
-    const bool plain = row.plain();
+    const Coding coding = row.coding();
     for (const Made& made : made_) {
-      if (made.t == t && made.dtype == row.dtype && made.plain == plain) {
+      if (made.t == t && made.dtype == row.dtype && made.coding == coding) {
         tensors_[i] = made.tensor;
         return;
       }
     }
-    const Kernels& k = kernels_for(plan_.direction, row.dtype, plain);
+    const Kernels& k = kernels_for(plan_.direction, row.dtype, coding);
     scalars_.push_back(std::make_unique<Scalars>());
     k.make(scalars_.back()->room, config_.direction, t);
     tensors_[i] = {&k, scalars_.back()->room, k.rate(config_.direction, t), t};
-    made_.push_back({t, row.dtype, plain, tensors_[i]});
+    made_.push_back({t, row.dtype, coding, tensors_[i]});
   }
 
   Piece piece(const Chunk& chunk) const {
@@ -238,7 +238,7 @@ class Step {
   struct Made {
     double t;
     DType dtype;
-    bool plain;
+    Coding coding;
     Tensor tensor;
   };
 

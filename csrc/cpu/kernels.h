@@ -44,9 +44,8 @@ struct Kernels {
 
 constexpr int direction_room = 64;
 
-/// Kernels of a direction and dtype for the instruction set that was chosen at load. `plain`: no
-/// array has a codec.
-const Kernels& kernels_for(int direction, DType dtype, bool plain);
+/// Kernels of a direction and dtype for the instruction set that was chosen at load.
+const Kernels& kernels_for(int direction, DType dtype, Coding coding);
 
 /// Name of that instruction set: "avx512", "avx2" or "default".
 const char* instruction_set();

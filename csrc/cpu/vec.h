@@ -91,6 +91,11 @@ inline Pack<float> at_most(Pack<float> x, float limit) {
   const auto most = Pack<T>::fill(limit).v[0];
   LAYERLR_EACH(x.v[i] < most ? x.v[i] : most)
 }
+inline Pack<float> at_least_one_where_positive(Pack<float> x, Pack<float> c) {
+  typedef float T;
+  const auto one = Pack<T>::fill(1).v[0], zero = Pack<T>::fill(0).v[0];
+  LAYERLR_EACH((x.v[i] > zero) & (c.v[i] < one) ? one : c.v[i])
+}
 inline Pack<float> add_one_where(Pack<float> z, Pack<float> threshold, Pack<float> c) {
   typedef float T;
   LAYERLR_EACH(z.v[i] >= threshold.v[i] ? c.v[i] + 1 : c.v[i])

@@ -20,9 +20,10 @@ from layerlr.rules import Layca
 F32 = torch.float32
 each_kind = pytest.mark.parametrize("kind", ["8bit", "bfloat16"])
 
-#: rows of one block and of several, a convolution, a vector and a small kernel, which stay float32
-SHAPES = ((64, 64), (33, 192), (16, 16, 4, 8), (70,), (8, 64))
-CODED = (True, True, True, False, False)
+#: rows of one block and of several, a convolution, blocks of 50 and of 49; a vector, a small kernel
+#: and rows of a prime length stay float32
+SHAPES = ((64, 64), (33, 192), (16, 16, 4, 8), (100, 50), (30, 147), (70,), (8, 64), (64, 67))
+CODED = (True, True, True, True, True, False, False, False)
 
 
 # -- every engine ----------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ BACKENDS = ["reference", "cpu", "triton", "simt"]
 S0, S1, R = Shard(0), Shard(1), Replicate()
 
 #: rows that no number of processes divides; one that stays in float32
-SHAPES = {"up": (67, 64), "kernel": (66, 8, 4, 4), "wide": (32, 256), "small": (3, 64)}
+SHAPES = {
+    "up": (67, 64),
+    "kernel": (66, 8, 4, 4),
+    "wide": (32, 256),
+    "odd": (45, 98),  # in blocks of 49
+    "small": (3, 64),
+}
 OPTIMIZERS = {
     "layca": lambda p, **more: layerlr.Adam(p, rule="layca", state_dtype="8bit", **more),
     "singh": lambda p, **more: layerlr.SGD(

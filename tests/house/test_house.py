@@ -24,8 +24,9 @@ MODULES = [path for path in SOURCES if path.suffix == ".py" and "layerlr" in pat
 FLOORS = (
     "_C _cuda devices directions layers rules",
     "dtensor plain_lr precision",
+    "codes",
     "backends",
-    "checks estimators names numbers options sharded_plan",
+    "checks estimators group_key names numbers options sharded_plan",
     "advice state",
     "plans",
     "compiled gradient_factors graphs statistics steppable stepping taken",

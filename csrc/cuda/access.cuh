@@ -1,0 +1,205 @@
+// The elements of an item as they are stored: weights, gradients, states.
+#pragma once
+
+#include "cuda/vectors.cuh"
+
+namespace layerlr {
+
+/// Where the arrays of an item begin, how many elements it has, and how they are stored.
+struct Arrays {
+  char* of[arrays];
+  int count;     // of elements, where there are codes as if blocks were whole
+  int block;     // elements that share a scale
+  bool aligned;  // every array begins at a vector
+  bool narrow;   // states are bfloat16
+  Codec weights;
+  uint32_t key, place;  // of stochastic rounding: the step's, the first element's
+};
+
+/// What a step does to every gradient.
+struct Gradient {
+  double sign, l2;
+  bool raw;      // the rule measures it before L2 decay
+  bool weights;  // the first pass of a gradient rule reads them
+  bool skip;     // an element with a bad gradient keeps its state
+};
+
+/// Access to elements of direction D and parameter type P. `coded`: weights and states may have
+/// codecs; if `codes`, those of the states are codes of 8 bits.
+template <template <class> class D, class P, bool coded, bool codes>
+struct Access {
+  static constexpr bool coded_weights = coded && sizeof(P) == 2;
+  using T = typename Wide<P>::type;
+  static constexpr int states = D<T>::states;
+
+  const Arrays& at;
+  const D<T>& d;
+  const Gradient& how;
+  const T sign, l2;
+  const bool decays, skips;
+
+  LAYERLR_DEVICE Access(const Arrays& at, const D<T>& d, const Gradient& how)
+      : at(at),
+        d(d),
+        how(how),
+        sign(T(how.sign)),
+        l2(T(how.l2)),
+        decays(how.l2 != 0),
+        skips(how.skip) {}
+
+  LAYERLR_DEVICE static int block_of(int e) { return static_cast<unsigned>(e) / code_block; }
+
+  LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.of[array_w]); }
+  LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.of[array_g]); }
+  LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.of[array_state + k]); }
+
+  LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
+
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* x) const {
+    load<use>(whole, g() + e, n, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = x[i] * sign;
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < states; ++k) {
+      if constexpr (codes) {
+        load_codes<use>(whole, e, n, block, k, x[k]);
+      } else if (coded && at.narrow) {
+        load<use>(whole, reinterpret_cast<const BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+      } else {
+        load<use>(whole, s(k) + e, n, x[k]);
+      }
+    }
+  }
+  /// Store the states, and leave in x what a load will find.
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < states; ++k) {
+      if constexpr (codes) {
+        store_codes<use>(whole, e, n, block, k, x[k]);
+      } else if (coded && at.narrow) {
+        store<use>(whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          BFloat16 narrow;
+          narrowed(x[k][i], narrow);
+          x[k][i] = widened(narrow);
+        }
+      } else {
+        store<use>(whole, s(k) + e, n, x[k]);
+      }
+    }
+  }
+
+  // -- states in codes of 8 bits: a block is what 16 threads have in hand -------------------------
+
+  LAYERLR_DEVICE float* scale(int k, int block) const {
+    return reinterpret_cast<float*>(at.of[array_scales + k]) + block;
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_codes(Whole whole, int e, int n, int block, int k, T* x) const {
+    const char* const from = at.of[array_state + k] + e;
+    const T scale = device::read(this->scale(k, block));
+    if (D<T>::nonnegative(k)) {
+      load<use>(whole, reinterpret_cast<const uint8_t*>(from), n, x);
+    } else {
+      load<use>(whole, reinterpret_cast<const int8_t*>(from), n, x);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] = D<T>::nonnegative(k) ? decode_unsigned(x[i], scale) : decode_signed(x[i], scale);
+    }
+  }
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int block, int k, T* x) const {
+    const float z = D<T>::nonnegative(k) ? largest_unsigned : largest_signed;
+    const BlockScale of(largest_of_block(x), z);
+    T c[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], of.to_z) : encode_signed(x[i], of.to_z);
+      x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], of.scale) : decode_signed(c[i], of.scale);
+    }
+    store<use>(whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
+    if (threadIdx.x % 16 == 0) device::write(scale(k, block), of.scale);
+  }
+  /// Of numbers without a sign the bits are in order, NaN last.
+  LAYERLR_DEVICE static float largest_of_block(const T* x) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits = bit_cast<uint32_t>(magnitude(x[i]));
+      most = bits > most ? bits : most;
+    }
+    const unsigned lanes = 0xffffu << (threadIdx.x & 16);
+#pragma unroll
+    for (int distance = 1; distance < 16; distance *= 2) {
+      const uint32_t other = __shfl_xor_sync(lanes, most, distance);
+      most = other > most ? other : most;
+    }
+    return bit_cast<float>(most);
+  }
+
+  // -- 16-bit weights and what lies beside them: layerlr/precision.py has the formulas ------------
+
+  LAYERLR_DEVICE static T nearest(T x) {
+    P p;
+    narrowed(x, p);
+    return widened(p);
+  }
+  /// Four weights, and the nearest 16-bit numbers to them as they are stored.
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void load_weights(Whole whole, int e, int n, T* x, T* stored) const {
+    load<use>(whole, w() + e, n, stored);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = stored[i];
+    if constexpr (coded_weights) {
+      T beside[4];
+      if (at.weights == Codec::master) {
+        load<use>(whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
+      } else if (at.weights == Codec::kahan) {
+        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, beside);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
+        }
+      }
+    }
+  }
+  /// x in place of `old`, whose nearest is `stored`.
+  template <Use use, class Whole>
+  LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, const T* stored,
+                                    T* x) const {
+    if constexpr (coded_weights) {
+      if (at.weights == Codec::master) {
+        store<use>(whole, reinterpret_cast<T*>(at.of[array_aux]) + e, n, x);
+      } else if (at.weights == Codec::kahan) {
+        T rest[4], before[4];
+        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, before);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const T left = x[i] - nearest(x[i]);
+          const bool still = x[i] == old[i];  // a weight can be stored in two pairs
+          rest[i] = still ? before[i] : left - left == 0 ? left : T(0);
+          x[i] = still ? stored[i] : x[i];
+        }
+        store<use>(whole, reinterpret_cast<P*>(at.of[array_aux]) + e, n, rest);
+      } else if (at.weights == Codec::stochastic) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t bits = bit_cast<uint32_t>(x[i]), place = at.place + uint32_t(e + i);
+          if (x[i] == x[i]) x[i] = bit_cast<T>(round_at_random(bits, at.key, place));
+        }
+      }
+    }
+    store<use>(whole, w() + e, n, x);
+  }
+};
+
+}  // namespace layerlr
