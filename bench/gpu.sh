@@ -131,8 +131,8 @@ trap pack EXIT
 
 engines=cuda,triton
 on_gpu="(cuda or triton) and not reference_cuda and not test_several_devices"
-first=(tests/gpu/test_cuda_runtime.py tests/core/test_parity.py tests/core/test_precision.py tests/torch_contract/test_amp.py
-  tests/torch_contract/test_torch_infra.py)
+first=(tests/gpu/test_cuda_runtime.py tests/core/test_{parity,precision,precision_state}.py
+  tests/torch_contract/test_{amp,torch_infra}.py)
 san=(compute-sanitizer --error-exitcode 1 --print-limit 10)
 
 # What looks at the device's accesses is slow, and runs beside the tests.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -179,6 +181,22 @@ def same(a, b):
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b
+
+
+def outcome(build):
+    """Type and words of what is raised, or None."""
+    try:
+        build()
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+def through_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def assert_close(ours, theirs):

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from curvature_nets import BARE, D, descend, estimates, kept, mlp, near, signed, step
 from selection import NONE
 from torch import nn
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.estimators.curvature import rates as mod
 from layerlr.rules import Curvature
 
 pytestmark = [
@@ -21,10 +21,6 @@ pytestmark = [
     # the rates are Python's, and the rule that takes them is in the table
     pytest.mark.asked(triton=NONE, simt=NONE),
 ]
-
-D = torch.float64
-#: the plain formula of each layer for itself, without guards
-BARE = {"coupled": False, "damping": 0.0, "min_step": 0.0, "max_step": math.inf}
 #: section 3 of the papers' notes: layers (x1, x2) and (y), gradient at (1, 1, 1)
 H = [[2.0, 0.5, 0.3], [0.5, 1.0, -0.2], [0.3, -0.2, 4.0]]
 G = [1.0, -2.0, 0.5]
@@ -42,37 +38,8 @@ def vector_a(engine):
     return [x, y], loss
 
 
-def step(opt, loss):
-    opt.zero_grad()
-    value = loss()
-    value.backward(create_graph=opt.is_second_order)
-    opt.step()
-    return float(value.detach())
-
-
-def kept(opt, params, key="rate"):
-    return torch.cat([opt.state[p][key].cpu() for p in params])
-
-
-def estimates(opt, params):
-    """The running mean, its bias corrected: k, or k^2 where coupled."""
-    return kept(opt, params, "estimate") / kept(opt, params, "estimate_weight")
-
-
-def near(x, wanted, tolerance=1e-12):
-    values = x.detach().cpu().double().flatten()
-    torch.testing.assert_close(values, torch.tensor(wanted, dtype=D), rtol=tolerance, atol=0)
-
-
 def sgd(engine, params, rule, **options):
     return layerlr.SGD(params, lr=1.0, rule=rule, backend=engine.backend, **options)
-
-
-def signed(monkeypatch, *signs):
-    """Let the random signs be these."""
-    monkeypatch.setattr(
-        mod, "_signs", lambda layers: torch.tensor(signs, dtype=D, device=layers.device)
-    )
 
 
 # -- vectors ---------------------------------------------------------------------------------------
@@ -197,16 +164,6 @@ def test_vector_d(engine, last, wanted):
     near(estimates(opt, params) * torch.tensor([1.45**2 + 1.1**2, 0.16], dtype=D), [3.82, 0.64])
     a, b = 0.955497382198953, wanted
     near(torch.cat(params), [1 - 1.45 * a, 1 + 1.1 * a, 1 + 0.4 * b])
-
-
-# -- estimates against explicit Hessians -----------------------------------------------------------
-
-
-def mlp():
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(D)
-    x, t = torch.randn(5, 3, dtype=D), torch.tensor([0, 1, 1, 0, 1])
-    return model, lambda: F.cross_entropy(model(x), t)
 
 
 def explicit(model, loss):
@@ -438,24 +395,6 @@ def test_finite_differences_beside_a_rule_that_needs_the_graph(first, norm):
     opt.step(closure)
     for m in (model.a, model.b):
         assert (kept(opt, list(m.parameters())) > 0).all()
-
-
-# -- coupling and convergence ----------------------------------------------------------------------
-
-
-def descend(hessian, sizes, start, rule, steps, **options):
-    """Losses over the minimum of gradient descent on a quadratic in layers of those sizes."""
-    params = [Parameter(v.clone()) for v in start.split(sizes)]
-    opt = layerlr.SGD(params, lr=1.0, rule=rule, **options)
-    losses = []
-    for _ in range(steps):
-        w = torch.cat(params)
-        loss = 0.5 * w @ hessian @ w
-        losses.append(float(loss.detach()))
-        opt.zero_grad()
-        loss.backward(create_graph=True)
-        opt.step()
-    return torch.tensor(losses, dtype=D)
 
 
 def test_coupled_layers_diverge_each_for_itself_and_converge_together():

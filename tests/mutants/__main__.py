@@ -25,9 +25,10 @@ ROOT = HERE.parent.parent
 PATIENCE = 900
 NOT_ASKED = "pytest ended with"
 #: in the order in which they catch most
-FILES = "parity edges nonfinite layers halves layer_stats split precision amp max_grad_norm rated"
-FILES += " start_radius plain_lr wrap triton twins vectors refusals step_in_backward native timm"
-FILES += " properties adam_mini wrap_bounds"
+FILES = "parity edges nonfinite layers halves layer_stats split precision precision_state amp"
+FILES += " max_grad_norm rated start_radius plain_lr wrap triton twins vectors refusals"
+FILES += " step_in_backward step_in_backward_changes native timm properties adam_mini wrap_bounds"
+FILES += " codes code_values rules_everywhere"
 CXX = [
     *"c++ -std=c++17 -O0 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split(),
     *"-fopenmp -Wno-psabi -Icsrc -c".split(),

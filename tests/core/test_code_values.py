@@ -1,0 +1,111 @@
+"""Codes of 8 bits: which numbers they stand for, beside the formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerlr import codes
+
+BLOCK = 64
+each_signedness = pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=["int8", "uint8"])
+
+
+# -- the codes -------------------------------------------------------------------------------------
+
+
+def block(*values, size=BLOCK):
+    return torch.tensor([*values] + [0.0] * (size - len(values)))[None, :]
+
+
+def test_signed_vectors():
+    """``127*sqrt(x)``: of 1/4 it is 63.5, which ties to 64."""
+    c, k = codes.encode(block(1.0, -1.0, 0.25, -0.25, 1e-4, 1e-5, -0.0), torch.int8)
+    assert c[0, :7].tolist() == [127, -127, 64, -64, 1, 0, 0]
+    assert k.item() == np.float32(1 / 16129)
+    assert codes.decode(c, k)[0, 2].item() == np.float32(4096 * k.item())
+
+
+def test_unsigned_vectors():
+    """``255*x^(1/4)``: of 1/16 it is 127.5; what is there at all has a code."""
+    c, k = codes.encode(block(2.0, 0.125, 2e-8, 1e-30, 0.0), torch.uint8)
+    assert c[0, :5].tolist() == [255, 128, 3, 1, 0]
+    assert k.item() == np.float32(2.0) * np.float32(1 / 255**4)
+    assert codes.decode(c, k)[0, 1].item() == pytest.approx(2 * (128 / 255) ** 4, rel=1e-6)
+
+
+@each_signedness
+def test_blocks_of_nothing_are_zeros(dtype):
+    for most in (0.0, 2.0**-95, 1e-40):
+        c, k = codes.encode(block(most), dtype)
+        assert not codes.decode(c, k).any()
+    assert codes.encode(block(2.0**-94), dtype)[1].item() > 0
+
+
+@each_signedness
+def test_what_is_not_finite_stays_in_its_block(dtype):
+    bad = torch.cat([block(1.0, math.inf), block(math.nan, 1.0), block(1.0)], 1)
+    x = codes.decode(*codes.encode(bad, dtype))[0].reshape(3, BLOCK)
+    assert x[0, 1] == math.inf and not x[0].isfinite().any()
+    assert x[1].isnan().all()
+    assert x[2, 0].item() == pytest.approx(1.0)
+
+
+def by_hand(x: np.ndarray, signed: bool):
+    """One number at a time, in numpy's float32, written apart from the reference."""
+    f = np.float32
+    most = f(max(abs(v) for v in x))
+    if most < f(2.0**-94):
+        return [0] * len(x), f(0)
+    power, last = (2, 127) if signed else (4, 255)
+    to_z = f(last**power) / most
+    found = []
+    for v in x:
+        z, c = f(abs(v)) * to_z, 0
+        while c < last and z >= threshold(c + 0.5, signed):
+            c += 1
+        found.append(-c if signed and v < 0 else max(c, int(v > 0) * (not signed)))
+    return found, most * (f(1) / f(last**power))
+
+
+def threshold(half: float, signed: bool):
+    square = np.float32(half) * np.float32(half)
+    return square if signed else square * square
+
+
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+numbers = st.lists(st.one_of(finite, st.floats(-1, 1, width=32)), min_size=BLOCK, max_size=BLOCK)
+
+
+@each_signedness
+@settings(max_examples=60, deadline=None)
+@given(numbers)
+def test_codes_are_those_of_the_formula(dtype, values):
+    signed = dtype == torch.int8
+    x = torch.tensor(values) if signed else torch.tensor(values).abs()
+    c, k = codes.encode(x[None], dtype)
+    expected, scale = by_hand(x.numpy(), signed)
+    assert c[0].tolist() == expected and k.item() == scale
+
+
+@each_signedness
+@settings(max_examples=60, deadline=None)
+@given(numbers)
+def test_the_error_is_half_a_step(dtype, values):
+    """In the scale of the codes, the root or fourth root of x/M."""
+    signed, n, power = dtype == torch.int8, *((127, 2) if dtype == torch.int8 else (255, 4))
+    x = torch.tensor(values) if signed else torch.tensor(values).abs()
+    most = x.abs().max().double()
+    if most < 1e-20:
+        return
+    y = codes.decode(*codes.encode(x[None], dtype))[0].double()
+    assert torch.equal(y.sign(), torch.where(y == 0, 0.0, x.double().sign()))
+    far = ((x.double().abs() / most) ** (1 / power) - (y.abs() / most) ** (1 / power)).abs() * n
+    least = 0.51 if signed else 1.01  # what is larger than 0 has code 1 at least
+    assert far.max() <= least
+    assert far[x.double().abs() > most * (0.5 / n) ** power].max() <= 0.51
