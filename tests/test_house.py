@@ -23,7 +23,7 @@ FLOORS = (
     "_C _cuda devices directions layers rules",
     "dtensor plain_lr precision",
     "backends",
-    "checks estimators names numbers options sharded_plan",
+    "checks estimators group_key names numbers options sharded_plan",
     "advice state",
     "plans",
     "compiled gradient_factors graphs statistics steppable stepping taken",
