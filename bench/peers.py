@@ -64,7 +64,8 @@ TWO_PASS = {
     ("adam", "layca"): Traffic(3, 1, 6),  # pass two reads w m v again: 40
     ("adam", "lamb"): Traffic(3, 1, 6),
 }
-STATES = {"sgd": 1, "adam": 2, "held": 3, "coded": 2}  # tensors of state per parameter tensor, at most
+# tensors of state per parameter tensor, at most
+STATES = {"sgd": 1, "adam": 2, "held": 3, "coded": 2}
 OURS = {
     "sgd": (("SGD", None), ("SGD", "singh"), ("SGD", "lars"), ("SGD", "layca")),
     "adam": (("AdamW", None), ("Adam", "singh"), ("Adam", "layca"), ("AdamW", "lamb")),
