@@ -350,7 +350,7 @@ def test_small_tensors_lie_back_to_back():
 
 def bash(*arguments, **environment):
     if shutil.which("bash") is None:
-        pytest.skip("there is no bash")
+        pytest.skip(reason="there is no bash")
     command = ["bash", *arguments]
     # The package under test may be an installed one, beside which there is no bench folder.
     where = os.environ | {"PYTHON": sys.executable} | environment
