@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import quotient
+from .arithmetic import quotient, root
 
 BLOCK_OF_CODES = tl.constexpr(64)
 _WHOLE = tl.constexpr(12582912.0)  # 3 * 2^22: what is below 1 is rounded away
@@ -63,9 +63,9 @@ def encode(x, to_z, NONNEGATIVE: tl.constexpr):
     most = _UNSIGNED if NONNEGATIVE else _SIGNED
     z = _magnitude(x) * to_z
     z = tl.where(z < most, z, most)
-    part = tl.sqrt(z)  # may be wrong by an ulp or two
+    part = root(z)
     if NONNEGATIVE:
-        part = tl.sqrt(part)
+        part = root(part)
     c = (part * _JUST_BELOW + _WHOLE) - _WHOLE
     half = c + 0.5
     threshold = half * half

@@ -87,6 +87,30 @@ def load(address, lane, inside, full, DT: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _load_codes(
+    address, scale_address, lane, inside, full, NONNEGATIVE: tl.constexpr, T: tl.constexpr
+):
+    byte: tl.constexpr = tl.uint8 if NONNEGATIVE else tl.int8
+    c = load(address, lane, inside, full, byte, T)
+    block = tl.arange(0, lane.shape[1])[None, :] // BLOCK_OF_CODES
+    p = scale_address.to(tl.pointer_type(tl.float32)) + block
+    return decode(c, tl.load(p, mask=inside, other=0.0), NONNEGATIVE)
+
+
+@triton.jit
+def _store_codes(address, scale_address, x, lane, inside, full, NONNEGATIVE: tl.constexpr):
+    """Store codes and scales; the answer is what they stand for."""
+    x = tl.where(inside, x, 0.0)
+    to_z, scale = scales(largest(x), NONNEGATIVE)
+    c = encode(x, spread(to_z), NONNEGATIVE)
+    store(address, c.to(tl.int32), lane, inside, full, tl.int8)
+    block = tl.arange(0, scale.shape[1])[None, :]
+    p = scale_address.to(tl.pointer_type(tl.float32)) + block
+    tl.store(p, scale, mask=any_of_blocks(inside))
+    return decode(c, spread(scale), NONNEGATIVE)
+
+
+@triton.jit
 def load_states(
     addresses,
     scales,
@@ -101,12 +125,8 @@ def load_states(
     s = ()
     for k in tl.static_range(len(addresses)):
         if STORED == "codes":
-            byte: tl.constexpr = tl.uint8 if NONNEGATIVE >> k & 1 else tl.int8
-            c = load(addresses[k], lane, inside, full, byte, T)
-            block = tl.arange(0, lane.shape[1])[None, :] // BLOCK_OF_CODES
-            p = scales[k].to(tl.pointer_type(tl.float32)) + block
-            scale = tl.load(p, mask=inside, other=0.0)
-            s = s + (decode(c, scale, NONNEGATIVE >> k & 1),)
+            x = _load_codes(addresses[k], scales[k], lane, inside, full, NONNEGATIVE >> k & 1, T)
+            s = s + (x,)
         elif STORED == "bfloat16":
             s = s + (load(addresses[k], lane, inside, full, tl.bfloat16, T),)
         else:
@@ -130,14 +150,9 @@ def store_states(
     stored = ()
     for k in tl.static_range(len(addresses)):
         if STORED == "codes":
-            x = tl.where(inside, s[k], 0.0)
-            inverse, scale = scales(largest(x), NONNEGATIVE >> k & 1)
-            c = encode(x, spread(inverse), NONNEGATIVE >> k & 1)
-            store(addresses[k], c.to(tl.int32), lane, inside, full, tl.int8)
-            block = tl.arange(0, scale.shape[1])[None, :]
-            p = scale_addresses[k].to(tl.pointer_type(tl.float32)) + block
-            tl.store(p, scale, mask=any_of_blocks(inside))
-            stored = stored + (decode(c, spread(scale), NONNEGATIVE >> k & 1),)
+            at = scale_addresses[k]
+            x = _store_codes(addresses[k], at, s[k], lane, inside, full, NONNEGATIVE >> k & 1)
+            stored = stored + (x,)
         elif STORED == "bfloat16":
             store(addresses[k], s[k], lane, inside, full, tl.bfloat16)
             stored = stored + (nearest(s[k], tl.bfloat16),)

@@ -1,4 +1,4 @@
-"""What an optimizer says once: options that it takes and that change nothing."""
+"""What an optimizer says once: options that change nothing, or hardly what is meant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHERS = ("params", "param_names", "estimated")
 def give(
     said: set[str], owner: type, group: dict[str, Any], direction: Direction, governed: bool
 ) -> None:
-    """Warn of a group's options without effect, each kind once.
+    """Warn of a group's options without effect, or without sense, each kind once.
 
     Parameters
     ----------
@@ -60,8 +60,9 @@ def _about(
     ours = options.OPTIONS | options.GROUP_ONLY
     for key in group.keys() - arguments.keys() - ours.keys() - {*_OTHERS}:
         close = difflib.get_close_matches(key, ours, 1, 0.8)
-        if key == "lr_scale" and not isinstance(group[key], (int, float)):
-            close = ["lr_factor"]  # a foreign key of this name is a number
+        foreign = key == "lr_scale" and isinstance(group[key], (int, float))  # timm's, a number
+        if key.replace("_", "") == "lrscale" and not foreign:
+            close = ["lr_factor"]
         if close:
             yield key, f"layerlr knows no param-group key {key!r}: was {close[0]!r} meant?"
     if "backend" in group:
@@ -79,6 +80,14 @@ def _about(
             "weight_decay",
             f"weight_decay={decay} has no effect on layers under {rule.name!r}, which keeps their "
             "norms; other parameters decay",
+        )
+    lr = group["lr"]
+    if governed and isinstance(rule, rules.Curvature) and isinstance(lr, (int, float)) and lr != 1:
+        layers = "" if group["layers"] == "module" else " and layers='module'"
+        yield (
+            "curvature",
+            f"rule 'curvature' finds the length of the step itself, and lr={lr:g} is a factor on "
+            f"it: pass lr=1{layers} to have the rule's own",
         )
     for name, what in (
         ("bias_correction", "whose moments are not corrected"),

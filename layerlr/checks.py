@@ -66,7 +66,7 @@ def betas(
 def params(group: dict[str, Any], index: int) -> None:
     """Refuse parameters that no backend can step, naming them."""
     for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if group.get("fused"):
+        if group.get("fused") and not p.is_meta:  # what meta tensors become is seen later
             _device_dtype_check_for_fused(p)
         if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:
             raise ValueError(

@@ -139,11 +139,10 @@ def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
-def adapted(group: dict[str, Any], without_rule: str) -> str | Adapt:
+def adapted(group: dict[str, Any], without_rule: str) -> Any:
     """What a group's rule governs: ``adapt``, or the rule's own choice."""
     rule = group["rule"]
-    adapt: str | Adapt = group["adapt"] or (without_rule if rule is None else rule.adapts)
-    return adapt
+    return group["adapt"] or (without_rule if rule is None else rule.adapts)
 
 
 def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list[LayerTable]:
@@ -192,15 +191,9 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
             begin += size
     set_lr_scale(list(tables.values()), group, plain)
     for table in tables.values():
-        table.start_radius = _constants(table, rule)
+        averages = rule is not None and rule.averages
+        table.start_radius = _sizes(table) if averages else _start_radii(table, rule)
     return list(tables.values())
-
-
-def _constants(table: LayerTable, rule: LayerRule | None) -> list[float]:
-    """What a rule wants to know of each layer beside its sums; 0: nothing."""
-    if rule is not None and rule.averages:
-        return _sizes(table)
-    return _start_radii(table, rule)
 
 
 def _sizes(table: LayerTable) -> list[float]:

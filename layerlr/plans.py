@@ -245,7 +245,7 @@ class PlanCache:
         for table in build_tables(group, index, optimizer.plain_ratio(group)):
             states = state.complete_table(optimizer.state, table, group, direction, first)
             stats = carried.get(_place(table))
-            if stats is None:
+            if stats is None or stats.device != table.device:  # swapped for tensors elsewhere
                 shape = len(table.layers), len(COLUMNS)
                 stats = torch.zeros(shape, dtype=torch.float64, device=table.device)
             precision = precision_of(table.params, group["precision"])

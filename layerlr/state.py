@@ -34,8 +34,8 @@ def complete(
 
     ``memory``: keys and first values of the numbers that the rule stores for each of the
     parameter's ``parts`` that it governs; ``number``: the parameter's in the optimizer. State moves
-    to its parameter's device, and into the bits that ``state_dtype`` says; other dtypes are left
-    alone once a step was taken.
+    to its parameter's device, or is made anew where it was on ``meta``, and into the bits that
+    ``state_dtype`` says; other dtypes are left alone once a step was taken.
 
     Raises
     ------
@@ -43,6 +43,9 @@ def complete(
         Where a state tensor has another shape than its parameter, or is sharded over other
         processes.
     """
+    if not p.is_meta:  # of a parameter that was materialised: its state held nothing yet
+        for key in [k for k, x in state.items() if isinstance(x, Tensor) and x.is_meta]:
+            del state[key]
     present = [key for key in direction.states if state.get(key) is not None]
     if "dampening" in group and len(present) < len(direction.states):
         state.pop("step", None)  # torch never dampens a new buffer, and the count tells a new one

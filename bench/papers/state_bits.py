@@ -67,7 +67,8 @@ def table(store: Store) -> Table:
     titles = list(dict.fromkeys(arm.rpartition(", ")[0] for arm in store.arms))
     rows = []
     for title in titles:
-        losses = [store.last(f"{title}, {kind}") for kind in KINDS if f"{title}, {kind}" in store.arms]
+        known = [arm for kind in KINDS if (arm := f"{title}, {kind}") in store.arms]
+        losses = [store.last(arm) for arm in known]
         rows.append([title, *(report.mean_std(values, 4) for values in losses)])
     return report.table_of(["", *KINDS], rows, report.LABELS[store.metric])
 

@@ -113,21 +113,26 @@ class ModelReplay:
 
 
 def output_tensor(output: object) -> Tensor:
-    """The floating-point tensor that a model returned, alone or as ``logits``.
+    """The floating-point tensor that a model returned, alone, as ``logits``, or in a tuple.
+
+    In a tuple it is the one with a batch dimension, as in ``(logits, loss)``.
 
     Raises
     ------
     TypeError
-        Where there is none, or it has no batch dimension.
+        Where there is none, or more than one, or it has no batch dimension.
     """
     found = output
     if not isinstance(output, Tensor):
         found = output.get("logits") if isinstance(output, Mapping) else None
         found = getattr(output, "logits", None) if found is None else found
+    if found is None and isinstance(output, tuple):
+        candidates = [x for x in output if isinstance(x, Tensor) and x.dim()]
+        found = candidates[0] if len(candidates) == 1 else None
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"the model returned {type(output).__name__}, wanted one tensor, or an object or "
-            "mapping with a tensor 'logits'"
+            f"the model returned {type(output).__name__}, wanted one tensor, an object or mapping "
+            "with a tensor 'logits', or a tuple in which one tensor has a batch dimension"
         )
     if not found.is_floating_point() or not found.dim():
         raise TypeError(

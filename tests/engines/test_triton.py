@@ -35,6 +35,8 @@ def test_directions_agree():
     for name, ours in kernels.DIRECTIONS.items():
         theirs = layerlr.directions.DIRECTIONS[name]
         assert (ours.states, ours.first_order) == (len(theirs.states), theirs.first_order), name
+        bits = [1 << k for k, key in enumerate(theirs.states) if key in theirs.nonnegative]
+        assert ours.nonnegative == sum(bits), name
 
 
 def test_rules_agree():
@@ -50,6 +52,11 @@ def test_rules_agree():
 def test_places_of_the_numbers_agree():
     tables = importlib.import_module("layerlr.kernels.tables")
     names = {"direction": "DIRECTION_HYPER", "rule": "RULE_HYPER"}
+    row = {"block": "BLOCK_SIZE", "size": "ROW"}
+    for name, place in _C.ROW.items():
+        assert getattr(tables, row.get(name, name.upper())) == place, name
+    codes = importlib.import_module("layerlr.kernels.codes")
+    assert codes.BLOCK_OF_CODES == _C.CODE_BLOCK
     for name, place in _C.CONFIG.items():
         if name != "size":
             assert getattr(tables, names.get(name, name.upper())) == place, name
@@ -125,7 +132,7 @@ def test_blocks(case, monkeypatch):
 
 # -- what they compile to --------------------------------------------------------------------------
 
-#: direction, rule, dtype, compute capability, precision of the weights if any
+#: direction, rule, dtype (and how states are stored), compute capability, precision if any
 COMPILED = [(d, "layca", "float32", 90) for d in kernels.DIRECTIONS]
 COMPILED += [("adam", r, "bfloat16", 90) for r in kernels.RULES]
 COMPILED += [("nesterov", "lars", dtype, 90) for dtype in ("float64", "float16", "float32")]
@@ -133,6 +140,8 @@ COMPILED += [("momentum", "layca", "bfloat16", arch) for arch in (80, 100)]
 COMPILED += [("adam", "lars", "float32", arch) for arch in (80, 100)]
 COMPILED += [("adam", "layca", "bfloat16", 90, p) for p in ("master", "kahan", "stochastic")]
 COMPILED += [("momentum", "lars", "float16", 90, p) for p in ("master", "kahan")]
+COMPILED += [("amsgrad", r, "bfloat16 codes", 90, "stochastic") for r in ("plain", "layca")]
+COMPILED += [("adam", "layca", f"float32 {states}", 90) for states in ("codes", "bfloat16")]
 ROWS = ("begin", "total", "decide", "finish")
 
 
@@ -145,7 +154,8 @@ def main() -> None:
     """Compile and print, line by line, what the tests look at."""
     seen = set()
     for direction, rule, dtype, arch, *held in COMPILED:
-        methods = kernels.launches(direction, rule, True, [dtype], kernels.Blocks(), *held)
+        kind = kernels.Stored(*[*dtype.split(), "plain"][:2])
+        methods = kernels.launches(direction, rule, True, [kind], kernels.Blocks(), *held)
         for x in itertools.chain(*methods):
             key = (x.kernel, arch, repr(x.constants))
             if key in seen:
@@ -166,7 +176,7 @@ def build(x, arch):
     signature = {"t": kernels.Tables(*("*fp64" if f in wide else "*i64" for f in fields))}
     aligned = [["tt.divisibility", 16]]
     attrs = {(0, i): aligned for i in range(len(fields))}
-    if x.dtype is not None:
+    if x.stored is not None:
         signature["order"] = "*i64"
         attrs[1,] = aligned
     source = triton.compiler.ASTSource(
@@ -197,7 +207,10 @@ ahead_of_time = pytest.mark.full("Triton ahead of time")
 def built(tmp_path_factory):
     cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     done = subprocess.run(
-        [sys.executable, __file__], env={**compiled(), **cache}, capture_output=True, text=True
+        [sys.executable, __file__],
+        env={**compiled(), **cache, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
     )
     assert not done.returncode, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -215,6 +228,8 @@ def test_accesses_of_16_bytes(built):
         if row["kernel"] in ROWS:
             continue
         wide = "v2.b64" if row["dtype"] == "float64" else "v4.b32"
+        if "codes" in row["dtype"] and row["kernel"] != "measure":
+            continue  # a block that is not whole lies off every alignment
         assert f"ld.global.{wide}" in row["ptx"], label(row)
         writes = row["kernel"] == "apply" or (row["kernel"] == "advance" and row["states"])
         assert (f"st.global.{wide}" in row["ptx"]) == bool(writes), label(row)

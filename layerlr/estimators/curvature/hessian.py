@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -32,7 +33,7 @@ def product(layers: LayerSet) -> Product:
         # where a gradient has no graph the loss is linear, and its row of H is 0
         given = [x for x, graph in zip(v, with_graph, strict=True) if graph]
         given = [x.to(g.dtype) for x, g in zip(given, outputs, strict=True)]  # type: ignore
-        with torch.enable_grad():
+        with torch.enable_grad(), _second_derivatives():
             h = torch.autograd.grad(
                 outputs,  # type: ignore[arg-type]
                 params,
@@ -44,6 +45,22 @@ def product(layers: LayerSet) -> Product:
         return sign * layers.dot(layers.steps, h)
 
     return along
+
+
+@contextlib.contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Say what to do where torch has none of an operation."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "is not implemented" not in str(error):
+            raise
+        raise RuntimeError(
+            f"rule 'curvature' differentiates twice, and torch cannot: {error}. Fused attention: "
+            "run forward and backward within torch.nn.attention.sdpa_kernel("
+            "torch.nn.attention.SDPBackend.MATH), which has second derivatives. Anything else: "
+            "take Curvature('fisher') or Curvature('finite-difference')"
+        ) from error
 
 
 def matrix(layers: LayerSet) -> Tensor:
