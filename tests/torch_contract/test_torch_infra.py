@@ -71,7 +71,7 @@ def _info(ours, rule, backend):
         ours.__init__(self, params, *args, **{"rule": rule, "backend": backend, **kwargs})
 
     name = f"{ours.__name__}_{rule or 'bare'}_{backend}"
-    body = {"__init__": __init__, "__module__": __name__, "ours": ours, "rule": rule}
+    body = {"__init__": __init__, "__module__": __name__, "ours": ours}
     cls = globals()[name] = type(name, (ours,), body)
     twin = next((i for i in optim_db if i.optim_cls is TWINS[ours]), None)
     if twin is None:
