@@ -95,8 +95,10 @@ $(VENV)/.layerlr: $(VENV)/.torch $(BUILT_FROM)
 	$(PIP) --no-build-isolation -e ".[bench]"
 	touch $@
 
+# The emulated CUDA engine is compiled here, so that two workers do not compile it at once later on.
 $(VENV)/.test: pyproject.toml | $(VENV)/.layerlr
 	$(PIP) --no-build-isolation -e ".[test]"
+	PYTHONPATH=tests $(PY) -c "from simt_engine import build, unavailable; unavailable() or build()"
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.test

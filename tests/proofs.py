@@ -65,7 +65,7 @@ def proof(request):
         key = digest(request.path, *inputs)
         known = read().get(name) == key
         if not known and quick.active(request.config):
-            pytest.skip("what this depends on has changed: make test-all runs it")
+            pytest.skip(reason="what this depends on has changed: make test-all runs it")
         request.node.user_properties.append(("proof", [name, key, known]))
         return known
 

@@ -142,7 +142,7 @@ def timm_optimizer(name):
     """An optimizer of timm: all of timm needs torchvision, its optimizers need torch alone."""
     found = importlib.util.find_spec("timm")
     if found is None:
-        pytest.skip("timm is not installed")
+        pytest.skip(reason="timm is not installed")
     if "timm_optim" not in sys.modules:
         package = types.ModuleType("timm_optim")
         package.__path__ = [str(Path(found.origin).parent / "optim")]

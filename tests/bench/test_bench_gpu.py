@@ -350,7 +350,7 @@ def test_small_tensors_lie_back_to_back():
 
 def bash(*arguments, **environment):
     if shutil.which("bash") is None:
-        pytest.skip("there is no bash")
+        pytest.skip(reason="there is no bash")
     command = ["bash", *arguments]
     # The package under test may be an installed one, beside which there is no bench folder.
     where = os.environ | {"PYTHON": sys.executable} | environment
@@ -361,6 +361,7 @@ def test_gpu_script_is_bash():
     assert bash("-n", "bench/gpu.sh").returncode == 0
 
 
+@pytest.mark.full("the script for a GPU")
 def test_gpu_script_s_dry_run(tmp_path):
     done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -423,6 +424,7 @@ def gpu_script(tmp_path):
     return run
 
 
+@pytest.mark.full("the script for a GPU")
 def test_gpu_script_s_verdicts(gpu_script, tmp_path):
     done, found, asked = gpu_script()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -436,6 +438,7 @@ def test_gpu_script_s_verdicts(gpu_script, tmp_path):
     assert len(list((tmp_path / "root/out").iterdir())) <= 8
 
 
+@pytest.mark.full("the script for a GPU")
 def test_gpu_script_without_an_engine(gpu_script):
     done, found, asked = gpu_script(AGREE="0")
     assert done.returncode == 0 and found["agree-cuda"].startswith("exit 2 ")
@@ -446,6 +449,7 @@ def test_gpu_script_without_an_engine(gpu_script):
     assert "verdicts:" in done.stdout
 
 
+@pytest.mark.full("the script for a GPU")
 def test_gpu_script_ends_what_hangs(gpu_script):
     done, found, _ = gpu_script(HANGS="resnet50", TOTAL="8")
     assert "(over" in found["steps-float32-resnet50"]
@@ -453,6 +457,7 @@ def test_gpu_script_ends_what_hangs(gpu_script):
     assert "the table" not in done.stdout and "verdicts:" in done.stdout
 
 
+@pytest.mark.full("the script for a GPU")
 def test_gpu_script_s_papers(gpu_script, tmp_path):
     """The language model and CIFAR-10 run beside each other; a hang costs one of them."""
     done, found, asked = gpu_script("papers")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import copies, random, same_bits, set_grads, state_of
 from ranks import everywhere_the_same, full, run
+from selection import NONE
 from torch import tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -65,6 +66,7 @@ class Twin:
                 w.sub_(lr / (1 - b1**self.t) * mean / below)
 
 
+@pytest.mark.quick(triton=NONE)
 @pytest.mark.parametrize("dtype", [F64, torch.complex128])
 def test_is_the_papers_algorithm(engine, dtype):
     """Heads, single rows and whole tensors; a layer's first gradient may be zero."""

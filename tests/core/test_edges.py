@@ -280,7 +280,7 @@ def _step_in_child(opt, params, pipe):
 @pytest.mark.asked(triton=NONE, simt=NONE)
 def test_fork_goes_on_alike(engine):
     if engine.device != "cpu":
-        pytest.skip("CUDA cannot be used in a forked process")
+        pytest.skip(reason="CUDA cannot be used in a forked process")
     params = model(engine)
     opt = engine.make(row("adamw", "layca"), params)
     cases.train(opt, params, 2)

@@ -187,7 +187,7 @@ def test_kahan_stays_close_to_float32(engine, case, half):
 @each_half
 def test_all_engines_give_the_same_bits(other, direction, rule, precision, half):
     if (precision, half) == ("stochastic", F16):
-        pytest.skip("refused")
+        pytest.skip(reason="refused")
     case = cases.Case(direction, DIRECTIONS[direction][0], rule, DIRECTIONS[direction][1])
     reference = cases.Engine("reference", "cpu")
     sides = []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import cases
 import layouts
+import pytest
 import torch
 from cases import Case, Engine, random, same_bits
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from selection import NONE
 from spec import Spec, Undecided
 from torch.nn import Parameter
 
@@ -106,6 +108,7 @@ def groups_of(draw, n):
     return list(range(n)) if draw(FLAG) else keys
 
 
+@pytest.mark.quick(triton=NONE)
 @settings(
     max_examples=60,
     deadline=None,

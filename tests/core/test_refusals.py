@@ -199,7 +199,7 @@ def test_a_gradient_of_another_shape_says_what_to_do(engine):
 def test_a_gradient_of_another_dtype(engine):
     """Right, or refused in words; float32 gradients of bfloat16 weights."""
     if not hasattr(torch.Tensor, "grad_dtype"):
-        pytest.skip("this torch has no grad_dtype")
+        pytest.skip(reason="this torch has no grad_dtype")
     ours = engine.params(random([(6, 5)]), torch.bfloat16)
     wide = engine.params(copies(ours), torch.float32)
     ours[0].grad_dtype = torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Engine, random, set_grads
 from ranks import everywhere_the_same, full, run
-from selection import EVERY
+from selection import EVERY, NONE
 from torch import nn, tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -78,6 +78,7 @@ def head_at_zero(rule, family, engine, steps, warmup):
     return losses, norms
 
 
+@pytest.mark.quick(triton=NONE)
 @pytest.mark.asked(triton=EVERY)
 @pytest.mark.parametrize("family", ["SGD", "Adam"])
 @pytest.mark.parametrize("rule", ["layca", "hyperball"])

@@ -141,7 +141,7 @@ def test_describe_names_layers_that_grow():
 def test_a_head_that_starts_at_zero_learns(engine, rule, family, warmup):
     """It ends within twice the loss of the head drawn as usual, whatever the warm-up."""
     if engine.backend not in ("reference", "cpu"):  # 300 steps; the others equal these above
-        pytest.skip("as the engines agree, two of them answer a question about training")
+        pytest.skip(reason="as the engines agree, two of them answer a question about training")
     losses = []
     for zero in (False, True):
         torch.manual_seed(0)

@@ -1,11 +1,16 @@
 """Tensors whole and in shards, side by side."""
 
+import pytest
 import torch
 from ranks import everywhere_the_same, full
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 BACKENDS = ["reference", "cpu", "triton", "simt"]
+#: processes are forked for each test, so that `make test` has the first of these alone
+OTHERS = pytest.mark.full("shards on every engine")
+ON_TWO = [BACKENDS[0], pytest.param(BACKENDS[1], marks=OTHERS)]
+ON_EACH = [BACKENDS[0], *(pytest.param(name, marks=OTHERS) for name in BACKENDS[1:])]
 S0, S1, R = Shard(0), Shard(1), Replicate()
 
 #: name -> shape; nothing divides by 4, some have fewer rows than there are processes

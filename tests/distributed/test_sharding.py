@@ -1,11 +1,21 @@
 """Sharded parameters: DTensors of any placement step as the whole tensors do, with one message."""
 
-import itertools
-
 import pytest
 import torch
 from ranks import everywhere_the_same, run
-from shard_pairs import BACKENDS, PLACEMENTS, S0, S1, R, close, fill, pair, same_stats, spread
+from shard_pairs import (
+    BACKENDS,
+    OTHERS,
+    PLACEMENTS,
+    S0,
+    S1,
+    R,
+    close,
+    fill,
+    pair,
+    same_stats,
+    spread,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -55,7 +65,10 @@ def test_steps_as_whole_tensors_do(name):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [("rows of 4", "cpu"), *(("rows then columns", backend) for backend in BACKENDS[1:])],
+    [
+        ("rows of 4", "cpu"),
+        *(pytest.param("rows then columns", backend, marks=OTHERS) for backend in BACKENDS[1:]),
+    ],
 )
 def test_engines(name, backend):
     run(4, _as_whole, name, backend, 3 if backend in ("triton", "simt") else 20)
@@ -174,11 +187,15 @@ def _split(name, backend):
         same_stats(opt, None, sharded)
 
 
+SPLIT = ("rows of 4", "columns", "rows within rows", "hsdp")
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *itertools.product(["rows of 4", "columns", "rows within rows", "hsdp"], BACKENDS[:2]),
-        *(("rows of 4", backend) for backend in BACKENDS[2:]),
+        *((name, "reference") for name in SPLIT),
+        *(pytest.param(name, "cpu", marks=OTHERS) for name in SPLIT),
+        *(pytest.param("rows of 4", backend, marks=OTHERS) for backend in BACKENDS[2:]),
     ],
 )
 def test_layers_split_over_dim_0(name, backend):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import everywhere_the_same, full, run
-from shard_pairs import BACKENDS, PLACEMENTS, S0, R, close, fill, pair, same_stats, spread
+from shard_pairs import ON_EACH, ON_TWO, PLACEMENTS, S0, R, close, fill, pair, same_stats, spread
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -44,7 +44,7 @@ def _nonfinite(backend):
         assert sharded.layer_stats()["skipped"].tolist() == [1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_EACH)
 def test_a_bad_gradient_on_one_process_is_everybodys_verdict(backend):
     run(4, _nonfinite, backend)
 
@@ -79,7 +79,7 @@ def _late_and_frozen(backend):
             assert q._local_tensor.grad is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ON_TWO)
 def test_late_frozen_and_added_parameters(backend):
     run(2, _late_and_frozen, backend)
 
@@ -140,7 +140,7 @@ def _dtypes(dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ON_TWO)
 def test_low_precision(dtype, backend):
     run(2, _dtypes, dtype, backend)
 
@@ -176,7 +176,7 @@ def _precision(backend, held):
 
 
 @pytest.mark.parametrize("held", ["master", "kahan", "stochastic"])
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ON_TWO)
 def test_precision_of_shards(backend, held):
     run(2, _precision, backend, held)
 
@@ -204,7 +204,7 @@ def _gradients(backend):
     assert p._version > version
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ON_TWO)
 def test_gradients_of_other_placements(backend):
     run(2, _gradients, backend)
 
@@ -276,7 +276,7 @@ def _unchanged(backend):
             assert torch.equal(full(p.detach()), old)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", ON_TWO)
 def test_the_step_of_checkpoint_libraries_changes_nothing(backend):
     run(4, _unchanged, backend)
 

@@ -91,7 +91,7 @@ def timm_installed():
     """timm; without torchvision, which it asks for, what of its training loop needs torch alone."""
     found = importlib.util.find_spec("timm")
     if found is None:
-        pytest.skip("timm is not installed")
+        pytest.skip(reason="timm is not installed")
     before = _loaded("timm")
     try:
         importlib.import_module("timm.optim")

@@ -303,7 +303,7 @@ def test_triton_keeps_the_tables_of_graphs_apart(capture):
     """Its launches run here, captured or not: which memory they read is what can be seen."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton runs on the GPU here, and not on tensors of the host")
+        pytest.skip(reason="Triton runs on the GPU here, and not on tensors of the host")
     (opt, params), _ = two("mom-singh", backends=("triton", "triton"))
     plan = opt.plans.groups[0].plans[0]
     with capture():

@@ -124,7 +124,7 @@ def test_sanitizers(sanitizer, tmp_path, proof):
     """Every rule, dtype and instruction set over awkward sizes, on one thread and on three."""
     compiler = shutil.which("c++")
     if compiler is None:
-        pytest.skip("needs a C++ compiler")
+        pytest.skip(reason="needs a C++ compiler")
     sources = [ROOT / "csrc/plan.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     sources = [s for s in sources if X86 or s.stem not in ISA_FLAGS]
     sources.append(ROOT / "tests/native/engine_driver.cpp")

@@ -87,7 +87,7 @@ def test_bfloat16():
     # every bfloat16, on and around the middle between each two of them
     device = "cpu" if INTERPRETED else "cuda"
     if not (INTERPRETED or torch.cuda.is_available()):
-        pytest.skip("neither a GPU nor TRITON_INTERPRET=1")
+        pytest.skip(reason="neither a GPU nor TRITON_INTERPRET=1")
     high = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     x = (high + low[:, None]).flatten().view(torch.float32).to(device)
@@ -258,7 +258,7 @@ def test_no_spills(built):
     """What is kept over a division of doubles may lie on the stack, once a layer."""
     found = [re.search(r"STACK:(\d+).* LOCAL:(\d+)", row["use"]) for row in built]
     if not any(found):
-        pytest.skip("Triton's wheel has no cuobjdump here")
+        pytest.skip(reason="Triton's wheel has no cuobjdump here")
     for row, use in zip(built, found):
         assert use, label(row)
         stack, local = map(int, use.groups())

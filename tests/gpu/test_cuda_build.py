@@ -34,7 +34,7 @@ NVCC = find("nvcc", *(Path(home, "bin") for home in TOOLKITS if home))
 @pytest.fixture(scope="module")
 def cuda():
     if importlib.util.find_spec("layerlr._cuda") is None:
-        pytest.skip(f"the CUDA engine was not built: {_C.NO_CUDA}")
+        pytest.skip(reason=f"the CUDA engine was not built: {_C.NO_CUDA}")
     from layerlr import _cuda
 
     return _cuda
@@ -145,7 +145,7 @@ def compiler_reports():
 
 
 REPORTS = compiler_reports()
-NO_LOGS = pytest.param(None, marks=pytest.mark.skip("no logs of a CUDA build under build/"))
+NO_LOGS = pytest.param(None, marks=pytest.mark.skip(reason="no logs of a CUDA build under build/"))
 
 
 def each_kernel(**wanted):
@@ -169,7 +169,7 @@ def listings(cuda):
     folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
     cuobjdump = find("cuobjdump", *folders, *([Path(NVCC).parent] if NVCC else []))
     if cuobjdump is None:
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
+        pytest.skip(reason="needs cuobjdump, of the CUDA toolkit or of Triton")
     instruction = re.compile(
         r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)(?:.*\b0x([0-9a-f]+) ;)?"
     )
@@ -269,7 +269,7 @@ BUDGETS = {
 def test_instructions_of_an_element(direction, order, listings):
     key = Key("90", "step", direction, "float32", order)
     if key not in listings:
-        pytest.skip("not built for sm_90")
+        pytest.skip(reason="not built for sm_90")
     elements = 2 * 4  # of a thread, in an iteration: two vectors
     count = sum(map(executed, tile_loops(listings[key]))) / elements
     print(f"{key.name}: {count} instructions an element")

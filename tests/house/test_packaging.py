@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def backend(monkeypatch):
     file = ROOT / "build_backend" / "backend.py"
     if not file.is_file():
-        pytest.skip("these tests are not beside the source tree")
+        pytest.skip(reason="these tests are not beside the source tree")
     pytest.importorskip("setuptools", reason="the build backend is setuptools'")
     spec = importlib.util.spec_from_file_location("build_backend_under_test", file)
     module = importlib.util.module_from_spec(spec)
@@ -93,7 +93,7 @@ def build(monkeypatch, tmp_path):
     """setup.py as a module. The only nvcc is the one that nvcc() makes; torch has CUDA, no GPU."""
     file = ROOT / "setup.py"
     if not file.is_file():
-        pytest.skip("these tests are not beside the source tree")
+        pytest.skip(reason="these tests are not beside the source tree")
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
     monkeypatch.setenv("LAYERLR_CUDA", "0")

@@ -49,7 +49,7 @@ def unpacked(tmp_path_factory):
     setuptools = pytest.importorskip("setuptools", minversion="77")
     assert setuptools
     if not in_git():
-        pytest.skip("the tests are not in a checkout of git")
+        pytest.skip(reason="the tests are not in a checkout of git")
     folder = tmp_path_factory.mktemp("sdist")
     subprocess.run([sys.executable, "-c", BUILD, folder], cwd=ROOT, check=True)
     (archive,) = folder.glob("*.tar.gz")

@@ -29,6 +29,8 @@ FILES = "parity edges nonfinite layers halves layer_stats split precision precis
 FILES += " max_grad_norm rated start_radius plain_lr wrap triton twins vectors refusals"
 FILES += " step_in_backward step_in_backward_changes native timm properties adam_mini wrap_bounds"
 FILES += " codes code_values rules_everywhere"
+#: whose tests ask an engine: what holds another engine against the reference asks both
+ASKED = {"reference": "(reference or cpu)"}
 CXX = [
     *"c++ -std=c++17 -O0 -g0 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno".split(),
     *"-fopenmp -Wno-psabi -Icsrc -c".split(),
@@ -155,9 +157,10 @@ def caught(engine: str, mutant: Mutant, tests: Path, everything: bool) -> str | 
         place(mutant, folder)
         texts = {f: Path(f).read_text() for f in files}
         likely = [f for f in files if any(f"def {t}(" in texts[f] for t in mutant.likely)]
-        words = ["-k", f"{engine} and ({' or '.join(mutant.likely)})", *likely]
+        asked = ASKED.get(engine, engine)
+        words = ["-k", f"{asked} and ({' or '.join(mutant.likely)})", *likely]
         found = ask(folder, tests, words) if likely else None
-        return found or (ask(folder, tests, ["-k", engine, *files]) if everything else None)
+        return found or (ask(folder, tests, ["-k", asked, *files]) if everything else None)
 
 
 def main() -> None:

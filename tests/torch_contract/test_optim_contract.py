@@ -205,7 +205,7 @@ def test_duplicates_in_a_group_warn(ours):
 @each_variant
 def test_groups_have_their_own_values(variant):
     if variant == "adagrad" and torch.__version__ < "2.12":
-        pytest.skip("torch 2.11's Adagrad makes no state for a group that is added")
+        pytest.skip(reason="torch 2.11's Adagrad makes no state for a group that is added")
     results = []
     for build in (make, make_twin):
         a, b, c, d = params = weights()

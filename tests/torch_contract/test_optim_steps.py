@@ -144,7 +144,7 @@ def test_clipping_and_accumulation(variant, backend):
 @pytest.mark.parametrize("fused", [None, True])
 def test_grad_scaler_skips_overflows(variant, rule, backend, fused):
     if variant.startswith("rmsprop") and fused:
-        pytest.skip("torch's RMSprop has no fused either")
+        pytest.skip(reason="torch's RMSprop has no fused either")
     flags = {} if fused is None else {"fused": fused}
     scaled, plain = weights(), weights()
     opt = make(variant, scaled, rule, backend=backend, **flags)
@@ -236,7 +236,7 @@ def test_fused_wants_real_floating_point_as_in_torch(ours):
         cls([p], fused=True).step()
 
     if "fused" not in inspect.signature(ours).parameters:
-        pytest.skip("torch's RMSprop has no fused either")
+        pytest.skip(reason="torch's RMSprop has no fused either")
     theirs = outcome(lambda: step(IN_TORCH.get(ours, torch.optim.SGD)))
     assert theirs[1].startswith("`fused=True` requires all the params to be floating point")
     kind, words = outcome(lambda: step(ours))

@@ -15,7 +15,10 @@ import layerlr
 from layerlr import steppable
 
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
-ROWS = [BY_ID[f"{d}-{r}"] for d in ("nag", "adamw") for r in cases.RULE_ROWS]
+#: every rule; what steps when is no question of the direction, and the rows of AdamW have what its
+#: state adds
+ROWS = [BY_ID[f"nag-{r}"] for r in cases.RULE_ROWS]
+ROWS += [BY_ID[f"adamw-{r}"] for r in ("none", "lars", "lamb")]
 
 
 # -- the plain loop's bits -----------------------------------------------------------------------
