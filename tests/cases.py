@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from contract_helpers import bits
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -213,6 +212,13 @@ def train(opt, params, steps: int, seed: int = 0) -> None:
 
 def copies(params) -> list[Tensor]:
     return [p.detach().clone() for p in params]
+
+
+def bits(t):
+    """The bits of a tensor, so that -0.0 differs from 0.0 and NaN equals itself."""
+    if not t.is_floating_point():
+        return t.detach().clone()
+    return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
 
 
 def bits_of(tensors) -> list[Tensor]:

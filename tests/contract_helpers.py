@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from cases import DIRECTION_ROWS, bits, random
 from torch.nn import Parameter
 
 import layerlr
@@ -73,20 +74,23 @@ TWINS = {
 IN_TORCH = {ours: twin for ours, twin in TWINS.items() if twin not in (AMomSGD, Lion)}
 CLASSES = list(TWINS)
 
-#: every direction: name -> class and arguments
+#: every direction: name -> class and arguments, a row of the table
 VARIANTS = {
-    "sgd": (layerlr.SGD, {"lr": 0.1}),
-    "momentum": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-    "dampened": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
-    "nesterov": (layerlr.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "amom": (layerlr.AMomSGD, {"lr": 0.1, "weight_decay": 0.01}),
-    "adagrad": (layerlr.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
-    "rmsprop": (layerlr.RMSprop, {"lr": 0.01, "weight_decay": 0.01}),
-    "rmsprop_all": (layerlr.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
-    "adam": (layerlr.Adam, {"lr": 0.01}),
-    "amsgrad": (layerlr.Adam, {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
-    "adamw": (layerlr.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "lion": (layerlr.Lion, {"lr": 0.01, "weight_decay": 0.1}),
+    name: DIRECTION_ROWS[row][1:]
+    for name, row in {
+        "sgd": "sgd",
+        "momentum": "mom",
+        "dampened": "damp",
+        "nesterov": "nag",
+        "amom": "amom",
+        "adagrad": "adagrad",
+        "rmsprop": "rms",
+        "rmsprop_all": "rms-cm",
+        "adam": "adam",
+        "amsgrad": "ams",
+        "adamw": "adamw",
+        "lion": "lion",
+    }.items()
 }
 
 
@@ -116,30 +120,12 @@ SHAPES = ((4, 3), (4,), (2, 4), (2,))
 
 def weights(dtype=torch.float64, shapes=SHAPES):
     """Parameters of a small network, always the same."""
-    generator = torch.Generator().manual_seed(7)
-    return [
-        Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
-        for s in shapes
-    ]
+    return [Parameter(x) for x in random(shapes, dtype, seed=7)]
 
 
 def named(params):
     kinds = ("weight", "bias")
     return [(f"layer{i // 2}.{kinds[i % 2]}", p) for i, p in enumerate(params)]
-
-
-def set_grads(params, step):
-    """Gradients of a step, the same for equal shapes whatever the dtype."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    for p in params:
-        g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.grad = g.to(p.dtype)
-
-
-def train(opt, params, steps, start=0):
-    for step in range(start, start + steps):
-        set_grads(params, step)
-        opt.step()
 
 
 def make(variant, params, rule=None, **kwargs):
@@ -150,13 +136,6 @@ def make(variant, params, rule=None, **kwargs):
 def make_twin(variant, params, **kwargs):
     cls, arguments = VARIANTS[variant]
     return TWINS[cls](params, **{**arguments, **kwargs})
-
-
-def bits(t):
-    """The bits of a tensor, so that -0.0 differs from 0.0 and NaN equals itself."""
-    if not t.is_floating_point():
-        return t.detach().clone()
-    return t.detach().clone().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize])
 
 
 def photograph(opt):

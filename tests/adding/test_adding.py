@@ -25,6 +25,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PIECES = HERE / "pieces"
+PAGE = (ROOT / "docs/adding.md").read_text()
 missing = simt_engine.unavailable()
 pytestmark = pytest.mark.skipif(missing is not None, reason=missing or "")
 
@@ -177,7 +178,7 @@ print(json.dumps(setup["direction_groups"]()))
 def listed(of: str) -> set[str]:
     """Files of the product that the page names for a rule or a direction."""
     title = "A rule" if of == "rule" else "A direction"
-    (section,) = re.findall(rf"(?s)\n## {title}\n(.*?)\n## ", (ROOT / "docs/adding.md").read_text())
+    (section,) = re.findall(rf"(?s)\n## {title}\n(.*?)\n## ", PAGE)
     name = "damped" if of == "rule" else "soft_sign"
     rows = re.findall(r"(?m)^\| (`.*?) \|", section)
     files = {f.replace("NAME", name) for row in rows for f in re.findall(r"`([\w/.]+)`", row)}
@@ -185,8 +186,11 @@ def listed(of: str) -> set[str]:
 
 
 @pytest.mark.parametrize("of", ["rule", "direction"])
-def test_these_are_the_files_that_the_page_lists(of):
-    assert {str(f) for f in pieces(of)} | {row.file for row in ROWS if row.of == of} == listed(of)
+def test_these_are_the_files_that_the_page_lists_and_counts(of):
+    touched = {str(f) for f in pieces(of)} | {row.file for row in ROWS if row.of == of}
+    assert touched == listed(of)
+    (counted,) = re.findall(rf"\n\| {of} \|.*?\|.*?\| (\d+) \|", PAGE)
+    assert int(counted) == len(touched)
 
 
 def test_what_is_added_steps_on_every_engine(proof, tmp_path):

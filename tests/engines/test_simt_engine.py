@@ -10,8 +10,8 @@ import layouts
 import pytest
 import simt_engine
 import torch
-from cases import BY_ID, RULE_ROWS, copies, ids, same_bits, same_state, set_grads, state_of
-from contract_helpers import bits, photograph
+from cases import BY_ID, RULE_ROWS, bits, copies, ids, same_bits, same_state, set_grads, state_of
+from contract_helpers import photograph
 from contract_helpers import same as same_photograph
 from torch.nn import Parameter
 

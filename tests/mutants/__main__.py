@@ -28,7 +28,7 @@ NOT_ASKED = "pytest ended with"
 FILES = "parity edges nonfinite layers halves layer_stats split precision precision_state amp"
 FILES += " max_grad_norm rated start_radius plain_lr wrap triton twins vectors refusals"
 FILES += " step_in_backward step_in_backward_changes native timm properties adam_mini wrap_bounds"
-FILES += " codes code_values rules_everywhere"
+FILES += " codes code_values rules_everywhere sharded_codes"
 #: whose tests ask an engine: what holds another engine against the reference asks both
 ASKED = {"reference": "(reference or cpu)"}
 CXX = [
@@ -156,7 +156,11 @@ def caught(engine: str, mutant: Mutant, tests: Path, everything: bool) -> str | 
         folder = Path(name)
         place(mutant, folder)
         texts = {f: Path(f).read_text() for f in files}
-        likely = [f for f in files if any(f"def {t}(" in texts[f] for t in mutant.likely)]
+        likely = [
+            f
+            for f in files
+            if any(f"def {t}(" in texts[f] or Path(f).stem == t for t in mutant.likely)
+        ]
         asked = ASKED.get(engine, engine)
         words = ["-k", f"{asked} and ({' or '.join(mutant.likely)})", *likely]
         found = ask(folder, tests, words) if likely else None

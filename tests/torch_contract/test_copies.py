@@ -8,8 +8,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from cases import bits, train
 from contract_helpers import (
-    bits,
     each_backend,
     each_rule,
     each_variant,
@@ -17,7 +17,6 @@ from contract_helpers import (
     photograph,
     same,
     through_file,
-    train,
     weights,
 )
 from torch import nn
@@ -41,11 +40,11 @@ def test_copies_go_on_exactly_and_apart(variant, rule, backend, steps):
     pickled = pickle.loads(pickle.dumps((opt, params)))
     saved = deepcopy(opt.state_dict())
     kept = deepcopy(saved)
-    train(opt, params, 2, start=steps)
+    train(opt, params, 2, seed=steps)
     assert same(saved["state"], kept["state"])
     for other, others in (copied, pickled):
         assert other.param_groups[0]["params"][0] is others[0]
-        train(other, others, 2, start=steps)
+        train(other, others, 2, seed=steps)
         assert same(photograph(other), photograph(opt))
 
 
@@ -57,7 +56,7 @@ def test_a_forked_child_steps_correctly(rule, backend):
     train(opt, params, 2)
 
     def child(pipe):
-        train(opt, params, 2, start=2)
+        train(opt, params, 2, seed=2)
         pipe.send([p.detach().numpy() for p in params])
 
     context = multiprocessing.get_context("fork")
@@ -67,7 +66,7 @@ def test_a_forked_child_steps_correctly(rule, backend):
     answer = receiver.recv() if receiver.poll(20) else None
     process.join(20)
     assert process.exitcode == 0
-    train(opt, params, 2, start=2)
+    train(opt, params, 2, seed=2)
     assert same([torch.from_numpy(a) for a in answer], [p.detach() for p in params])
 
 
@@ -145,7 +144,7 @@ def test_distributed_checkpoint_round_trip(variant, rule, options):
     assert same([bits(p) for p in other_model.parameters()], trained)
     assert same(photograph(other), photograph(opt))
     for o, m in ((opt, model), (other, other_model)):
-        train(o, list(m.parameters()), 2, start=2)
+        train(o, list(m.parameters()), 2, seed=2)
     assert same(photograph(other), photograph(opt))
 
 
@@ -171,6 +170,6 @@ def test_distributed_checkpoint_in_files(rule, by_callable, tmp_path):
             distributed_checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
             model.load_state_dict(state["model"])
             checkpoint.set_optimizer_state_dict(model, opt, state["optimizer"], options=options)
-        train(opt, list(model.parameters()), 2, start=2)
+        train(opt, list(model.parameters()), 2, seed=2)
         runs.append(photograph(opt))
     assert same(*runs)

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from cases import set_grads, train
 from contract_helpers import (
     IN_TORCH,
     TWINS,
@@ -19,8 +20,6 @@ from contract_helpers import (
     outcome,
     photograph,
     same,
-    set_grads,
-    train,
     weights,
 )
 from torch.nn import Parameter
@@ -215,7 +214,7 @@ def test_groups_have_their_own_values(variant):
         )
         train(opt, params, 3)
         opt.add_param_group({"params": d, "maximize": True})
-        train(opt, params, 3, start=3)
+        train(opt, params, 3, seed=3)
         results.append(params)
     assert_close(*results)
 
@@ -257,7 +256,7 @@ def test_a_refused_group_leaves_nothing_behind(case, backend):
             assert list(map(id, opt.state)) == list(map(id, before[1]))
         extra = Parameter(torch.ones(3, 2, dtype=torch.float64))
         opt.add_param_group({"params": [("extra", extra)]})
-        train(opt, [*params, extra], 2, start=1)
+        train(opt, [*params, extra], 2, seed=1)
         runs.append(photograph(opt))
     assert same(*runs)
 

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from cases import set_grads, train
 from contract_helpers import (
     CLASSES,
     IN_TORCH,
@@ -21,8 +22,6 @@ from contract_helpers import (
     outcome,
     photograph,
     same,
-    set_grads,
-    train,
     weights,
 )
 from torch import nn
@@ -204,7 +203,7 @@ def test_inference_mode(ours, backend):
         set_grads(params, 0)
         with mode():
             opt.step()
-        train(opt, params, 2, start=1)
+        train(opt, params, 2, seed=1)
         runs.append(photograph(opt))
     assert same(*runs)
 

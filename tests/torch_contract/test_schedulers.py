@@ -6,9 +6,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from cases import bits, set_grads, train
 from contract_helpers import (
     assert_close,
-    bits,
     each_backend,
     each_rule,
     each_variant,
@@ -18,8 +18,6 @@ from contract_helpers import (
     one_backend,
     photograph,
     same,
-    set_grads,
-    train,
     weights,
 )
 from torch import nn
@@ -112,7 +110,7 @@ def test_schedulers_with_a_rule(variant, rule, scheduler, backend):
         group["lr"] = lr
         group.update({"momentum": momentum} if momentum is not None else {})
         group.update({"betas": betas} if betas is not None else {})
-        train(opt, by_hand, 1, start=step)
+        train(opt, by_hand, 1, seed=step)
     assert same(ours, by_hand)
     assert not any(same(bits(p), bits(q)) for p, q in zip(ours, weights(), strict=True))
 
@@ -131,7 +129,7 @@ def test_schedulers_fill_a_tensor_lr(variant, rule, scheduler, backend):
     for step, (rate, momentum, betas) in enumerate(seen):
         opt.param_groups[0].update({"lr": rate})
         opt.param_groups[0].update({"momentum": momentum} if betas is None else {"betas": betas})
-        train(opt, theirs, 1, start=step)
+        train(opt, theirs, 1, seed=step)
     assert same(ours, theirs)
 
 
@@ -166,9 +164,9 @@ def test_a_changed_group_counts_from_the_next_step(change, backend):
         train(opt, params, 3)
         old = {k: opt.param_groups[0][k] for k in new}
         opt.param_groups[0].update(new)
-        train(opt, params, 3, start=3)
+        train(opt, params, 3, seed=3)
         opt.param_groups[0].update(old)
-        train(opt, params, 3, start=6)
+        train(opt, params, 3, seed=6)
         runs.append(params)
     assert_close(*runs)
     untouched = weights()
@@ -186,11 +184,11 @@ def test_a_changed_rule_counts_from_the_next_step(variant, backend):
     opt.param_groups[0]["rule"] = "lamb"
     saved = opt.state_dict()["param_groups"][0]["rule"]
     assert saved == layerlr.rules.Lamb().to_dict()
-    train(opt, params, 2, start=2)
+    train(opt, params, 2, seed=2)
     train(make(variant, oracle, "layca", backend=backend), oracle, 2)
     fresh = make(variant, oracle, "lamb", backend=backend)
     fresh.load_state_dict(fresh.state_dict() | {"state": state})
-    train(fresh, oracle, 2, start=2)
+    train(fresh, oracle, 2, seed=2)
     assert same(params, oracle)
 
 
@@ -262,13 +260,13 @@ def test_groups_edited_by_hand(variant, rule, backend):
     train(opt, params, 2)
     del opt.param_groups[0]["params"][0]
     opt.param_groups[0]["params"].append(params[3])
-    train(opt, params, 2, start=2)
+    train(opt, params, 2, seed=2)
     kept = opt.param_groups[0]
     opt.param_groups.clear()
     opt.add_param_group({**kept, "params": params[1:2]})
     opt.param_groups.append({**kept, "params": params[2:3]})
     opt.param_groups.append({**kept, "params": params[3:]})
-    train(opt, params, 2, start=4)
+    train(opt, params, 2, seed=4)
     spans = (0, 2), (0, 6), (0, 6), (2, 6)
     for single, span in zip(singles, spans, strict=True):
         for step in range(*span):
@@ -335,7 +333,7 @@ def test_replaced_data_is_what_the_next_step_moves(variant, rule, backend):
                 p.data = new
             else:
                 p.data = torch.stack([new, new], -1)[..., 0]
-        train(opt, params, 2, start=2)
+        train(opt, params, 2, seed=2)
         runs.append((params, photograph(opt)))
     assert same(runs[0][1], runs[1][1])
     assert_close(runs[0][0], runs[2][0])
@@ -360,7 +358,7 @@ def test_replaced_state_is_what_the_next_step_uses(variant, rule, backend):
                     value.data = value + 1
             if how == "dict":
                 opt.state[p] = {k: v + 1 for k, v in opt.state[p].items()}
-        train(opt, params, 2, start=2)
+        train(opt, params, 2, seed=2)
         runs.append(photograph(opt))
     assert all(same(run, runs[0]) for run in runs)
 
@@ -376,7 +374,7 @@ def test_state_data_of_another_form_is_noticed(rule):
         value = opt.state[params[0]]["exp_avg"]
         value.data = value.bfloat16()
         opt.state[params[2]]["step"].data = torch.tensor(5.0, dtype=torch.float64)
-        train(opt, params, 2, start=1)
+        train(opt, params, 2, seed=1)
         runs.append(photograph(opt))
         value.data = torch.zeros(2)
         with pytest.raises(RuntimeError, match=r"'layer0.weight'"):
@@ -401,9 +399,9 @@ def test_cleared_state_starts_afresh(variant, rule, backend, how):
             opt.state[p] = {}
         elif how == "dict in place":
             opt.state[p].clear()
-    train(opt, params, 2, start=2)
+    train(opt, params, 2, seed=2)
     other = make(variant, fresh, rule, backend=backend)
-    train(other, fresh, 2, start=2)
+    train(other, fresh, 2, seed=2)
     assert same(photograph(opt), photograph(other))
 
 
@@ -420,6 +418,6 @@ def test_a_lost_momentum_buffer_is_made_anew_as_in_torch(variant, how, backend):
             opt.state[p]["momentum_buffer"] = None
             if how == "deleted":
                 del opt.state[p]["momentum_buffer"]
-        train(opt, params, 2, start=2)
+        train(opt, params, 2, seed=2)
         runs.append(params)
     assert_close(*runs)

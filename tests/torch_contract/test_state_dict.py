@@ -6,12 +6,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from cases import bits, train
 from contract_helpers import (
     IN_TORCH,
     RULES,
     VARIANTS,
     assert_close,
-    bits,
     each_backend,
     each_rule,
     each_variant,
@@ -21,7 +21,6 @@ from contract_helpers import (
     photograph,
     same,
     through_file,
-    train,
     weights,
 )
 from torch.nn import Parameter
@@ -76,8 +75,8 @@ def test_resume_is_exact(variant, rule, backend, dtype):
     other = make(variant, copies, rule, backend=backend, lr=0.9)
     other.load_state_dict(through_file(saved))
     assert same(photograph(other), photograph(opt))
-    train(opt, params, 3, start=3)
-    train(other, copies, 3, start=3)
+    train(opt, params, 3, seed=3)
+    train(other, copies, 3, seed=3)
     assert same(photograph(other), photograph(opt))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for p in copies:
@@ -174,8 +173,8 @@ def test_callables_are_not_saved_and_survive_a_load():
         q.data.copy_(p)
     assert all(other.param_groups[0][key] is f for key, f in by_layer.items())
     assert other.layer_stats()["names"] == ["layer0", "layer1"]
-    train(opt, params, 2, start=2)
-    train(other, copies, 2, start=2)
+    train(opt, params, 2, seed=2)
+    train(other, copies, 2, seed=2)
     assert same(params, copies)
 
 
@@ -203,13 +202,13 @@ def test_torch_s_state_dicts_load_into_ours(variant, steps, backend):
     twin = make_twin(variant, theirs)
     train(twin, theirs, steps)
     opt = make(variant, mine, backend=backend, lr=0.5)
-    train(opt, mine, 1, start=9)
+    train(opt, mine, 1, seed=9)
     for p, q in zip(mine, theirs, strict=True):
         p.data.copy_(q)
     opt.load_state_dict(through_file(twin.state_dict()))
     assert opt.param_groups[0]["lr"] == twin.param_groups[0]["lr"]
-    train(twin, theirs, 3, start=3)
-    train(opt, mine, 3, start=3)
+    train(twin, theirs, 3, seed=3)
+    train(opt, mine, 3, seed=3)
     assert_close(mine, theirs)
 
 
@@ -221,8 +220,8 @@ def test_ours_load_into_torch_s(variant):
     for p, q in zip(mine, theirs, strict=True):
         q.data.copy_(p)
     twin.load_state_dict(through_file(opt.state_dict()))
-    train(twin, theirs, 3, start=3)
-    train(opt, mine, 3, start=3)
+    train(twin, theirs, 3, seed=3)
+    train(opt, mine, 3, seed=3)
     assert_close(mine, theirs)
 
 
@@ -237,7 +236,7 @@ def test_a_momentum_buffer_of_none_loads(variant, backend):
         saved = deepcopy(make_twin(variant, weights()).state_dict())
         saved["state"] = {i: {"momentum_buffer": None} for i in range(4)}
         opt.load_state_dict(saved)
-        train(opt, params, 2, start=2)
+        train(opt, params, 2, seed=2)
         runs.append(params)
     assert_close(*runs)
 
@@ -252,7 +251,7 @@ def test_torch_s_state_loads_under_a_rule_that_stays(backend):
     assert opt.param_groups[0]["rule"] == layerlr.rules.Layca()
     assert opt.param_groups[0]["lr_factor"] == 0.5
     norms = [p.norm().item() for p in mine]
-    train(opt, mine, 2, start=2)
+    train(opt, mine, 2, seed=2)
     assert [p.norm().item() for p in mine][::2] == pytest.approx(norms[::2], rel=1e-12)
     assert opt.state[mine[0]]["step"] == 4
 
@@ -271,7 +270,7 @@ def test_state_keeps_its_saved_dtype(variant, saved_in, loaded_in):
     other.load_state_dict(opt.state_dict())
     assert same(photograph(other)["state"], photograph(opt)["state"])
     before = [bits(p) for p in others]
-    train(other, others, 1, start=2)
+    train(other, others, 1, seed=2)
     assert [p.dtype for p in others] == [loaded_in] * 4
     assert not any(same(bits(p), b) for p, b in zip(others, before, strict=True))
     assert all(p.isfinite().all() for p in others)
@@ -324,8 +323,8 @@ def test_a_refused_load_leaves_the_optimizer_as_it_was(how, error, words, backen
         opt.load_state_dict(_spoilt(opt.state_dict(), how))
     assert same(photograph(opt), before[0])
     assert opt.state is before[1] and opt.param_groups is before[2]
-    train(opt, params, 2, start=2)
-    train(oracle, untouched, 2, start=2)
+    train(opt, params, 2, seed=2)
+    train(oracle, untouched, 2, seed=2)
     assert same(photograph(opt), photograph(oracle))
     assert len(opt._optimizer_load_state_dict_pre_hooks) == 0
 

@@ -15,7 +15,8 @@ from itertools import chain, pairwise
 
 import pytest
 import torch
-from contract_helpers import BACKENDS, RULES, TWINS, bits, named, photograph, same
+from cases import bits
+from contract_helpers import BACKENDS, RULES, TWINS, named, photograph, same
 from torch.nn import Parameter
 
 import layerlr
