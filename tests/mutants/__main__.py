@@ -162,8 +162,10 @@ def caught(engine: str, mutant: Mutant, tests: Path, everything: bool) -> str | 
             if any(f"def {t}(" in texts[f] or Path(f).stem == t for t in mutant.likely)
         ]
         asked = ASKED.get(engine, engine)
-        words = ["-k", f"{asked} and ({' or '.join(mutant.likely)})", *likely]
-        found = ask(folder, tests, words) if likely else None
+        names = " or ".join(mutant.likely)
+        found = None
+        for words in (f"{asked} and ({names})", names) if likely else ():  # some name no engine
+            found = found or ask(folder, tests, ["-k", words, *likely])
         return found or (ask(folder, tests, ["-k", asked, *files]) if everything else None)
 
 
