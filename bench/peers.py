@@ -64,7 +64,8 @@ TWO_PASS = {
     ("adam", "layca"): Traffic(3, 1, 6),  # pass two reads w m v again: 40
     ("adam", "lamb"): Traffic(3, 1, 6),
 }
-STATES = {"sgd": 1, "adam": 2, "held": 3}  # tensors of state per parameter tensor, at most
+# tensors of state per parameter tensor, at most
+STATES = {"sgd": 1, "adam": 2, "held": 3, "coded": 2}
 OURS = {
     "sgd": (("SGD", None), ("SGD", "singh"), ("SGD", "lars"), ("SGD", "layca")),
     "adam": (("AdamW", None), ("Adam", "singh"), ("Adam", "layca"), ("AdamW", "lamb")),
@@ -111,6 +112,7 @@ BASELINES = {
     "sgd": "torch SGD fused",
     "adam": "torch AdamW fused",
     "held": "torch AdamW fused",  # AdamW whose 16-bit weights are held in other ways
+    "coded": "torch AdamW fused",  # AdamW whose state has fewer bits
 }
 
 
@@ -265,6 +267,39 @@ def _held(backend: str, label: str = "") -> list[Contender]:
     ]
 
 
+def _coded(backend: str, label: str = "") -> list[Contender]:
+    """layerlr with state in fewer bits; what moves is less than float32 state."""
+    return [
+        Contender(
+            f"layerlr AdamW {rule} {kind}{label}",
+            "layerlr",
+            ours("AdamW", rule, backend, state_dtype=kind),
+            rule=rule,
+            backend=backend,
+        )
+        for rule in (None, "layca", "lamb")
+        for kind in ("float32", "bfloat16", "8bit")
+    ]
+
+
+def eight_bits(module: str, name: str) -> Build:
+    def build(params: list[Tensor]) -> Stepper:
+        cls = getattr(importlib.import_module(module), name)
+        return cls(params, lr=LR_ADAM, weight_decay=DECAY)
+
+    return build
+
+
+def _others_coded() -> list[Contender]:
+    """Peers with 8-bit state, none of which has a layer rule."""
+    return [
+        Contender("torchao AdamW8bit", "torchao", eight_bits("torchao.optim", "AdamW8bit")),
+        Contender(
+            "bitsandbytes AdamW8bit", "bitsandbytes", eight_bits("bitsandbytes.optim", "AdamW8bit")
+        ),
+    ]
+
+
 def _reference(family: str, device: str) -> list[Contender]:
     """The pure PyTorch backend, whose traffic is that of many passes and not by design."""
     each, last = REFERENCE_MODELS.get(device, ((), ()))
@@ -276,14 +311,15 @@ def _reference(family: str, device: str) -> list[Contender]:
 def contenders(
     family: str, backends: Sequence[str] = ("cpu",), device: str = "cpu"
 ) -> list[Contender]:
-    """All contenders of a family ("sgd", "adam", "held") on a type of device, its baseline first.
+    """All contenders of a family (those of `BASELINES`) on a type of device, its baseline first.
 
     The first of layerlr's backends goes without its name, so that goals need not know it.
     """
     first, *others = backends
-    if family == "held":
-        mine = _held(first) + [c for backend in others for c in _held(backend, f" {backend}")]
-        return [*_adam(False)[:2], *mine]
+    if family in ("held", "coded"):
+        make = _held if family == "held" else _coded
+        mine = make(first) + [c for backend in others for c in make(backend, f" {backend}")]
+        return [*_adam(False)[:2], *mine, *(_others_coded() if family == "coded" else ())]
     mine = _ours(family, first)
     for backend in others:
         mine += _ours(family, backend, f" {backend}")

@@ -15,7 +15,7 @@ from bench import shapes
 
 #: a layer of many chunks, odd sizes, one element, no dimension, nothing at all
 SMALL: tuple[tuple[int, ...], ...] = (
-    *((300, 257), (64, 3, 3, 3), (64,), (33, 31), (7, 5), (129,), (3,), (1, 1)),
+    *((300, 257), (64, 3, 3, 3), (64,), (90, 98), (33, 31), (7, 5), (129,), (3,), (1, 1)),
     *((1,), (), (0, 5), (2, 8192)),
 )
 #: more than stays on the chip of any GPU so far
@@ -39,6 +39,8 @@ CASES: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("SGD", "hyperball", {"momentum": 0.9}),
     ("AdamW", "relative", {}),
     ("SGD", "brake", {"momentum": 0.9}),
+    ("Adam", "layca", {"state_dtype": "8bit"}),
+    ("AdamW", None, {"state_dtype": "bfloat16"}),
 )
 
 

@@ -162,7 +162,8 @@ def parser() -> argparse.ArgumentParser:
         "--families",
         type=lambda text: _choices(list(BASELINES), text),
         default=["sgd", "adam"],
-        help="of sgd, adam (default: both) and held: 16-bit weights in every precision",
+        help="of sgd, adam (default: both), held: 16-bit weights in every precision, coded: AdamW "
+        "with state in fewer bits",
     )
     p.add_argument(
         "--dtype",

@@ -65,6 +65,7 @@ int BoundPlan::prepare() {
 
 void BoundPlan::find_values(size_t i, const PlanSpec& spec) {
   Tensor& t = tensors_[i];
+  Row& row = plan_.tensors[i];
   t.param = PyList_GET_ITEM(params_.ptr(), i);
   t.state = PyList_GET_ITEM(states_.ptr(), i);
   if (t.state == Py_None) {
@@ -77,19 +78,23 @@ void BoundPlan::find_values(size_t i, const PlanSpec& spec) {
   t.snapshot.emplace(py::reinterpret_borrow<py::dict>(t.state));
   for (int k = 0; k < n_states_; ++k) {
     t.values[k] = get(spec.keys[k]);
-    t.state_dtypes[k] = THPVariable_Unpack(t.values[k]).dtype();
-    if (!has_scales(codec_of_state(t.state_dtypes[k]))) continue;
-    t.aux[k] = get(spec.aux_keys[k]);
-    t.aux_sizes = THPVariable_Unpack(t.aux[k]).sizes();
-    const int64_t blocks = THPVariable_Unpack(t.aux[k]).numel();
-    if (blocks) plan_.tensors[i].block = THPVariable_Unpack(t.values[k]).numel() / blocks;
+    const at::Tensor& value = THPVariable_Unpack(t.values[k]);
+    t.state_dtypes[k] = value.dtype();
+    row.state[k].codec = codec_of_state(value.dtype());
+    if (!has_scales(row.state[k].codec)) continue;
+    t.scales[k] = get(spec.aux_keys[k]);
+    const at::Tensor& scales = THPVariable_Unpack(t.scales[k]);
+    t.scale_sizes = scales.sizes();
+    if (scales.numel()) row.block = value.numel() / scales.numel();
   }
   t.step = get("step");
   if (spec.memory_key) t.memory = get(*spec.memory_key);
   if (weights_ != Codec::plain && THPVariable_Unpack(t.param).element_size() == 2) {
     t.weights_aux = get(spec.weights_aux_key);
+    row.param.codec = weights_;
   }
   t.step_dtype = THPVariable_Unpack(t.step).dtype();
+  row.coding = coding_of(row);
 }
 
 void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
@@ -100,7 +105,7 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     Tensor& t = tensors_[tensor];
     const at::Tensor& p = THPVariable_Unpack(t.param);
     t.dense = is_dense(p, parts[tensor] > 1);
-    if (!t.aux_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
+    if (!t.scale_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
     t.dtype = p.dtype();
     t.sizes.assign(p.sizes().begin(), p.sizes().end());
     t.strides.assign(p.strides().begin(), p.strides().end());
@@ -121,14 +126,10 @@ bool BoundPlan::holds_weights_aux(const Tensor& t) const {
   return holds(t, x, weights_ == Codec::master ? caffe2::TypeMeta::Make<float>() : t.dtype);
 }
 
-bool BoundPlan::look_up_state(const Tensor& t, int k, Operand& x) const {
-  x.data = &THPVariable_Unpack(t.values[k]);
-  x.codec = codec_of_state(t.state_dtypes[k]);
-  if (!holds(t, *x.data, t.state_dtypes[k])) return false;
-  if (!t.aux[k]) return true;
-  x.aux = &THPVariable_Unpack(t.aux[k]);
-  return x.data->is_contiguous() && x.aux->is_contiguous() && x.aux->device() == device_ &&
-         x.aux->scalar_type() == at::kFloat && same(x.aux->sizes(), t.aux_sizes);
+bool BoundPlan::holds_scales(const Tensor& t, int k) const {
+  const at::Tensor &codes = THPVariable_Unpack(t.values[k]), &x = THPVariable_Unpack(t.scales[k]);
+  return codes.is_contiguous() && x.is_contiguous() && x.device() == device_ &&
+         x.scalar_type() == at::kFloat && same(x.sizes(), t.scale_sizes);
 }
 
 int BoundPlan::look_up(size_t i) {
@@ -142,23 +143,22 @@ int BoundPlan::look_up(size_t i) {
     return stale;
   }
   if (!holds(t, g, t.dtype)) return static_cast<int>(i);
-  Operands x;
-  x.param.data = &p;
-  x.grad.data = &g;
-  x.n_states = n_states_;
-  x.step = &THPVariable_Unpack(t.step);
+  Operands x{&p, &g, &THPVariable_Unpack(t.step), nullptr, {}, {}};
   if (x.step->numel() != 1 || x.step->dtype() != t.step_dtype || x.step->device() != device_) {
     return stale;
   }
   for (int k = 0; k < n_states_; ++k) {
-    if (!look_up_state(t, k, x.states[k])) return stale;
+    x.states[k] = &THPVariable_Unpack(t.values[k]);
+    if (!holds(t, *x.states[k], t.state_dtypes[k])) return stale;
+    if (!t.scales[k]) continue;
+    if (!holds_scales(t, k)) return stale;
+    x.scales[k] = &THPVariable_Unpack(t.scales[k]);
   }
   if (t.weights_aux) {
     if (!holds_weights_aux(t)) return stale;
-    x.param.codec = weights_;
-    x.param.aux = &THPVariable_Unpack(t.weights_aux);
+    x.weights_aux = &THPVariable_Unpack(t.weights_aux);
   }
-  fill_row(plan_.tensors[i], staging_, x, t.dense);
+  fill_row(plan_.tensors[i], staging_, x, n_states_, t.dense);
   return ready;
 }
 
@@ -175,7 +175,7 @@ void BoundPlan::finish() {
     bump(t.param);
     for (int k = 0; k < n_states_; ++k) {
       bump(t.values[k]);
-      if (t.aux[k]) bump(t.aux[k]);
+      if (t.scales[k]) bump(t.scales[k]);
     }
     if (row.param.aux && weights_ != Codec::stochastic) bump(t.weights_aux);
   }

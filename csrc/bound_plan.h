@@ -68,11 +68,11 @@ class BoundPlan {
     PyObject* state = nullptr;  // its dict, or null: frozen, no state yet
     std::optional<Snapshot> snapshot;
     PyObject* values[max_states] = {};
-    PyObject* aux[max_states] = {};  // what lies beside them
+    PyObject* scales[max_states] = {};  // of codes
     PyObject* step = nullptr;
     PyObject* memory = nullptr;       // of the layers of its parts
     PyObject* weights_aux = nullptr;  // what 16-bit weights have beside them
-    at::DimVector sizes, strides, aux_sizes;
+    at::DimVector sizes, strides, scale_sizes;
     caffe2::TypeMeta dtype, step_dtype, state_dtypes[max_states];
     bool dense = true;
   };
@@ -89,7 +89,7 @@ class BoundPlan {
   void find_values(size_t i, const PlanSpec& spec);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
   bool holds_weights_aux(const Tensor& t) const;
-  bool look_up_state(const Tensor& t, int k, Operand& x) const;
+  bool holds_scales(const Tensor& t, int k) const;
   int look_up(size_t i);
 
   py::list params_, states_;

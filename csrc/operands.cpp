@@ -46,23 +46,21 @@ void Staging::finish() {
   copies_.clear();
 }
 
-void fill_row(Row& row, Staging& staging, const Operands& x, bool dense) {
-  const at::Tensor& param = *x.param.data;
+void fill_row(Row& row, Staging& staging, const Operands& x, int n_states, bool dense) {
   at::Tensor contiguous;
-  if (!dense) contiguous = at::empty(param.sizes(), param.options());
-  const at::Tensor& like = dense ? param : contiguous;
-  const auto fill = [&](Array& to, const Operand& of, bool written) {
-    to.data = staging.pointer(*of.data, like, written);
-    to.codec = of.codec;
-    if (!of.aux) return;
-    to.aux = of.aux->sizes() == param.sizes() ? staging.pointer(*of.aux, like, written)
-                                              : of.aux->data_ptr();
-  };
-  row.dtype = dtype_of(param);
-  fill(row.param, x.param, true);
-  fill(row.grad, x.grad, false);
-  for (int k = 0; k < x.n_states; ++k) fill(row.state[k], x.states[k], true);
-  if (x.param.codec == Codec::stochastic) row.seed = *static_cast<int64_t*>(row.param.aux);
+  if (!dense) contiguous = at::empty(x.param->sizes(), x.param->options());
+  const at::Tensor& like = dense ? *x.param : contiguous;
+  row.param.data = staging.pointer(*x.param, like, true);
+  row.grad.data = staging.pointer(*x.grad, like, false);
+  for (int k = 0; k < n_states; ++k) {
+    row.state[k].data = staging.pointer(*x.states[k], like, true);
+    if (x.scales[k]) row.state[k].aux = x.scales[k]->data_ptr();
+  }
+  if (row.param.codec == Codec::stochastic) {
+    row.seed = *x.weights_aux->data_ptr<int64_t>();
+  } else if (x.weights_aux) {
+    row.param.aux = staging.pointer(*x.weights_aux, like, true);
+  }
   row.step = x.step->data_ptr();
   row.step_is_double = x.step->scalar_type() == at::kDouble;
   if (!row.grad.data) row.grad.data = row.step;  // an empty gradient has no memory, but it is one

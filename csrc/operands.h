@@ -45,24 +45,19 @@ class Staging {
   std::vector<Copy> copies_;
 };
 
-/// An array of a row: the tensor, what lies beside it (perhaps nothing), how its elements are
-/// stored.
-struct Operand {
-  const at::Tensor* data = nullptr;
-  const at::Tensor* aux = nullptr;
-  Codec codec = Codec::plain;
-};
-
-/// What a row of the plan points to.
+/// What a row of the plan points to; null: nothing.
 struct Operands {
-  Operand param, grad;
-  Operand states[max_states];
-  int n_states = 0;
-  const at::Tensor* step = nullptr;
+  const at::Tensor* param;
+  const at::Tensor* grad;
+  const at::Tensor* step;
+  const at::Tensor* weights_aux;
+  const at::Tensor* states[max_states];
+  const at::Tensor* scales[max_states];
 };
 
-/// Fill a row of the plan for one parameter that takes part, and whose dense layout is known.
-void fill_row(Row& row, Staging& staging, const Operands& x, bool dense);
+/// Fill a row of the plan, whose codecs are set, for one parameter that takes part, and whose dense
+/// layout is known.
+void fill_row(Row& row, Staging& staging, const Operands& x, int n_states, bool dense);
 
 /// How a state tensor of that dtype is stored; Python has checked it.
 Codec codec_of_state(caffe2::TypeMeta dtype);

@@ -42,7 +42,7 @@ LAYERLR_HD constexpr int stored_bytes(Codec codec, int plain) {
 }
 
 /// What there is of codecs in a tensor's row: none, some, codes of 8 bits.
-enum class Coding { none, some, codes };
+enum class Coding : int64_t { none, some, codes };
 
 struct Array {
   void* data = nullptr;
@@ -52,6 +52,7 @@ struct Array {
   /// The array without so many elements: whole blocks, of a tensor that has some.
   Array from(int64_t elements, int64_t block, int plain_bytes, DType dtype) const {
     Array rest = *this;
+    if (elements == 0) return rest;
     if (data) rest.data = static_cast<char*>(data) + elements * stored_bytes(codec, plain_bytes);
     if (aux) rest.aux = static_cast<char*>(aux) + aux_bytes(elements, block, dtype);
     return rest;
@@ -74,16 +75,9 @@ struct Row {
   int64_t seed = 0;            // of stochastic rounding
   int64_t block = code_block;  // elements that share a scale
   DType dtype = DType::f32;
+  Coding coding = Coding::none;  // what coding_of() says of the arrays
 
   bool active() const { return grad.data; }
-  Coding coding() const {
-    bool plain = param.codec == Codec::plain;
-    for (const Array& s : state) {
-      if (has_scales(s.codec)) return Coding::codes;
-      plain &= s.codec == Codec::plain;
-    }
-    return plain ? Coding::none : Coding::some;
-  }
   /// Number of steps taken.
   double count() const {
     return step_is_double ? *static_cast<const double*>(step)
@@ -97,6 +91,15 @@ struct Row {
     }
   }
 };
+
+inline Coding coding_of(const Row& row) {
+  bool plain = row.param.codec == Codec::plain;
+  for (const Array& s : row.state) {
+    if (has_scales(s.codec)) return Coding::codes;
+    plain &= s.codec == Codec::plain;
+  }
+  return plain ? Coding::none : Coding::some;
+}
 
 /// Call f(name, place) for the numbers of a row that Triton reads, for those of an array, and for
 /// the end of a row.

@@ -50,7 +50,7 @@ WIDTH = tl.constexpr(8)
 STATS = tl.constexpr(9)
 TOTALS = tl.constexpr(4)
 # places in a tensor's row: arrays of ARRAY numbers, address first, then other numbers
-ROW = tl.constexpr(20)
+ROW = tl.constexpr(21)
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(3)
 STATE = tl.constexpr(6)

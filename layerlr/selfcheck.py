@@ -47,13 +47,15 @@ CASES = (
     Case("AdamW", None, torch.bfloat16, {}),
     Case("AdamW", "lamb", torch.float32, {}),
     Case("Lion", "layca", torch.float32, {}),
+    Case("Adam", "layca", torch.float32, {"state_dtype": "8bit"}),
+    Case("AdamW", "lamb", torch.bfloat16, {"state_dtype": "8bit", "precision": "kahan"}),
 )
 STEPS = 2
 
-#: a layer of many chunks (left out in float64, see `layerlr.agreement`), odd sizes, one element, no
-#: dimension, nothing; two to take views of
+#: a layer of many chunks (left out in float64, see `layerlr.agreement`), one with codes of 8 bits,
+#: odd sizes, one element, no dimension, nothing; two to take views of
 SHAPES = (
-    *((300, 257), (64, 3, 3, 3), (7, 5), (129,), (3,), (1,), (), (0, 5)),
+    *((300, 257), (48, 98), (64, 3, 3, 3), (7, 5), (129,), (3,), (1,), (), (0, 5)),
     *((33, 62), (31, 17)),
 )
 
@@ -112,7 +114,7 @@ def selfcheck(device: torch.device | str | None = None) -> list[Finding]:
         max |w_engine - w_reference| <= 0 units in the last place without a rule,
                                         2 with one, 16 in float64
 
-    Over two steps of ten optimizers with and without rules, in float64, float32, bfloat16 and
+    Over two steps of thirteen optimizers with and without rules, in float64, float32, bfloat16 and
     float16, whose tensors have odd sizes, lie at any offset, with gaps, transposed, or are empty.
     On a GPU the bandwidth of a step and its share of a copy's come with it. Takes seconds, and 1
     GiB of a GPU; Triton's first run compiles for longer.

@@ -77,7 +77,7 @@ class Step {
   void prepare(size_t i) {
     const Row& row = plan_.tensors[i];
     const double t = row.count() + 1;
-    const Coding coding = row.coding();
+    const Coding coding = row.coding;
     for (const Made& made : made_) {
       if (made.t == t && made.dtype == row.dtype && made.coding == coding) {
         tensors_[i] = made.tensor;

@@ -18,31 +18,36 @@ struct Arithmetic<double> {
 
 // -- codes of 8 bits ------------------------------------------------------------------------------
 
-/// Bytes, signed or not, as numbers.
+#if defined(__AVX512F__)
+inline Pack<float> load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}};
+}
+inline Pack<float> load(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}};
+}
+/// The low bytes of whole numbers.
+inline void store_code(uint8_t* p, Pack<float> c) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(c.v[0]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+#else
 template <class Byte>
 inline Pack<float> load_code(const Byte* p) {
-  typedef Byte Bytes __attribute__((vector_size(register_bytes / 4)));
-  typedef int32_t Words __attribute__((vector_size(register_bytes)));
-  Pack<float> r;
-  for (int i = 0; i < registers; ++i) {
-    Bytes bytes;
-    std::memcpy(&bytes, p + i * sizeof bytes, sizeof bytes);
-    r.v[i] = __builtin_convertvector(__builtin_convertvector(bytes, Words),
-                                     typename Register<float>::type);
-  }
-  return r;
+  float f[16];
+  for (int i = 0; i < 16; ++i) f[i] = p[i];
+  return load(f);
 }
 inline Pack<float> load(const int8_t* p) { return load_code(p); }
 inline Pack<float> load(const uint8_t* p) { return load_code(p); }
 /// The low bytes of whole numbers.
 inline void store_code(uint8_t* p, Pack<float> c) {
-  typedef uint8_t Bytes __attribute__((vector_size(register_bytes / 4)));
-  typedef int32_t Words __attribute__((vector_size(register_bytes)));
-  for (int i = 0; i < registers; ++i) {
-    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(c.v[i], Words), Bytes);
-    std::memcpy(p + i * sizeof bytes, &bytes, sizeof bytes);
-  }
+  float f[16];
+  store(f, c);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(f[i]));
 }
+#endif
 
 #if defined(__AVX512F__)
 inline Pack<float> load(const BFloat16* p) {

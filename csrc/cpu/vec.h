@@ -135,7 +135,24 @@ inline Pack<float> root(Pack<float> x) {
 #endif
   return r;
 }
-inline Pack<float> quick_root(Pack<float> x) { return root(x); }
+/// A root that may be wrong by two ulp: the processor's guess of 1/sqrt(x), and a step of Newton's.
+inline Pack<float> quick_root(Pack<float> x) {
+#if defined(__AVX512F__)
+  const __m512 z = _mm512_max_ps(x.v[0], _mm512_set1_ps(1e-30f));  // 0 has no reciprocal
+  const __m512 guess = _mm512_rsqrt14_ps(z), near = z * guess, half = _mm512_set1_ps(0.5f);
+  const __m512 off = _mm512_fnmadd_ps(near, guess * half, half);
+  return {{_mm512_fmadd_ps(near, off, near)}};
+#elif defined(__AVX2__)
+  for (auto& r : x.v) {
+    const __m256 z = _mm256_max_ps(r, _mm256_set1_ps(1e-30f));
+    const __m256 guess = _mm256_rsqrt_ps(z), near = z * guess, half = _mm256_set1_ps(0.5f);
+    r = _mm256_fmadd_ps(near, _mm256_fnmadd_ps(near, guess * half, half), near);
+  }
+  return x;
+#else
+  return root(x);
+#endif
+}
 inline Pack<double> root(Pack<double> x) {
   Pack<double> r;
 #if defined(__AVX512F__)
@@ -173,9 +190,13 @@ struct Largest {
     }
   }
   float total() const {
+#if defined(__AVX512F__)
+    const uint32_t most = _mm512_reduce_max_epu32((__m512i)bits[0]);
+#else
     uint32_t all[16], most = 0;
     std::memcpy(all, bits, sizeof all);
     for (const uint32_t b : all) most = b > most ? b : most;
+#endif
     float x;
     std::memcpy(&x, &most, sizeof x);
     return x;

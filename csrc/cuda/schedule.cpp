@@ -15,7 +15,7 @@ constexpr int items_of_a_verdict = 6;
 Family family_of(const Plan& plan) {
   const auto all = [&](DType dtype, bool coded) {
     return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const Row& row) {
-      return row.dtype == dtype && (coded || row.coding() == Coding::none);
+      return row.dtype == dtype && (coded || row.coding == Coding::none);
     });
   };
   return all(DType::f32, false)    ? float32_only

@@ -163,6 +163,7 @@ struct Model {
       if (row.param.aux_bytes(1, 1, shape.dtype)) row.param.aux = buffer(shape.size, aux).data;
     }
     if (has_scales(row.state[0].codec)) row.block = block_of(shape.size);
+    row.coding = coding_of(row);
     plan.tensors.push_back(row);
   }
 
