@@ -97,6 +97,8 @@ struct Access {
 
   // -- states in codes of 8 bits: a block is what 16 threads have in hand -------------------------
 
+  /// Of the warp, those that have a block in hand.
+  LAYERLR_DEVICE static unsigned lanes_of_block() { return 0xffffu << (threadIdx.x & 16); }
   LAYERLR_DEVICE float* scale(int k, int block) const {
     return reinterpret_cast<float*>(at.of[array_scales + k]) + block;
   }
@@ -125,6 +127,7 @@ struct Access {
       x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], of.scale) : decode_signed(c[i], of.scale);
     }
     store<use>(whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
+    __syncwarp(lanes_of_block());  // all of them have read the last one
     if (threadIdx.x % 16 == 0) device::write(scale(k, block), of.scale);
   }
   /// Of numbers without a sign the bits are in order, NaN last.
@@ -135,10 +138,9 @@ struct Access {
       const uint32_t bits = bit_cast<uint32_t>(magnitude(x[i]));
       most = bits > most ? bits : most;
     }
-    const unsigned lanes = 0xffffu << (threadIdx.x & 16);
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
-      const uint32_t other = __shfl_xor_sync(lanes, most, distance);
+      const uint32_t other = __shfl_xor_sync(lanes_of_block(), most, distance);
       most = other > most ? other : most;
     }
     return bit_cast<float>(most);

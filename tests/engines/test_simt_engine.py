@@ -131,10 +131,10 @@ def test_random_models_equal_the_cpu_engine(seed):
 DIRECTIONS = {"sgd": BY_ID["damp-none"], "adam": BY_ID["adam-none"]}
 
 
-def moved(traffic, case, n, dtype, absent=0):
+def moved(traffic, case, n, dtype, absent=0, **options):
     """Bytes of tensors that a step reads and writes, and bytes that it reads else."""
     params = [Parameter(v) for v in cases.random([(4, n // 4), (4, absent)], dtype)]
-    opt = case.make(params, backend="simt")
+    opt = case.make(params, backend="simt", **options)
     cases.train(opt, params, 1)
     set_grads(params, 1)
     params[1].grad = None
@@ -170,6 +170,23 @@ def test_bytes_of_a_step(traffic, items, dtype):
 def test_bytes_of_others(traffic, case, twice):
     n = 8 * ITEM
     found, _ = moved(traffic, BY_ID[case], n, torch.float32)
+    assert found == twice * n
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "twice"),
+    [
+        ("adam-none", "8bit", 10),
+        ("adam-layca", "8bit", 14),
+        ("adam-singh", "8bit", 12),
+        ("adam-none", "bfloat16", 14),
+        ("adam-layca", "bfloat16", 20),
+    ],
+)
+def test_bytes_of_state_in_fewer_bits(traffic, case, kind, twice):
+    """Beside weights of 16 bits; scales, a sixteenth of a byte for each code, come apart."""
+    n = 8 * ITEM
+    found, _ = moved(traffic, BY_ID[case], n, torch.bfloat16, state_dtype=kind)
     assert found == twice * n
 
 
