@@ -243,6 +243,7 @@ def test_plot_is_drawn(tmp_path):
     assert plot(out, tmp_path / "run.png").stat().st_size > 5000
 
 
+@pytest.mark.full("processes of a benchmark")
 def test_sharded_step_counts_messages(tmp_path):
     from bench import sharded_step
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import same_bits, set_grads
 from ranks import everywhere_the_same, full, run
+from selection import EVERY, NONE
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -135,13 +136,13 @@ def test_describe_names_layers_that_grow():
     assert "grows from zero by plain steps to norm 2 (head)" in layerlr.describe(opt)
 
 
+# As the engines agree, one of them answers a question about training, of 300 steps.
+@pytest.mark.asked(cpu=EVERY, others=NONE)
 @pytest.mark.parametrize("warmup", [0, 20, 100])
 @pytest.mark.parametrize("family", ["SGD", "Adam"])
 @pytest.mark.parametrize("rule", ["layca", "hyperball"])
 def test_a_head_that_starts_at_zero_learns(engine, rule, family, warmup):
     """It ends within twice the loss of the head drawn as usual, whatever the warm-up."""
-    if engine.backend not in ("reference", "cpu"):  # 300 steps; the others equal these above
-        pytest.skip(reason="as the engines agree, two of them answer a question about training")
     losses = []
     for zero in (False, True):
         torch.manual_seed(0)

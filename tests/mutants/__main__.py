@@ -15,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -76,24 +77,29 @@ def place(mutant: Mutant, folder: Path) -> None:
         shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / file).write_text(changed(mutant))
     if file.startswith("csrc/"):
-        link(folder)
+        link(folder, file)
 
 
-def link(folder: Path) -> None:
+def link(folder: Path, file: str) -> None:
     """The extension, whose CPU engine is compiled of the changed sources and without optimisation.
 
-    The other objects are those of the last build.
+    So is the changed file, if it is a source; the other objects are those of the last build.
     """
-    objects = []
-    for unit in UNITS:
-        source = folder / "csrc/cpu" / unit
-        objects.append(folder / f"{unit}.o")
-        subprocess.run([*CXX, source, "-o", objects[-1]], cwd=folder, check=True)
     import torch
-    from torch.utils.cpp_extension import library_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
+    objects = []
+    units = dict.fromkeys([*(f"csrc/cpu/{unit}" for unit in UNITS), file])
+    system = [*include_paths(), sysconfig.get_paths()["include"]]
+    headers = [word for path in system for word in ("-isystem", path)]
+    for unit in units:
+        if unit.endswith(".cpp"):
+            objects.append(folder / f"{Path(unit).name}.o")
+            words = [] if unit.startswith("csrc/cpu/") else [*headers, "-std=c++20"]
+            subprocess.run([*CXX, *words, unit, "-o", objects[-1]], cwd=folder, check=True)
     build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
     others = [o for o in build.glob("csrc/*.o") if (ROOT / "csrc" / o.stem).is_file()]
+    others = [o for o in others if f"csrc/{o.stem}" != file]
     others.append(build / "csrc/cuda/schedule.cpp.o")
     (target,) = (folder / "layerlr").glob("_C.*.so")
     target.unlink()
@@ -162,8 +168,10 @@ def caught(engine: str, mutant: Mutant, tests: Path, everything: bool) -> str | 
             if any(f"def {t}(" in texts[f] or Path(f).stem == t for t in mutant.likely)
         ]
         asked = ASKED.get(engine, engine)
-        words = ["-k", f"{asked} and ({' or '.join(mutant.likely)})", *likely]
-        found = ask(folder, tests, words) if likely else None
+        names = " or ".join(mutant.likely)
+        found = None
+        for words in (f"{asked} and ({names})", names) if likely else ():  # some name no engine
+            found = found or ask(folder, tests, ["-k", words, *likely])
         return found or (ask(folder, tests, ["-k", asked, *files]) if everything else None)
 
 

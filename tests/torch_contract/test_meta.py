@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CLASSES, copies, random, same_bits
+from contract_helpers import RULES
 from selection import NONE
 from torch import nn
 
 import layerlr
-from layerlr.rules import RULES
 
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
-GOVERNING = [None, *RULES]
 
 
 def on_meta():
@@ -43,11 +42,11 @@ def swapping():
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("rule", GOVERNING)
+@pytest.mark.parametrize("rule", RULES)
 def test_materialised_by_swapping(swapping, cls, rule, fused):
     """The same bits as an optimizer that is made afterwards; state on meta held nothing."""
     if fused and cls is layerlr.RMSprop:
-        pytest.skip("torch's RMSprop has no fused")
+        pytest.skip(reason="torch's RMSprop has no fused")
     flags = {"fused": True} if fused else {}
     model = on_meta()
     opt = cls(model.named_parameters(), lr=0.1, rule=rule, **flags)
