@@ -178,7 +178,7 @@ void fill_tables(const StepTables& to, const Plan& plan, const Schedule& schedul
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
     const Row& row = plan.tensors[i];
     const int32_t first = schedule.first_layer[i];
-    to.counts[i] = {row.active() ? row.step : nullptr, row.step_is_double, first,
+    to.counts[i] = {row.active() ? row.step : nullptr, int32_t(row.step_is_double), first,
                     schedule.first_layer[i + 1] - first, 0};
   }
 }
