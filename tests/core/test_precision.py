@@ -21,7 +21,7 @@ from half_weights import (
     held,
     photograph,
 )
-from selection import EVERY
+from selection import EVERY, NONE
 from torch.nn import Parameter
 
 import layerlr
@@ -214,6 +214,7 @@ def test_rules_see_the_same_in_all_engines(other, case, precision):
         torch.testing.assert_close(stats[0][key].cpu(), stats[1][key], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.quick(triton=NONE)
 def test_what_is_too_small_to_round_up_moves(engine):
     """64 steps of 2^-12 from 1 on: 2 units in the last place together."""
     moved = {
