@@ -179,30 +179,6 @@ inline Pack<float> with_sign(Pack<float> x, Pack<float> of) {
   }
   return x;
 }
-/// The largest |x|, or NaN where there is one: of numbers without a sign the bits are in order.
-struct Largest {
-  Bits bits[registers] = {};
-
-  void add(Pack<float> x) {
-    for (int i = 0; i < registers; ++i) {
-      const Bits now = (Bits)x.v[i] & ~sign_bit;
-      bits[i] = now > bits[i] ? now : bits[i];
-    }
-  }
-  float total() const {
-#if defined(__AVX512F__)
-    const uint32_t most = _mm512_reduce_max_epu32((__m512i)bits[0]);
-#else
-    uint32_t all[16], most = 0;
-    std::memcpy(all, bits, sizeof all);
-    for (const uint32_t b : all) most = b > most ? b : most;
-#endif
-    float x;
-    std::memcpy(&x, &most, sizeof x);
-    return x;
-  }
-};
-
 /// x rounded up or down to bfloat16s, the first of them at a place of its tensor.
 inline Pack<float> at_random(Pack<float> x, uint32_t key, uint32_t place) {
   constexpr int lanes = register_bytes / 4;
