@@ -33,7 +33,8 @@ demo test test-all proofs: export MPLBACKEND = Agg
 # Hashes of what mutants and sanitizers depend on; those whose inputs have changed are run.
 proofs: export LAYERLR_PROOFS = write
 proofs: $(VENV)/.test
-	$(PY) -m pytest -q -n auto --maxprocesses 8 -k "simt_native or simt_shim or test_sanitizers"
+	$(PY) -m pytest -q -n auto --maxprocesses 8 \
+		-k "simt_native or simt_shim or test_sanitizers or test_adding"
 
 # Its last line says what the full run adds.
 test: $(VENV)/.test
