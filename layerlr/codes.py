@@ -32,7 +32,7 @@ refused. Parameters of float64 and complex ones have state of their own dtype, w
 ``state_dtype`` says.
 
 Source: blocks and 8-bit codes with a scale each, Dettmers et al. 2022 (arXiv:2110.02861); these
-codes are ours. They were compared with the dynamic codes of that paper (``bench/results/``).
+codes are ours; ``bench.papers.state_codes`` compares them with that paper's.
 """
 
 from __future__ import annotations
