@@ -252,33 +252,26 @@ def _ours(family: str, backend: str, label: str = "") -> list[Contender]:
     ]
 
 
-def _held(backend: str, label: str = "") -> list[Contender]:
-    """layerlr under each precision; what moves is more than weights, gradients and state."""
+# Options of AdamW that families of their own compare: the keyword, its values, under which rules.
+OPTIONS: dict[str, tuple[str, tuple[str | None, ...], tuple[str | None, ...]]] = {
+    "held": ("precision", (None, "master", "kahan", "stochastic"), (None, "layca")),
+    "coded": ("state_dtype", ("float32", "bfloat16", "8bit"), (None, "layca", "lamb")),
+}
+
+
+def _options(family: str, backend: str, label: str = "") -> list[Contender]:
+    """layerlr's AdamW with each value of an option; what moves is not weights and state alone."""
+    option, values, rules = OPTIONS[family]
     return [
         Contender(
-            f"layerlr AdamW {rule} {precision or 'nearest'}{label}",
+            f"layerlr AdamW {rule} {value or 'nearest'}{label}",
             "layerlr",
-            ours("AdamW", rule, backend, precision=precision),
+            ours("AdamW", rule, backend, **{option: value}),
             rule=rule,
             backend=backend,
         )
-        for rule in (None, "layca")
-        for precision in (None, "master", "kahan", "stochastic")
-    ]
-
-
-def _coded(backend: str, label: str = "") -> list[Contender]:
-    """layerlr with state in fewer bits; what moves is less than float32 state."""
-    return [
-        Contender(
-            f"layerlr AdamW {rule} {kind}{label}",
-            "layerlr",
-            ours("AdamW", rule, backend, state_dtype=kind),
-            rule=rule,
-            backend=backend,
-        )
-        for rule in (None, "layca", "lamb")
-        for kind in ("float32", "bfloat16", "8bit")
+        for rule in rules
+        for value in values
     ]
 
 
@@ -316,9 +309,10 @@ def contenders(
     The first of layerlr's backends goes without its name, so that goals need not know it.
     """
     first, *others = backends
-    if family in ("held", "coded"):
-        make = _held if family == "held" else _coded
-        mine = make(first) + [c for backend in others for c in make(backend, f" {backend}")]
+    if family in OPTIONS:
+        mine = _options(family, first)
+        for backend in others:
+            mine += _options(family, backend, f" {backend}")
         return [*_adam(False)[:2], *mine, *(_others_coded() if family == "coded" else ())]
     mine = _ours(family, first)
     for backend in others:

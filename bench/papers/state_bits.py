@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from rich.table import Table
 
@@ -73,7 +74,7 @@ def table(store: Store) -> Table:
     return report.table_of(["", *KINDS], rows, report.LABELS[store.metric])
 
 
-def plot(store: Store, path) -> object:  # type: ignore[no-untyped-def]
+def plot(store: Store, path: Path) -> Path:
     """A line a seed, from kind to kind."""
     titles = dict.fromkeys(arm.rpartition(", ")[0] for arm in store.arms)
     groups = {
