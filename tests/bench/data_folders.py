@@ -60,7 +60,7 @@ def cifar100_folder(base: Path, items: int = 6) -> Path:
 
 
 def image(path: Path, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
-    pillow = pytest.importorskip("PIL.Image")
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow writes the images")
     path.parent.mkdir(parents=True, exist_ok=True)
     pillow.new("RGB", size, colour).save(path, quality=95)
 
@@ -95,7 +95,7 @@ TX = np.array([[0, 3, 1], [1, 0, 0]], dtype=np.float32)
 
 def cora_folder(base: Path) -> Path:
     """Six nodes, two to learn from; test nodes 5 and 4, in this order."""
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy makes the sparse matrices")
     base.mkdir(parents=True, exist_ok=True)
     hot = np.eye(2, dtype=np.int32)
     graph = defaultdict(list, {0: [1, 5], 1: [0], 2: [2, 3], 3: [], 4: [3], 5: [0]})

@@ -223,7 +223,7 @@ def test_a_forged_array_is_refused(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["column", "rows", "backwards", "huge"])
 def test_a_forged_sparse_matrix_is_refused(tmp_path: Path, wrong: str) -> None:
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy makes the sparse matrices")
     matrix = sparse.csr_matrix(ALLX)
     if wrong == "column":
         matrix.indices[0] = 3

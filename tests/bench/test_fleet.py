@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib", reason="reports are drawn by it")
+pytest.importorskip("tqdm", reason="training shows its progress by it")
 pytest.importorskip("rich")
 
 import torch.nn.functional as F
