@@ -88,8 +88,8 @@ CLAIMS = (
         Claim(
             SINGH,
             f"better than {title} on CIFAR-10{when}",
-            f"test error at a tenth of the schedule, {title} less singh",
-            (store,),
+            f"test error at the end, {title} less singh",
+            (store, f"{store}_cpu"),
             measures.singh_on(title),
             needs=(rf"{title}( \+ singh)?$",),
         )

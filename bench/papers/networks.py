@@ -24,11 +24,17 @@ class WithinChannelNorm(nn.Module):
         return x * (1 + 5e-5 * F.avg_pool2d(x * x, 3, 1, 1)) ** -0.75
 
 
-def cifar10_full(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Caffe's cifar10_full, for pixels of 0..255 minus the mean image."""
+def cifar10_full(shape: tuple[int, ...], classes: int, shrink: int = 1) -> nn.Module:
+    """Caffe's cifar10_full, for pixels of 0..255 minus the mean image.
+
+    `shrink` > 1 sees the images that many times smaller.
+    """
     channels, height, width = shape
-    side = [-(-size // 8) for size in (height, width)]
-    layers = OrderedDict(
+    side = [-(-size // (8 * shrink)) for size in (height, width)]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if shrink > 1:
+        layers["shrink"] = nn.AvgPool2d(shrink)
+    layers.update(
         conv1=nn.Conv2d(channels, 32, 5, padding=2),
         pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
         relu1=nn.ReLU(),

@@ -18,6 +18,7 @@ from . import (
     layca_adaptive,
     layca_alpha,
     layca_toy,
+    singh_cifar10,
     singh_mnist,
 )
 from .runner import parser_of
@@ -31,6 +32,8 @@ QUEUE = (
     (curvature_autoencoder, ()),
     (layca_adaptive, ()),
     (backmatching_vgg, ()),
+    (singh_cifar10, ()),
+    (singh_cifar10, ("--step-down", "50000")),
     (curvature_cnn, ()),
     (char_gpt, ()),
 )
