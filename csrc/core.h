@@ -11,6 +11,7 @@
 // Always inlined: the CPU kernels are compiled once for each instruction set, and an out-of-line
 // copy shared between them could hold instructions that the machine lacks.
 #define LAYERLR_HD inline __attribute__((always_inline))
+#define LAYERLR_INLINED __attribute__((always_inline))  // of a lambda
 #endif
 
 namespace layerlr {

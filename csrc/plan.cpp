@@ -13,8 +13,9 @@ void Plan::finish() {
     for (const Span* span : parts[l]) {
       int64_t begin = span->begin;
       do {  // an empty tensor has an empty chunk: it takes part all the same
-        const int64_t block = tensors[span->tensor].block;
-        const int64_t count = std::min(chunk_size / block * block, span->end - begin);
+        const Row& row = tensors[span->tensor];
+        const int64_t most = row.dtype == DType::f64 ? chunk_size_double : chunk_size;
+        const int64_t count = std::min(most / row.block * row.block, span->end - begin);
         chunks.push_back({span->tensor, static_cast<int32_t>(count), begin});
         begin += count;
       } while (begin < span->end);

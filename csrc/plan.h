@@ -12,8 +12,10 @@
 namespace layerlr {
 
 /// Elements a chunk has at most. Chunks start where their layer's part of a tensor starts, so the
-/// partial sums depend on the layer alone: not on threads, alignment or place in the list.
+/// partial sums depend on the layer alone: not on threads, alignment or place in the list. Of
+/// float64 a lane adds 256 squares in a row; 4,096 were up to 16 units in the last place off.
 constexpr int64_t chunk_size = int64_t(1) << 15;
+constexpr int64_t chunk_size_double = int64_t(1) << 11;
 
 /// A part of one tensor, all of it in one layer.
 struct Span {

@@ -52,8 +52,8 @@ CASES = (
 )
 STEPS = 2
 
-#: a layer of many chunks (left out in float64, see `layerlr.agreement`), one with codes of 8 bits,
-#: odd sizes, one element, no dimension, nothing; two to take views of
+#: a layer of many chunks, one with codes of 8 bits, odd sizes, one element, no dimension, nothing;
+#: two to take views of
 SHAPES = (
     *((300, 257), (48, 98), (64, 3, 3, 3), (7, 5), (129,), (3,), (1,), (), (0, 5)),
     *((33, 62), (31, 17)),
@@ -209,13 +209,12 @@ def tensors(dtype: torch.dtype, device: torch.device) -> list[Parameter]:
     They lie back to back from the second element on, so at any alignment; the last two have gaps
     and are transposed.
     """
-    shapes = SHAPES[dtype == torch.float64 :]
-    sizes = [math.prod(shape) for shape in shapes]
+    sizes = [math.prod(shape) for shape in SHAPES]
     generator = torch.Generator().manual_seed(0)
 
     def views(scale: float) -> list[Tensor]:
         flat = torch.randn(1 + sum(sizes), generator=generator).mul_(scale).to(dtype).to(device)
-        parts = zip(flat[1:].split(sizes), shapes, strict=True)
+        parts = zip(flat[1:].split(sizes), SHAPES, strict=True)
         *dense, wide, tall = (part.view(shape) for part, shape in parts)
         return [*dense, wide[:, 1::2], tall.t()]
 

@@ -101,6 +101,7 @@ class Step {
       p.s[k] = row.state[k].from(chunk.begin, row.block, state_bytes(row.dtype), row.dtype);
     }
     p.n = chunk.count;
+    p.dtype = row.dtype;
     p.block = row.block;
     p.direction = t.direction;
     p.grad_factor = config_.grad_factor;

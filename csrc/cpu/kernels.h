@@ -10,6 +10,7 @@ namespace layerlr {
 struct Piece {
   Array w, g, s[max_states];
   int64_t n;
+  DType dtype;            // of weights and gradients
   int64_t block;          // elements that share a scale
   const void* direction;  // the direction's scalars
   double grad_factor;     // on the gradient

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
 import torch
@@ -22,6 +24,7 @@ from selection import DTYPE_ROWS, EDGES, EVERY
 from spec import Spec, array
 from torch.nn import Parameter
 
+import layerlr
 from layerlr.directions import DIRECTIONS
 from layerlr.rules import RULES
 
@@ -139,6 +142,21 @@ def test_large_layers(engine, case):
     follow(case, engine.make(case, params), params)
     if engine != REFERENCE:
         beside(case, REFERENCE, engine, values, steps=1, dtype=torch.bfloat16)
+
+
+def test_sums_of_a_large_layer_in_float64(engine):
+    """Few rounded squares in a row: of float32's numbers, all of whose squares round alike."""
+    rounded = {"dtype": torch.float32, "scale": 0.02}
+    (w,), (g,) = (random([(32768,)], seed=seed, **rounded) for seed in (1, 2))
+    w, g = w.double(), g.double()
+    (p,) = engine.params([w], torch.float64)
+    p.grad = g.to(p.device)
+    opt = layerlr.SGD([p], lr=0.1, rule="layca", backend=engine.backend)
+    opt.step()
+    found = opt.layer_stats()
+    for key, x in (("ww", w), ("gg", g)):
+        exact = math.fsum(value * value for value in x.flatten().tolist())
+        assert abs(found[key].item() - exact) <= 8 * torch.finfo(torch.float64).eps * exact
 
 
 # -- the same bits again ---------------------------------------------------------------------------
