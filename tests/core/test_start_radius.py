@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import layerlr
 from layerlr import rules
+from layerlr.monitor import Telemetry
 
 RULES = [rules.Layca(), rules.Layca(radius="current"), rules.Hyperball()]
 RULES += [rules.Hyperball(radius="current")]
@@ -112,6 +115,8 @@ def _sharded():
     p = nn.Parameter(torch.zeros(11, 5))  # 6 rows on one process, 5 on the other
     q = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)]))
     opt, sharded = layerlr.SGD([p], lr=0.2, rule="layca"), layerlr.SGD([q], lr=0.2, rule="layca")
+    told = []
+    Telemetry(sharded, lambda _, table: told.append(table.get("grows_to")), every=1)
     for seed in range(5):
         set_grads([p], seed, 2.0)
         q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
@@ -122,6 +127,7 @@ def _sharded():
         if seed == 0:
             assert opt.state[p]["radius"].item() == -math.sqrt(11 / 3)
     assert opt.state[p]["radius"].item() > 0
+    assert told[0].tolist() == [math.sqrt(11 / 3)] and told[-1] is None
 
 
 def test_a_sharded_layer_grows_to_the_radius_of_the_whole():
@@ -134,6 +140,44 @@ def test_describe_names_layers_that_grow():
     p.grad = torch.ones_like(p)
     opt.step()
     assert "grows from zero by plain steps to norm 2 (head)" in layerlr.describe(opt)
+    for seed in range(20):
+        set_grads([p], seed)
+        opt.step()
+    assert "grows" not in layerlr.describe(opt)
+
+
+@pytest.mark.quick(triton=NONE)
+@pytest.mark.parametrize("rule", ["layca", "hyperball"])
+def test_telemetry_names_layers_while_they_grow(engine, rule, tmp_path):
+    """In a column of the tables, the file and the writer; a split tensor has several layers."""
+    halves = torch.cat([torch.ones(4, 5), torch.zeros(12, 5)])
+    params = engine.params([halves, torch.ones(3, 4), torch.zeros(2, 2)])
+    groups = [
+        {"params": [("head", params[0])], "split": [4, 12]},
+        {"params": [("body", params[1])]},
+        {"params": [("other", params[2])], "rule": "lamb"},
+    ]
+    opt = layerlr.SGD(groups, lr=0.2, rule=rule, backend=engine.backend)
+    tables, scalars, file = [], [], tmp_path / "layers.jsonl"
+    writer = SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
+    with Telemetry(opt, lambda _, table: tables.append(table), file, writer, every=1):
+        for _ in range(4):
+            for p in params:
+                p.grad = -torch.ones_like(p)
+            opt.step()
+    names = ["head[0]", "head[1]", "body", "other"]
+    radii = [0.0, 2.0, 0.0, 0.0]  # of 12 rows: sqrt(12/3)
+    assert all(table["names"] == names for table in tables)
+    # two steps of 0.2*sqrt(60) reach it, which the third finds
+    assert [table["grows_to"].tolist() for table in tables[:2]] == [radii, radii]
+    assert [list(table)[-1] for table in tables] == ["grows_to"] * 2 + ["skipped"] * 2
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row.get("grows_to") for row in rows] == radii * 2 + [None] * 8
+    assert [scalar for scalar in scalars if "grows_to" in scalar[0]] == [
+        (f"layer_grows_to/{name}", radius, step)
+        for step in (1, 2)
+        for name, radius in zip(names, radii, strict=True)
+    ]
 
 
 # As the engines agree, one of them answers a question about training, of 300 steps.
