@@ -4,7 +4,7 @@
 # make format            rewrite to our format      make clean                    remove what was built
 # make install           .venv alone               make test-torch TORCH=2.11.0   the tests, there
 # make wheels            a wheel in dist/, tried without a compiler
-# make docs              the documentation site in build/site (not a part of .ci/run yet)
+# make docs              the documentation site in build/site; a broken link or name fails it
 #
 # On a fresh machine each of them first makes .venv, with PyTorch and layerlr (editable) in it; an
 # environment of your own serves as well: make test VENV=path. A torch that is there is kept.
@@ -76,12 +76,13 @@ wheels: $(VENV)/.torch
 	build_backend/try_wheel.sh $(abspath $(PY)) "$$(realpath dist/*.whl)" $(CURDIR)/build/wheel
 
 docs: export NO_MKDOCS_2_WARNING = 1
-# Pages keep their places among the folders that they link to (mkdocs.yml).
+# Pages keep their places among the folders that they link to (mkdocs.yml). Not --quiet: it would
+# keep warnings from --strict too.
 docs: $(VENV)/.docs
 	rm -rf build/pages build/site
 	mkdir -p build/pages
 	ln -s $(foreach it,docs bench csrc README.md CHANGELOG.md,$(CURDIR)/$(it)) build/pages
-	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m mkdocs build --strict
 	@echo build/site/docs/index.html
 
 # The stamps are files in the environment, so that they vanish with it.

@@ -4,9 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import integrations, monitor, rules
 from .describe import describe
-from .layers import depth_multipliers
 from .optimizers import SGD, Adagrad, Adam, AdamMini, AdamW, AMomSGD, Lion, RMSprop
-from .param_groups import param_groups
+from .param_groups import depth_multipliers, param_groups
 from .selfcheck import selfcheck
 from .step_in_backward import step_in_backward
 from .wrapping import wrap

@@ -47,6 +47,8 @@ from torch import Tensor
 from . import _C, dtensor
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
+#: one tensor of the state as it is stored: its numbers, or their codes and scales
+Packed = tuple[Tensor] | tuple[Tensor, Tensor]
 
 #: parameters with fewer weights store float32, and those with fewer numbers in a block
 SMALL, SMALL_BLOCK = 4096, 16
@@ -145,14 +147,6 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return x.reshape(codes.shape)
 
 
-def stored(state: Mapping[str, Any], key: str, x: Tensor) -> Tensor:
-    """What a load finds of x once it is stored."""
-    target: Tensor = state[key]
-    if is_codes(target):
-        return decode(*encode(x, target.dtype, state[scale_key(key)].shape[1]))
-    return x.to(target.dtype).to(x.dtype) if is_coded(target) else x
-
-
 # -- one tensor of a state -------------------------------------------------------------------------
 
 
@@ -162,18 +156,30 @@ def load(state: Mapping[str, Any], key: str) -> Tensor:
     return decode(value, state[scale_key(key)]) if is_codes(value) else value
 
 
-def store(state: Mapping[str, Any], key: str, x: Tensor, skip: Tensor | None = None) -> None:
-    """Store x where there was something else; ``skip``: leave rows with such an element alone."""
+def pack(state: Mapping[str, Any], key: str, x: Tensor) -> Packed:
+    """What a store of x writes."""
     target: Tensor = state[key]
-    if not is_codes(target):
+    if is_codes(target):
+        return encode(x, target.dtype, state[scale_key(key)].shape[1])
+    return (x.to(target.dtype) if is_coded(target) else x,)
+
+
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """What a load finds once it is stored, in the dtype of the arithmetic."""
+    return decode(*packed) if len(packed) == 2 else packed[0].to(dtype)
+
+
+def store(state: Mapping[str, Any], key: str, new: Packed, skip: Tensor | None = None) -> None:
+    """Store what `pack` made; ``skip``: leave rows with such an element alone."""
+    target: Tensor = state[key]
+    if len(new) == 1:
+        (x,) = new
         target = torch.view_as_real(target) if target.is_complex() else target
         target.copy_(x if skip is None else torch.where(skip, target.to(x.dtype), x))
         return
-    scale: Tensor = state[scale_key(key)]
-    new = encode(x, target.dtype, scale.shape[1])
-    for old, value in zip((target, scale), new, strict=True):
+    for old, value in zip((target, state[scale_key(key)]), new, strict=True):
         if skip is not None:
-            of_rows = skip.expand(x.shape).reshape(len(x), -1)[:, 0]
+            of_rows = skip.expand(target.shape).reshape(len(target), -1)[:, 0]
             value = torch.where(of_rows.view(-1, *[1] * (value.ndim - 1)), old, value)
         old.copy_(value)
 

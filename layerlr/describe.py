@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import base_lr
+from . import base_lr, statistics
 from .backends import COLUMNS
 from .layers import names_of
 from .optimizer import LayerwiseOptimizer
-from .plans import TablePlan
 from .wrapping import Wrapped
 
 _HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend")
@@ -37,7 +36,12 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
             table, backend = of_table.table, of_table.backend
             counts = of_table.stats[:, COLUMNS.index("skipped")].tolist()
             skipped += [f"{n} ({k:.0f})" for n, k in zip(table.layers, counts, strict=True) if k]
-            growing += _growing(of_table)
+            radii = statistics.grows_to(group["rule"], of_table).tolist()
+            growing += [
+                f"grows from zero by plain steps to norm {radius:.4g} ({name})"
+                for name, radius in zip(table.layers, radii, strict=True)
+                if radius
+            ]
             for span in () if base and group["rule"] is None else table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]
@@ -78,13 +82,3 @@ def _of_base(optimizer: LayerwiseOptimizer, index: int) -> tuple[str, str, str] 
 def _short(x: float | Tensor | Any) -> str:
     """A number to read; ``-`` for none."""
     return "-" if x is None else f"{float(x):.4g}"
-
-
-def _growing(plans: TablePlan) -> list[str]:
-    """A line for each layer that takes plain steps under a rule with a radius."""
-    table, key = plans.table, "radius"
-    return [
-        f"grows from zero by plain steps to norm {-float(state[key][k]):.4g} ({table.layers[at]})"
-        for at, i, k in table.leaders(plans.states)
-        if (state := plans.states[i]) is not None and key in state and float(state[key][k]) < 0
-    ]

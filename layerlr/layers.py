@@ -108,6 +108,11 @@ def rows(p: Tensor) -> int:
     return p.shape[0] if p.dim() else 1
 
 
+def row_length(p: Tensor) -> int:
+    """Numbers in a row of dim 0; a complex number is two."""
+    return p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+
+
 def names_of(group: dict[str, Any], index: int) -> list[str]:
     """Names of a group's parameters: the user's, or their place."""
     given = group.get("param_names")
@@ -200,9 +205,7 @@ def _sizes(table: LayerTable) -> list[float]:
     """The number of weights, at least 1; a complex number is two."""
     sizes = [0.0] * len(table.layers)
     for span in table.spans:
-        p = table.params[span.tensor]
-        row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
-        sizes[span.layer] += (span.end - span.begin) * row
+        sizes[span.layer] += (span.end - span.begin) * row_length(table.params[span.tensor])
     return [max(size, 1.0) for size in sizes]
 
 
@@ -266,35 +269,3 @@ def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: flo
             outside if k is None else values[k] if ruled else plain * values[k]
             for k, ruled in zip(table.places, table.ruled, strict=True)
         ]
-
-
-def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
-    """Layer-wise rates by depth, for the param-group key ``lr_factor``.
-
-    ``(1-alpha)^(5*(L-1-l)/(L-1))`` for alpha > 0, which favours the last layers, and
-    ``(1+alpha)^(5*l/(L-1))`` for alpha <= 0, which favours the first; l = 0..L-1 in forward order.
-
-    Parameters
-    ----------
-    n_layers
-        L >= 1.
-    alpha
-        In (-1, 1); 0 gives all ones.
-
-    Raises
-    ------
-    ValueError
-        For values out of range.
-
-    References
-    ----------
-    Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.
-    """
-    if n_layers < 1:
-        raise ValueError(f"Invalid n_layers: {n_layers}, wanted at least 1")
-    if not -1.0 < alpha < 1.0:
-        raise ValueError(f"Invalid alpha: {alpha}, wanted a number in (-1, 1)")
-    last = max(n_layers - 1, 1)
-    if alpha > 0:
-        return [(1.0 - alpha) ** (5.0 * (n_layers - 1 - i) / last) for i in range(n_layers)]
-    return [(1.0 + alpha) ** (5.0 * i / last) for i in range(n_layers)]

@@ -1,4 +1,4 @@
-"""Which parameters of a model a rule should govern, and which should decay: its param groups."""
+"""What to write into param groups: what a rule governs and what decays; rates by depth."""
 
 from __future__ import annotations
 
@@ -166,3 +166,35 @@ def _disjoint(
 ) -> None:
     for key in ones & others:
         raise ValueError(f"parameter {names[key][0]!r} matches both {one} and {other}")
+
+
+def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
+    """Layer-wise rates by depth, for the param-group key ``lr_factor``.
+
+    ``(1-alpha)^(5*(L-1-l)/(L-1))`` for alpha > 0, which favours the last layers, and
+    ``(1+alpha)^(5*l/(L-1))`` for alpha <= 0, which favours the first; l = 0..L-1 in forward order.
+
+    Parameters
+    ----------
+    n_layers
+        L >= 1.
+    alpha
+        In (-1, 1); 0 gives all ones.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.
+    """
+    if n_layers < 1:
+        raise ValueError(f"Invalid n_layers: {n_layers}, wanted at least 1")
+    if not -1.0 < alpha < 1.0:
+        raise ValueError(f"Invalid alpha: {alpha}, wanted a number in (-1, 1)")
+    last = max(n_layers - 1, 1)
+    if alpha > 0:
+        return [(1.0 - alpha) ** (5.0 * (n_layers - 1 - i) / last) for i in range(n_layers)]
+    return [(1.0 + alpha) ** (5.0 * i / last) for i in range(n_layers)]

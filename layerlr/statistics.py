@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .backends import COLUMNS
-from .plans import PlanCache
+from .plans import PlanCache, TablePlan
+from .rules import LayerRule
 
 #: columns that say how a layer moved
 _STEP = ("ww", "uu", "wu", "a", "b")
@@ -36,24 +37,54 @@ def rates(cache: PlanCache) -> dict[str, Any]:
     return {"names": names, "angle": angle(ww, uu, wu, a, b), "relative": relative}
 
 
+def growing(cache: PlanCache) -> Tensor | None:
+    """The radius that each layer of `layer_stats` grows to, as `grows_to` has it.
+
+    None where no rule has a radius. Nothing waits for the device.
+    """
+    measured = _measured(cache)
+    if not any(rule is not None and rule.latches for rule, _ in measured):
+        return None
+    return _together([grows_to(rule, of_table) for rule, of_table in measured])
+
+
+def grows_to(rule: LayerRule | None, plans: TablePlan) -> Tensor:
+    """The radius that each layer of a table grows to by plain steps; 0: it does not grow."""
+    zero = plans.stats.new_zeros(1)
+    memory = [zero] * len(plans.table.layers)
+    if rule is not None and rule.latches:
+        for layer, i, k in plans.table.leaders(plans.states):
+            of_parts = (plans.states[i] or {}).get(str(rule.memory_key))
+            if of_parts is not None:
+                memory[layer] = of_parts[k : k + 1] if len(of_parts) > 1 else of_parts
+    now = torch.cat(memory)
+    return torch.where(now < 0, -now, 0.0)
+
+
 def _table(cache: PlanCache) -> tuple[list[str], dict[str, Tensor]]:
     """The layers that are measured, and the columns of their statistics."""
-    names: list[str] = []
-    rows: list[Tensor] = []
-    for plans in cache.every():
-        if plans.group["rule"] is None and plans.group["on_nonfinite"] != "skip":
-            continue  # nothing is measured
-        for of_table in plans.tables:
-            names += of_table.table.layers
-            rows.append(of_table.stats)
+    measured = [of_table for _, of_table in _measured(cache)]
+    names = [name for of_table in measured for name in of_table.table.layers]
+    empty = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+    rows = _together([of_table.stats for of_table in measured] or [empty])
+    return names, dict(zip(COLUMNS, rows.unbind(1), strict=True))
+
+
+def _measured(cache: PlanCache) -> list[tuple[LayerRule | None, TablePlan]]:
+    """The tables that are measured, each with its group's rule."""
+    return [
+        (plans.group["rule"], of_table)
+        for plans in cache.every()
+        if plans.group["rule"] is not None or plans.group["on_nonfinite"] == "skip"
+        for of_table in plans.tables
+    ]
+
+
+def _together(rows: list[Tensor]) -> Tensor:
+    """Rows of several tables as one tensor."""
     # not to the host, if there is a device: a copy there would have to be waited for
     device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
-    all_rows = (
-        torch.cat([r.to(device, non_blocking=True) for r in rows])
-        if rows
-        else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
-    )
-    return names, dict(zip(COLUMNS, all_rows.unbind(1), strict=True))
+    return torch.cat([r.to(device, non_blocking=True) for r in rows])
 
 
 def angle(ww: Tensor, uu: Tensor, wu: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -56,15 +56,22 @@ class Operands:
         state = self.state_dict(i)
         return [_own(_real(codes.load(state, k)).to(dtype)) for k in self.spec.direction.states]
 
-    def stored(self, i: int, new: Sequence[Tensor]) -> list[Tensor]:
-        """What a load will find of the state tensors of the direction once they are stored."""
+    def pack(self, i: int, new: Sequence[Tensor]) -> list[codes.Packed]:
+        """New state tensors of the direction as they are stored."""
         state, keys = self.state_dict(i), self.spec.direction.states
-        return [codes.stored(state, key, x) for key, x in zip(keys, new, strict=True)]
+        return [codes.pack(state, key, x) for key, x in zip(keys, new, strict=True)]
 
-    def store_state(self, i: int, new: Sequence[Tensor], skip: Tensor | None = None) -> None:
+    def unpack(self, i: int, packed: Sequence[codes.Packed]) -> list[Tensor]:
+        """What a load finds once they are stored."""
+        dtype = accumulator(self.spec.table.params[i].dtype)
+        return [codes.unpack(x, dtype) for x in packed]
+
+    def store_state(
+        self, i: int, packed: Sequence[codes.Packed], skip: Tensor | None = None
+    ) -> None:
         """Write the state tensors of the direction; ``skip``: leave these elements alone."""
         state = self.state_dict(i)
-        for key, x in zip(self.spec.direction.states, new, strict=True):
+        for key, x in zip(self.spec.direction.states, packed, strict=True):
             codes.store(state, key, x, skip)
 
     def store(

@@ -152,12 +152,12 @@ class ReferencePlan:
             c = d.scalars(config.values[DIRECTION:], self.steps[i])
             old = self.operands.state(i)
             g = g * self.spec.table.spread(i, grad, g)
-            new = d.advance(g, old, c)
-            u = d.direction(g, self.operands.stored(i, new), c)
+            packed = self.operands.pack(i, d.advance(g, old, c))
+            u = d.direction(g, self.operands.unpack(i, packed), c)
             for total, x, y in ((seen.ww, w, w), (seen.uu, u, u), (seen.wu, w, u)):
                 self._sum(i, total, x, y)
             skipped = self.spec.table.spread(i, skip, w)
-            self.operands.store_state(i, new, skipped)
+            self.operands.store_state(i, packed, skipped)
             self.operands.store(i, w, u, a, b, skipped, self.steps[i])
         self._finish(tensors, seen, f, lr * f, a, b, skip)
 
@@ -166,8 +166,8 @@ class ReferencePlan:
     ) -> None:
         """Advance the state, measure all."""
         for i in tensors:
-            w, g, new, u = self._coming(i, config)
-            self.operands.store_state(i, new)
+            w, g, packed, u = self._coming(i, config)
+            self.operands.store_state(i, packed)
             for total, x, y in zip(sums, (w, g, u, w), (w, g, u, u), strict=True):
                 self._sum(i, total, x, y)
 
@@ -205,8 +205,8 @@ class ReferencePlan:
 
     def _coming(
         self, i: int, config: StepConfig
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
-        """Weights, gradient with L2 decay, new state and step of an update rule."""
+    ) -> tuple[Tensor, Tensor, list[codes.Packed], Tensor]:
+        """Weights, gradient with L2 decay, new state as stored and step of an update rule."""
         d = self.spec.direction
         w, g0, g = self.operands.load(i, config)
         c = d.scalars(config.values[DIRECTION:], self.steps[i])
@@ -215,7 +215,8 @@ class ReferencePlan:
         if config.skips:  # the state of an element with a bad gradient stays
             good = torch.isfinite(g0)
             new = tuple(torch.where(good, n, o) for o, n in zip(old, new, strict=True))
-        return w, g, new, d.direction(g, self.operands.stored(i, new), c)
+        packed = self.operands.pack(i, new)
+        return w, g, packed, d.direction(g, self.operands.unpack(i, packed), c)
 
     # -- per layer ----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerlr import _C, codes, devices
-from layerlr.layers import Span, rows
+from layerlr.layers import Span, row_length
 
 from . import native
 from .base import PlanSpec
@@ -206,7 +206,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
 def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
     """Rows of the tiles of a span; an empty one has an empty tile, since it takes part too."""
     p = spec.table.params[span.tensor]
-    row = p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
+    row = row_length(p)
     if _kind(spec, span.tensor)[1] == "codes":  # counted as if blocks were whole
         row = codes.blocks_of(p.shape) * _C.CODE_BLOCK
     begin, end = span.begin * row, span.end * row

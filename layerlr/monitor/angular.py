@@ -22,12 +22,12 @@ _QUANTITIES = ("angle", "relative")
 
 
 class AngularRates(Stream):
-    r"""Tell each layer's angle per step and relative step, for any torch optimizer.
+    """Tell each layer's angle per step and relative step, for any torch optimizer.
 
-    .. math::
+    ::
 
-        \text{angle}_l = \angle(w_l(t-1), w_l(t)), \qquad
-        \text{relative}_l = |w_l(t) - w_l(t-1)| / |w_l(t-1)|
+        angle = arccos(w(t-1).w(t) / (|w(t-1)| |w(t)|))
+        relative = |w(t) - w(t-1)| / |w(t-1)|
 
     The angle, in radians, is what others call angular update size, rotation per step or, for
     layers whose norm does not matter, effective learning rate; the relative step is also known as

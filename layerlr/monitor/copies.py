@@ -35,17 +35,16 @@ class Snapshot(NamedTuple):
 
 
 @torch.no_grad()
-def snapshot(optimizer: HasLayerStats, keys: Iterable[str] | None = None) -> Snapshot:
-    """Copy what the optimizer says about its last step: 8 bytes per quantity and layer, no sync.
+def snapshot(stats: dict[str, Any], keys: Iterable[str] | None = None) -> Snapshot:
+    """Copy a table of statistics: 8 bytes per quantity and layer, no sync.
 
     Parameters
     ----------
-    optimizer : optimizer of this package
-        Anything with ``layer_stats()`` as they have it.
+    stats : dict
+        What ``layer_stats()`` returned, perhaps with more columns.
     keys : iterable of str, optional
-        The quantities; by default all that it tells.
+        The quantities; by default all of the table.
     """
-    stats = optimizer.layer_stats()
     columns = {key: stats[key] for key in keys or stats if key != "names"}
     # Stacking copies: the optimizer may write its next step into the same tensors.
     values = torch.stack([column.detach().to(torch.float64) for column in columns.values()])

@@ -42,12 +42,12 @@ class RotationCurves(NamedTuple):
 
 
 class LayerRotation(Recorder):
-    r"""Record each layer's cosine distance from its start.
+    """Record each layer's cosine distance from its start.
 
-    .. math::
+    ::
 
-        d_l(t) = 1 - \frac{\langle w_l(t), w_l(0) \rangle}{|w_l(t)| \, |w_l(0)|},
-        \qquad \theta_l = 2 \arcsin \sqrt{d / 2}
+        d(t) = 1 - w(t).w(0) / (|w(t)| |w(0)|)
+        theta = 2 arcsin(sqrt(d / 2))
 
     where theta, the angle turned since the record before, takes d between these two.
 

@@ -83,7 +83,7 @@ class StatsLog(Recorder):
             The number of the step, or of the epoch; by default one more than at the last record,
             1 at the first.
         """
-        names, _, row = snapshot(self.optimizer, self._tags)
+        names, _, row = snapshot(self.optimizer.layer_stats(), self._tags)
         if names != self.names:
             row = self._align(names, row)
         self._append(step, row)

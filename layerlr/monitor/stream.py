@@ -113,7 +113,7 @@ class Stream:
             self.skipped += 1
 
     def _look(self, step: int, table: dict[str, Any]) -> None:
-        """See a table before the sinks do."""
+        """See a table, and perhaps change it, before the sinks do."""
 
 
 def watched_optimizer(optimizer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The pages of docs/: in the navigation, links that lead somewhere, code that parses and runs."""
+"""The pages: links that lead somewhere; of docs/ navigation, and code that parses and runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="not the source tree")
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+#: every page of the repository; its folder build and environments hold copies
+ALL = [str(path.relative_to(ROOT)) for path in ROOT.glob("*.md")] + [
+    str(path.relative_to(ROOT))
+    for folder in ("docs", "bench", "csrc", "tests")
+    for path in sorted((ROOT / folder).rglob("*.md"))
+]
 BLOCK = re.compile(r"^(<!-- run -->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(code, bool(run), id=f"{page}-{i}")
@@ -60,9 +66,14 @@ def test_every_page_is_in_the_navigation_once():
     assert all((ROOT / n).is_file() for n in named)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_links_lead_somewhere(page):
     assert not broken(ROOT / page)
+
+
+def test_no_page_is_left_out():
+    assert {"README.md", "CHANGELOG.md", "csrc/README.md", "bench/results/promises.md"} < set(ALL)
+    assert set(PAGES) < set(ALL)
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
