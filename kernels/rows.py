@@ -17,15 +17,17 @@ from .tables import (
     RULED,
     SKIP_COUNT,
     SKIPPED,
+    SPAN,
     STATS,
     STEP,
     STEP_IS_DOUBLE,
+    SUMS,
     TAKEN,
-    TOTALS,
     WIDTH,
     is_active,
     nothing,
     skipped,
+    tensor_of,
 )
 
 
@@ -70,9 +72,8 @@ def _gather(t, layer, SLOTS: tl.constexpr):
     while start < longest:
         tile = begin[:, None] + start + tl.arange(0, SLOTS)[None, :]
         inside = tile < end[:, None]
-        tensor = tl.load(t.tiles + tile * WIDTH, mask=inside, other=0)
-        active = inside & is_active(t, tensor)
-        at = t.sums + tile * WIDTH
+        active = inside & is_active(t, tensor_of(t, tile, inside))
+        at = t.sums + tile * SUMS
         ww += tl.load(at, mask=active, other=0.0)
         gg += tl.load(at + 1, mask=active, other=0.0)
         uu += tl.load(at + 2, mask=active, other=0.0)
@@ -80,7 +81,7 @@ def _gather(t, layer, SLOTS: tl.constexpr):
         first = tl.minimum(first, tl.min(tl.where(active, tile, end[:, None]), 1))
         absent += tl.sum((inside & ~active).to(tl.int64), 1)
         start += SLOTS
-    tensor = tl.load(t.tiles + first * WIDTH, mask=first < end, other=0)
+    tensor = tensor_of(t, first, first < end)
     ww, gg, uu, wu = tl.sum(ww, 1), tl.sum(gg, 1), tl.sum(uu, 1), tl.sum(wu, 1)
     return ww, gg, uu, wu, tensor, first < end, absent == 0
 
@@ -94,7 +95,7 @@ def total(
         return
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ww, gg, uu, wu, _, _, _ = _gather(t, layer, SLOTS)
-    to = t.totals + layer * TOTALS
+    to = t.totals + layer * SUMS
     tl.store(to, ww if MEASURES_WW else 0.0)
     tl.store(to + 1, gg)
     tl.store(to + 2, uu if UPDATE else 0.0)
@@ -137,7 +138,7 @@ def decide(
     layer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ww, gg, uu, wu, tensor, takes_part, whole = _gather(t, layer, SLOTS)
     if TOTAL:
-        at = t.totals + layer * TOTALS
+        at = t.totals + layer * SUMS
         ww, gg, uu, wu = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     ruled = tl.load(t.layers + layer * WIDTH + RULED) != 0
     rate = tl.load(t.scalars + tensor * WIDTH + RATE)
@@ -233,7 +234,7 @@ def finish(t, TELLS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     last = tl.load(t.parts + tensor * WIDTH + 1)
     counts = tensor < 0
     while tl.max(last - part) > 0:  # a count stands still where all layers were left alone
-        owner = tl.load(t.owners + part, mask=part < last, other=0)
+        owner = tl.load(t.spans + part * SPAN + 1, mask=part < last, other=0)
         skip = tl.load(t.scales + owner * WIDTH + SKIPPED, mask=part < last, other=1.0)
         counts = counts | (skip == 0)
         part += 1

@@ -17,21 +17,34 @@ from .memory import (
     store_states,
     store_weights,
 )
-from .tables import GRAD, GRAD_FACTOR, L2, ROW, RULED, SKIPPED, WIDTH, nothing, skipped
+from .tables import (
+    GRAD_FACTOR,
+    L2,
+    RULED,
+    SKIPPED,
+    SPAN,
+    SUMS,
+    TILE,
+    WIDTH,
+    is_active,
+    nothing,
+    skipped,
+)
 
 
 @triton.jit
-def _tiles(t, order, program, TILES: tl.constexpr):
+def _tiles(t, order, program, TILES: tl.constexpr, BLOCK: tl.constexpr):
     """Number of a program's tile, its tensor, layer, first element and length."""
     place = program * TILES
     if TILES > 1:
         place += tl.arange(0, TILES)[:, None]
-    tile = tl.load(order + place)
-    at = t.tiles + tile * WIDTH
+    tile = tl.load(order + place).to(tl.int64)
+    at = t.spans + tl.load(t.tiles + tile * TILE) * SPAN
     tensor = tl.load(at)
-    active = tl.load(t.tensors + tensor * ROW + GRAD) != 0
-    count = tl.where(active, tl.load(at + 3), 0)  # else there is nothing to do
-    return tile, tensor, tl.load(at + 1), tl.load(at + 2), count
+    first = tl.load(at + 2) + tl.load(t.tiles + tile * TILE + 1).to(tl.int64) * BLOCK
+    count = tl.minimum(tl.load(at + 3) - first, BLOCK)
+    count = tl.where(is_active(t, tensor), count, 0)  # else there is nothing to do
+    return tile, tensor, tl.load(at + 1), first, count
 
 
 @triton.jit
@@ -65,12 +78,12 @@ def measure(
     """First pass of a gradient rule: gg, and ww where the rule wants it; BARE: gg without decay."""
     if nothing(t):
         return
-    tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES)
+    tile, tensor, layer, begin, count = _tiles(t, order, tl.program_id(0), TILES, BLOCK)
     first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
     w_at, g_at, _, _, aux, full = addresses(
         t, tensor, begin, first, whole, 0, STORED, PRECISION, DT, T
     )
-    sums = t.sums + tile * WIDTH
+    sums = t.sums + tile * SUMS
     g = load(g_at, lane, inside, full, DT, T) * tl.load(t.config + GRAD_FACTOR).to(T)
     if not BARE:
         l2 = tl.load(t.config + L2)
@@ -103,7 +116,7 @@ def advance(
     """First pass of an update rule: the new state, and all sums."""
     if nothing(t):
         return
-    tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES)
+    tile, tensor, _, begin, count = _tiles(t, order, tl.program_id(0), TILES, BLOCK)
     first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
     w_at, g_at, s_at, scales_at, aux, full = addresses(
         t, tensor, begin, first, whole, STATES, STORED, PRECISION, DT, T
@@ -121,7 +134,7 @@ def advance(
     s = store_states(s_at, scales_at, s, lane, inside, full, STORED, NONNEGATIVE, T)
     u = tl.where(inside, DIRECTION(g, s, c), 0.0).to(tl.float64)
     w, g = w.to(tl.float64), g.to(tl.float64)
-    sums = t.sums + tile * WIDTH
+    sums = t.sums + tile * SUMS
     tl.store(sums, _sum(w * w))
     tl.store(sums + 1, _sum(g * g))
     tl.store(sums + 2, _sum(u * u))
@@ -149,7 +162,7 @@ def apply(
     if nothing(t):
         return
     last_first = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in cache
-    tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES)
+    tile, tensor, layer, begin, count = _tiles(t, order, last_first, TILES, BLOCK)
     scale = t.scales + layer * WIDTH
     count = tl.where(tl.load(scale + SKIPPED) == 0, count, 0)
     first, lane, inside, whole = places(t, tensor, begin, count, STORED, BLOCK)
@@ -170,7 +183,7 @@ def apply(
     store_weights(t, tensor, first, w_at, aux, w, moved, lane, inside, full, PRECISION, DT, T)
     if MEASURED and not UPDATE:
         w, u = w.to(tl.float64), tl.where(inside, u, 0.0).to(tl.float64)
-        sums = t.sums + tile * WIDTH
+        sums = t.sums + tile * SUMS
         tl.store(sums, _sum(w * w))
         tl.store(sums + 2, _sum(u * u))
         tl.store(sums + 3, _sum(w * u))

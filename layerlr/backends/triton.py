@@ -65,10 +65,8 @@ class TritonPlan:
         self._tables = kernels.Tables(**tables, stats=spec.stats)
         self._known: dict[str, Tensor] = {}  # what was written last into the tables that change
         self._captured: dict[str, list[Tensor]] = {}  # of those, what graphs read
-        self._tiles = {
-            kernels.Stored(*kind): tiles.to(device)
-            for kind, tiles in _by_kind(spec, host["tiles"], self._blocks.tiles).items()
-        }
+        kinds = _by_kind(spec, host["spans"], host["tiles"], self._blocks.tiles)
+        self._tiles = {kernels.Stored(*kind): of.to(device) for kind, of in kinds.items()}
         self._bind()
 
     def _bind(self) -> None:
@@ -174,11 +172,11 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     table = spec.table
     n = max(len(table.params), len(table.layers))
     n += -n % multiple
-    spans = sorted(table.spans, key=lambda s: s.layer)
-    tiles = torch.cat([_tiles(spec, span, block) for span in spans])
-    owners = torch.tensor([(s.tensor, s.layer) for s in table.spans])
+    spans = torch.tensor([*(_span(spec, span) for span in table.spans), [0] * 4])
+    tiles = _tiles(spans, block)
+    of_tiles = spans[tiles[:-1, 0].long()]
     layers, parts = torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8, dtype=torch.int64)
-    for ranges, members in ((layers, tiles[:, 1]), (parts, owners[:, 0])):
+    for ranges, members in ((layers, of_tiles[:, 1]), (parts, spans[:-1, 0])):
         sizes = members.bincount(minlength=n)
         ranges[:, 1] = sizes.cumsum(0)
         ranges[:, 0] = ranges[:, 1] - sizes
@@ -188,33 +186,43 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     start_radius[: len(table.layers)] = torch.tensor(table.start_radius, dtype=torch.float64)
     return {
         "tensors": torch.zeros(n, _C.ROW["size"], dtype=torch.int64),
-        "tiles": torch.cat([tiles, torch.zeros(1, 8, dtype=torch.int64)]),
+        "spans": spans,
+        "tiles": tiles,
         "layers": layers,
         "parts": parts,
-        "owners": owners[:, 1].contiguous(),
         "lr_scale": lr_scale,
         "start_radius": start_radius,
         "memory": torch.zeros(n, dtype=torch.int64),
         "config": torch.zeros(_C.CONFIG["size"], dtype=torch.float64),
         "scalars": torch.zeros(n, 8, dtype=torch.float64),
-        "sums": torch.zeros(len(tiles) + 1, 8, dtype=torch.float64),
+        "sums": torch.zeros(len(tiles), 4, dtype=torch.float64),
         "totals": torch.zeros(n, 4, dtype=torch.float64),
         "scales": torch.zeros(n, 8, dtype=torch.float64),
     }
 
 
-def _tiles(spec: PlanSpec, span: Span, block: int) -> Tensor:
-    """Rows of the tiles of a span; an empty one has an empty tile, since it takes part too."""
+def _span(spec: PlanSpec, span: Span) -> list[int]:
+    """Tensor, layer, first element and last + 1; with codes as if blocks were whole."""
     p = spec.table.params[span.tensor]
     row = row_length(p)
-    if _kind(spec, span.tensor)[1] == "codes":  # counted as if blocks were whole
+    if _kind(spec, span.tensor)[1] == "codes":
         row = codes.blocks_of(p.shape) * _C.CODE_BLOCK
-    begin, end = span.begin * row, span.end * row
-    first = torch.arange(begin, max(end, begin + 1), block)
-    tiles = torch.zeros(len(first), 8, dtype=torch.int64)
-    tiles[:, 0], tiles[:, 1], tiles[:, 2] = span.tensor, span.layer, first
-    tiles[:, 3] = (end - first).clamp(max=block)
-    return tiles
+    return [span.tensor, span.layer, span.begin * row, span.end * row]
+
+
+def _tiles(spans: Tensor, block: int) -> Tensor:
+    """Span and number of each tile, by layer, then one of the empty span at the end.
+
+    A span without elements has an empty tile, since it takes part too.
+    """
+    order = spans[:-1, 1].argsort(stable=True)
+    sizes = spans[order, 3] - spans[order, 2]
+    counts = ((sizes + block - 1) // block).clamp(min=1)
+    numbers = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
+    tiles = torch.stack([order.repeat_interleave(counts), numbers], 1)
+    return torch.cat([tiles, torch.tensor([[len(spans) - 1, 0]])]).int()
 
 
 def _kind(spec: PlanSpec, i: int) -> tuple[str, str]:
@@ -226,14 +234,16 @@ def _kind(spec: PlanSpec, i: int) -> tuple[str, str]:
     return dtype, "codes" if codes.is_codes(state[keys[0]]) else "bfloat16"
 
 
-def _by_kind(spec: PlanSpec, tiles: Tensor, multiple: int) -> dict[tuple[str, str], Tensor]:
+def _by_kind(
+    spec: PlanSpec, spans: Tensor, tiles: Tensor, multiple: int
+) -> dict[tuple[str, str], Tensor]:
     """Numbers of the tiles of each kind, filled up with that of the last, which is empty."""
     of_params = [_kind(spec, i) for i in range(len(spec.table.params))]
     kinds = list(dict.fromkeys(of_params))
-    of_tiles = torch.tensor([kinds.index(k) for k in of_params])[tiles[:-1, 0]]
+    of_tiles = torch.tensor([kinds.index(k) for k in of_params])[spans[tiles[:-1, 0].long(), 0]]
     found = {}
     for k, kind in enumerate(kinds):
         numbers = (of_tiles == k).nonzero().flatten()
         empty = numbers.new_full((-len(numbers) % multiple,), len(tiles) - 1)
-        found[kind] = torch.cat([numbers, empty])
+        found[kind] = torch.cat([numbers, empty]).int()
     return found

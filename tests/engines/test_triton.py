@@ -62,6 +62,24 @@ def test_places_of_the_numbers_agree():
             assert getattr(tables, names.get(name, name.upper())) == place, name
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="asks for the tables of a plan on the CPU")
+def test_bytes_of_tables_for_an_element():
+    from layerlr.backends.triton import _by_kind, _tables
+
+    def size(elements):
+        p = torch.nn.Parameter(torch.zeros(elements))
+        p.grad = torch.zeros_like(p)
+        opt = layerlr.Adam([p], rule="layca", backend="triton")
+        opt.step()
+        (plan,) = opt.plans.groups[0].plans
+        host = _tables(plan.spec, kernels.Blocks().elements, 1)
+        kinds = _by_kind(plan.spec, host["spans"], host["tiles"], 1)
+        return sum(table.nbytes for table in (*host.values(), *kinds.values()))
+
+    elements = 16 * kernels.Blocks().elements
+    assert (size(elements + 512) - size(512)) / elements < 0.022
+
+
 def test_import_is_lazy():
     code = """
 import sys, torch, layerlr
@@ -173,11 +191,12 @@ def build(x, arch):
     """Compile a launch for tables as the backend makes them: 16-byte aligned."""
     wide = ("lr_scale", "start_radius", "config", "scalars", "sums", "totals", "scales", "stats")
     fields = kernels.Tables._fields
-    signature = {"t": kernels.Tables(*("*fp64" if f in wide else "*i64" for f in fields))}
+    types = {"tiles": "*i32"} | dict.fromkeys(wide, "*fp64")
+    signature = {"t": kernels.Tables(*(types.get(f, "*i64") for f in fields))}
     aligned = [["tt.divisibility", 16]]
     attrs = {(0, i): aligned for i in range(len(fields))}
     if x.stored is not None:
-        signature["order"] = "*i64"
+        signature["order"] = "*i32"
         attrs[1,] = aligned
     source = triton.compiler.ASTSource(
         fn=x.kernel,
