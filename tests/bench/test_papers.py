@@ -8,15 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+import bench_packages  # noqa: F401
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-pytest.importorskip("rich")
-pytest.importorskip("PIL")
-
 import torch.nn.functional as F
 from torch import nn
 

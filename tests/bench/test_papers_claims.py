@@ -7,14 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_packages  # noqa: F401
 import pytest
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-pytest.importorskip("rich")
-pytest.importorskip("PIL")
-
 
 from bench.papers import (
     by_time,

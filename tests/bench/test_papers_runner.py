@@ -12,15 +12,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import bench_packages  # noqa: F401
 import pytest
 import torch
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-pytest.importorskip("rich")
-pytest.importorskip("PIL")
-
 from data_folders import (
     cifar10_folder,
     cifar100_folder,

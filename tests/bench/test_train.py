@@ -8,15 +8,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import bench_packages  # noqa: F401
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-
 from data_folders import idx, mnist_folder
+from torch import nn
 
 from bench import config as configs
 from bench import demo, models, step_time

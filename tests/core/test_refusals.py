@@ -15,7 +15,7 @@ import layerlr
 from layerlr import rules
 from layerlr.backends import BACKENDS
 
-# The look-up that refuses is the native engines' (native.live_plan) and the reference's own.
+# The look-up that refuses is the native engines' (native.prepare) and the reference's own.
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
 
 short = pytest.mark.parametrize("case", SHORT, ids=ids(SHORT))

@@ -76,6 +76,17 @@ def test_no_page_is_left_out():
     assert set(PAGES) < set(ALL)
 
 
+#: a file of the repository, named in code
+FILE = re.compile(r"`((?:layerlr|csrc|kernels|tests|bench|docs|build_backend)/[\w./-]+\.\w+)`")
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_files_that_are_named_exist(page):
+    """But for ``NAME.py`` and the like; what the changelog names may be gone."""
+    named = FILE.findall((ROOT / page).read_text()) if page != "CHANGELOG.md" else []
+    assert not [path for path in named if "NAME" not in path and not (ROOT / path).is_file()]
+
+
 def test_a_link_that_leads_nowhere_is_found(tmp_path):
     (tmp_path / "other.md").write_text("# A heading\n\n::: layerlr.SGD\n")
     page = tmp_path / "page.md"

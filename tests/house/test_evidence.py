@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bench_packages  # noqa: F401
 import pytest
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
 
 from bench import demo, plot_angle, promises
 from bench.papers import digits
