@@ -150,12 +150,13 @@ def link(folder: Path) -> None:
     system = [*include_paths(), sysconfig.get_paths()["include"]]
     shared = ["c++", *"-shared -fPIC -O0 -g0 -w -fopenmp -pthread".split()]
     shared += [*"-ffp-contract=off -fno-math-errno -std=c++20".split(), f"-I{folder / 'csrc'}", few]
+    shared.append('-DLAYERLR_LAYOUT="of the test"')
     shared += [word for path in system for word in ("-isystem", path)]
     libraries = [f"-L{path}" for path in library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     end = sysconfig.get_config_var("EXT_SUFFIX")
     simt = ROOT / "tests/simt"
-    emulated = [f"-I{simt}", *simt_engine.DEFINES, simt / "module.cpp", simt / "simt.cpp"]
+    emulated = [f"-I{simt}", *simt_engine.DEFINES, simt / "library.cpp", simt / "simt.cpp"]
     without = ["-fvisibility=hidden", '-DLAYERLR_NO_CUDA="left out"']
     for command in (
         [*shared, *without, unit, *libraries, "-o", folder / f"layerlr/_C{end}"],
@@ -171,7 +172,7 @@ setuptools.setup = lambda **keywords: None
 sys.argv[0] = "setup.py"
 setup = {"__file__": sys.argv[1], "__name__": "setup"}
 exec(compile(open(sys.argv[1]).read(), "setup.py", "exec"), setup)
-print(json.dumps(setup["direction_groups"]()))
+print(json.dumps(setup["nvcc"].direction_groups()))
 """
 
 
