@@ -142,9 +142,8 @@ def link(folder: Path) -> None:
     """The CPU engine and the emulated CUDA engine, of two directions and one instruction set."""
     listed = re.findall(r"X\((\w+)\)", (folder / "csrc/directions/all.h").read_text())
     few = f"-DLAYERLR_DIRECTIONS(X)=X({listed[0]}) X({listed[-1]})"
-    native = [*folder.glob("csrc/*.cpp"), *folder.glob("csrc/cpu/*.cpp")]
+    native = [f for at in ("", "cpu/", "cuda/") for f in folder.glob(f"csrc/{at}*.cpp")]
     native = [f for f in native if not f.stem.endswith(("_avx2", "_avx512"))]
-    native.append(folder / "csrc/cuda/schedule.cpp")
     unit = folder / "all.cpp"
     unit.write_text("".join(f'#include "{file}"\n' for file in sorted(native)))
     system = [*include_paths(), sysconfig.get_paths()["include"]]
