@@ -2,17 +2,17 @@
 
 torch's own BuildExtension knows no per-file flags, which the instruction sets need, falls back
 silently when ninja is missing and compiles CUDA only under a torch with CUDA. So this file writes
-one build.ninja per interpreter and torch version, under build/, and copies what ninja made to where
-setuptools expects it. ninja tracks the headers, so after an edit only what depends on it is
-compiled again.
+two build.ninja under build/, one for what knows neither Python nor torch and serves all of them,
+and one for each pair of these, and copies what ninja made to where setuptools expects it. ninja
+tracks the headers, so after an edit only what depends on it is compiled again.
 
 Environment: CXX, CXXFLAGS, LDFLAGS as usual; MAX_JOBS bounds the compiler processes.
-build_backend/nvcc.py says what LAYERLR_CUDA and LAYERLR_CUDA_ARCH are.
+build_backend/nvcc.py says what LAYERLR_CUDA and LAYERLR_CUDA_ARCH are, cuda_library.py beside it
+what LAYERLR_CUDA_LIBRARY is.
 """
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -26,8 +26,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
+import cuda_library  # noqa: E402
 import nvcc  # noqa: E402
-from nvcc import stop  # noqa: E402
+from cuda_library import stop  # noqa: E402
 
 LINUX = sys.platform == "linux"
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -52,6 +53,9 @@ ISA_FLAGS = {
         *"-Wno-maybe-uninitialized -Wno-uninitialized".split(),
     ],
 }
+#: sources that know neither Python nor torch
+SHARED = ("csrc/plan.cpp", "csrc/cpu/", "csrc/cuda/")
+CUDA_LIBRARY = "layerlr.liblayerlr_cuda"
 LINK_FLAGS = ["-shared", "-s"] if LINUX else ["-bundle", "-undefined", "dynamic_lookup"]
 
 
@@ -60,31 +64,30 @@ def isa_flags(source):
     return next((flags for end, flags in ISA_FLAGS.items() if Path(source).stem.endswith(end)), [])
 
 
-def sources(*patterns, but=()):
+def sources(*patterns):
     """Return the files of an extension for this architecture, relative to the root."""
     files = {str(file.relative_to(ROOT)) for pattern in patterns for file in ROOT.glob(pattern)}
-    return sorted(file for file in files - set(but) if X86 or not isa_flags(file))
+    return sorted(file for file in files if X86 or not isa_flags(file))
 
 
 def native_extensions():
     """Return what each extension is made of."""
-    cuda_bindings = "csrc/cuda/bindings.cpp"
     extensions = [
         Extension(
             "layerlr._C",
-            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", but=[cuda_bindings]),
+            sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp"),
             libraries=["c10", "torch_cpu", "torch_python"],
-            extra_link_args=["-fopenmp"] if LINUX else [],
+            extra_link_args=["-fopenmp", "-ldl"] if LINUX else [],
         )
     ]
     compiler, _ = nvcc.choose()
-    if compiler:
-        architectures = ";".join(nvcc.architectures(compiler))
+    if given := cuda_library.given():
+        extensions.append(Extension(CUDA_LIBRARY, [], extra_objects=[str(given)]))
+    elif compiler:
         extensions.append(
             Extension(
-                "layerlr._cuda",
-                sources("csrc/cuda/*.cu", cuda_bindings),
-                define_macros=[("LAYERLR_CUDA_ARCH", f'"{architectures}"')],
+                CUDA_LIBRARY,
+                sources("csrc/cuda/*.cu"),
                 library_dirs=nvcc.library_dirs(compiler),
                 # The static runtime: loads without a driver, and beside torch's own.
                 libraries=["cudart_static", "dl", "rt", "pthread"],
@@ -145,36 +148,38 @@ def words(parts):
     return shlex.join(map(str, parts)).replace("$", "$$")
 
 
-def direction_groups():
-    """Return the directions that each header defines, as a macro's list: what kernels.cu makes."""
-    listed = re.findall(r"X\((\w+)\)", (ROOT / "csrc/directions/all.h").read_text())
-    groups = {}
-    for header in sorted(ROOT.glob("csrc/directions/*.h")):
-        defined = re.findall(r"^struct (\w+)|^using (\w+)", header.read_text(), re.MULTILINE)
-        names = [name for name in listed if any(name in pair for pair in defined)]
-        if names:
-            groups[header.stem] = " ".join(f"X({name})" for name in names)
-    return groups
-
-
-def compiled(source):
-    """Return the objects that a source is compiled to, and what each of them is told."""
-    if Path(source).name != "kernels.cu":
-        return {f"{source}.o": []}
-    return {
-        f"{source}.{stem}.o": [f"-DLAYERLR_KERNELS_OF(X)={names}"]
-        for stem, names in direction_groups().items()
-    }
-
-
 def path(name):
     """Return a path escaped for a ninja build line."""
     return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def cuda_rule(compiler):
+def folders(torch):
+    """Return ninja's folders: of what knows neither Python nor torch, and of this pair."""
+    pair = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    return ROOT / "build" / "ninja", ROOT / "build" / f"ninja-{pair}"
+
+
+def rules(flags):
+    """Return the lines that every build.ninja begins with."""
+    flags = [*flags, *COMPILE_FLAGS, f"-I{ROOT / 'csrc'}"]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    link_flags = [*LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
+    return [
+        "ninja_required_version = 1.5",
+        f"cxx = {words(find_compiler())}",
+        f"flags = {words(flags)}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags $more -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {words(link_flags)} $in -o $out $libraries",
+    ]
+
+
+def cuda_rule(compiler, architectures):
     """Return the ninja rule for .cu files."""
-    command = words([compiler, *nvcc.flags(compiler, COMPILE_FLAGS, ROOT / "csrc")])
+    command = words([compiler, *nvcc.flags(architectures, COMPILE_FLAGS)])
     return [
         "rule cuda",
         f"  command = {command} $more -MMD -MF $out.d -c $in -o $out >$out.log 2>&1 "
@@ -184,84 +189,100 @@ def cuda_rule(compiler):
     ]
 
 
-def build_ninja(torch, extensions):
-    """Return the text of build.ninja: one object per source, one library per extension."""
+def told(source, why_not, architectures):
+    """Return the macros of a source."""
+    layout = f'-DLAYERLR_LAYOUT="{cuda_library.layout()}"'
+    return {
+        "csrc/bindings.cpp": [f'-DLAYERLR_NO_CUDA="{why_not}"'],
+        "csrc/cuda/loader.cpp": [layout],
+        "csrc/cuda/library.cu": [layout, f'-DLAYERLR_CUDA_ARCH="{";".join(architectures)}"'],
+    }.get(source, [])
+
+
+def build_files(torch, extensions):
+    """Return each build.ninja by its folder: one object per source, one library per extension."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     standard = "c++20" if torch_version(torch) >= (2, 12) else "c++17"
     # As system headers, so that our warnings are ours alone.
-    system = [word for folder in include_paths() for word in ("-isystem", folder)]
-    compile_flags = [
-        f"-std={standard}",
-        *COMPILE_FLAGS,
-        f"-I{ROOT / 'csrc'}",
-        *system,
-        *("-isystem", find_python_headers()),
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
-    ]
-    link_flags = [*LINK_FLAGS, *shlex.split(os.environ.get("LDFLAGS", ""))]
-    lines = [
-        "ninja_required_version = 1.5",
-        f"cxx = {words(find_compiler())}",
-        f"flags = {words(compile_flags)}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $more -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = $cxx {words(link_flags)} $in -o $out $libraries",
-    ]
+    system = [f"-isystem{folder}" for folder in (*include_paths(), find_python_headers())]
+    shared, own = rules(["-std=c++17"]), rules([f"-std={standard}", *system])
+    there, here = folders(torch)
     compiler, why_not = nvcc.choose()
-    lines += cuda_rule(compiler) if compiler else []
+    architectures = nvcc.architectures(compiler) if compiler else []
+    shared += cuda_rule(compiler, architectures) if compiler else []
     for extension in extensions:
-        macros = [f"-D{name}={value}" for name, value in extension.define_macros]
+        home = shared if extension.name == CUDA_LIBRARY else own
         objects = []
         for source in extension.sources:
-            rule = "cuda" if source.endswith(".cu") else "compile"
-            own = [f'-DLAYERLR_NO_CUDA="{why_not}"'] if source == "csrc/bindings.cpp" else []
-            for target, told in compiled(source).items():
-                objects.append(path(target))
-                lines.append(f"build {objects[-1]}: {rule} {path(ROOT / source)}")
-                lines.append(f"  more = {words([*isa_flags(source), *macros, *own, *told])}")
-        # No rpath: layerlr imports torch, and with it these libraries, before its own.
-        libraries = [f"-L{folder}" for folder in [*library_paths(), *extension.library_dirs]]
-        libraries += [*(f"-l{name}" for name in extension.libraries), *extension.extra_link_args]
-        lines.append(f"build {extension.name}.so: link {' '.join(objects)}")
-        lines.append(f"  libraries = {words(libraries)}")
-    return "\n".join(lines) + "\n"
+            lines, rule, targets = own, "compile", {f"{source}.o": []}
+            if source.startswith(SHARED):
+                lines = shared
+            if source.endswith(".cu"):
+                rule, targets = "cuda", nvcc.objects(source, architectures)
+            for target, more in targets.items():
+                more = [*isa_flags(source), *told(source, why_not, architectures), *more]
+                lines.append(f"build {path(target)}: {rule} {path(ROOT / source)}")
+                lines.append(f"  more = {words(more)}")
+                objects.append(path(target if lines is home else there / target))
+        if objects:
+            # No rpath: layerlr imports torch, and with it these libraries, before its own.
+            searched = extension.library_dirs if home is shared else library_paths()
+            libraries = [f"-L{folder}" for folder in searched]
+            libraries += [f"-l{name}" for name in extension.libraries]
+            home.append(f"build {extension.name}.so: link {' '.join(objects)}")
+            home.append(f"  libraries = {words([*libraries, *extension.extra_link_args])}")
+    return {there: "\n".join(shared) + "\n", here: "\n".join(own) + "\n"}
 
 
 class NinjaBuild(build_ext):
     """setuptools' build_ext with ninja in place of its compiler driver."""
 
+    def get_ext_filename(self, name):
+        """Return the file of an extension; the CUDA library is C++'s to open, not Python's."""
+        if CUDA_LIBRARY.endswith(name):  # setuptools asks with the package and without
+            return f"{name.replace('.', os.sep)}.so"
+        return super().get_ext_filename(name)
+
     def run(self):
         """Build, and remove the CUDA library of an earlier build if this one makes none."""
         super().run()
-        if "layerlr._cuda" not in {extension.name for extension in self.extensions}:
+        if CUDA_LIBRARY not in {extension.name for extension in self.extensions}:
             for folder in [self.build_lib, *([ROOT] if self.inplace else [])]:
-                Path(folder, self.get_ext_filename("layerlr._cuda")).unlink(missing_ok=True)
+                Path(folder, self.get_ext_filename(CUDA_LIBRARY)).unlink(missing_ok=True)
 
     def build_extensions(self):
-        """Write build.ninja, run it, put the libraries where setuptools wants them."""
+        """Write each build.ninja, run it, put the libraries where setuptools wants them."""
         torch = find_torch()
         compiler, why_not = nvcc.choose()
-        word = nvcc.ahead(compiler) if compiler else f"the CUDA engine is left out: {why_not}"
+        word = nvcc.ahead(compiler) if compiler else ""
+        if why_not:
+            word = f"the CUDA engine is left out: {why_not}"
         if word:
             print(f"layerlr: {word}", file=sys.stderr)
         program = find_ninja()
-        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(build_ninja(torch, self.extensions))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([program, "-C", folder, *jobs]).returncode:
-            stop(
-                "the native build failed; the compiler's messages are above. "
-                "LAYERLR_CUDA=0 leaves the CUDA kernels out."
-            )
-        for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / f"{extension.name}.so", target)
+        files = build_files(torch, self.extensions)
+        there, here = folders(torch)
+        there.mkdir(parents=True, exist_ok=True)
+        import fcntl  # not on Windows, where find_compiler has stopped
+
+        with open(there / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # builds for two Pythons take turns
+            for folder, text in files.items():
+                folder.mkdir(exist_ok=True)
+                (folder / "build.ninja").write_text(text)
+                if subprocess.run([program, "-C", folder, *jobs]).returncode:
+                    stop(
+                        "the native build failed; the compiler's messages are above. "
+                        "LAYERLR_CUDA=0 leaves the CUDA kernels out."
+                    )
+            for extension in self.extensions:
+                folder = there if extension.name == CUDA_LIBRARY else here
+                (made,) = extension.extra_objects or [folder / f"{extension.name}.so"]
+                target = Path(self.get_ext_fullpath(extension.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(made, target)
 
 
 packages = find_packages(include=["layerlr", "layerlr.*"])

@@ -1,4 +1,4 @@
-"""What each source costs to compile: ``python -m bench.compile_time``.
+"""What each object costs to compile: ``python -m bench.compile_time``.
 
 Runs the commands of the last build one by one, into a folder that is thrown away, and adds up the
 processor time of the compiler and its children; the time that other programs had the core is not
@@ -21,18 +21,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
+PAIR = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+#: what knows neither Python nor torch, and the rest
+FOLDERS = (ROOT / "build" / "ninja", ROOT / "build" / f"ninja-{PAIR}")
 
 
 def commands(only: str) -> dict[str, str]:
-    """The command of each source that matches."""
-    listing = subprocess.check_output(["ninja", "-C", FOLDER, "-t", "compdb"], text=True)
-    found = {
-        str(Path(step["file"]).relative_to(ROOT)): step["command"]
-        for step in json.loads(listing[listing.index("[\n") :])
-        if step["output"].endswith(".o")
-    }
-    return {source: found[source] for source in sorted(found) if re.search(only, source)}
+    """The command of each object whose path matches."""
+    found = {}
+    for folder in FOLDERS:
+        listing = subprocess.check_output(["ninja", "-C", folder, "-t", "compdb"], text=True)
+        steps = json.loads(listing[listing.index("[\n") :])
+        found |= {x["output"]: x["command"] for x in steps if x["output"].endswith(".o")}
+    return {name: found[name] for name in sorted(found) if re.search(only, name)}
 
 
 def for_architecture(command: str, architecture: str) -> str:
@@ -41,10 +42,10 @@ def for_architecture(command: str, architecture: str) -> str:
     return re.sub(r"'?-gencode=\S+?\]'?(?= )", f"'{codes}'", command)
 
 
-def seconds(command: str, source: str) -> float:
+def seconds(command: str, target: str) -> float:
     """Processor time of a command."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, source).parent.mkdir(parents=True)
+        Path(folder, target).parent.mkdir(parents=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, shell=True, cwd=folder, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -53,18 +54,18 @@ def seconds(command: str, source: str) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench.compile_time", description=__doc__)
-    p.add_argument("--only", default="", help="sources, by regular expression")
+    p.add_argument("--only", default="", help="objects, by regular expression")
     p.add_argument("--architectures", default="80,90,100", help="for the CUDA sources")
     args = p.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}\n")
-    print("| source | for | s |\n|---|---|---|")
+    print("| object | for | s |\n|---|---|---|")
     totals: dict[str, float] = {}
-    for source, command in commands(args.only).items():
-        cuda = source.endswith(".cu")
+    for name, command in commands(args.only).items():
+        cuda = name.endswith(".cu.o")
         for target in args.architectures.split(",") if cuda else ["host"]:
-            spent = seconds(for_architecture(command, target) if cuda else command, source)
+            spent = seconds(for_architecture(command, target) if cuda else command, name)
             totals[target] = totals.get(target, 0) + spent
-            print(f"| {source} | {target} | {spent:.1f} |", flush=True)
+            print(f"| {name} | {target} | {spent:.1f} |", flush=True)
     for target, total in totals.items():
         print(f"| all | {target} | {total:.0f} |")
 

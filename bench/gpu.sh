@@ -85,7 +85,9 @@ pack() { [ -n "$dry" ] || tar czf "$out/logs.tgz" -C "$work" . 2>/dev/null; }
 
 # --- machine and build ---
 
-loads() { timeout 60 "$python" -c 'import layerlr._C, layerlr._cuda as c; print(c.device_info(0))'; }
+loads() {
+  timeout 60 "$python" -c 'from layerlr.backends import cuda; print(cuda.load().device_info(0))'
+}
 
 machine() {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader

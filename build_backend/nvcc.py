@@ -4,7 +4,8 @@ LAYERLR_CUDA: auto (the default) builds it where it can be used, that is, where 
 there is an nvcc in CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda; 1 insists, whatever
 torch has; 0 leaves it out. LAYERLR_CUDA_ARCH: what to compile for. By default the GPUs that torch
 can use; where there is none (a container is built), "80;90;100". PTX serves the GPUs between and
-after them. nvcc itself reads NVCC_CCBIN and NVCC_APPEND_FLAGS.
+after them. nvcc itself reads NVCC_CCBIN and NVCC_APPEND_FLAGS. cuda_library.py says what
+LAYERLR_CUDA_LIBRARY is.
 """
 
 import os
@@ -14,23 +15,26 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from cuda_library import ROOT, stop
+
 CUDA_ARCHITECTURES = "80;90;100"
 #: the oldest that the kernels are written for
 OLDEST = 80
 
 
-def stop(message):
-    """End the build with one sentence instead of a traceback."""
-    raise SystemExit(f"layerlr: {message}")
-
-
 def choose():
-    """Return the nvcc that builds the CUDA engine and "", or None and why it is left out."""
+    """Return the nvcc that builds the CUDA engine and "", or None and why it is left out.
+
+    None and "" where LAYERLR_CUDA_LIBRARY takes its place.
+    """
     wanted = os.environ.get("LAYERLR_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         stop(f"LAYERLR_CUDA is auto, 0 or 1, not '{wanted}'.")
-    if wanted == "0":
-        return None, "LAYERLR_CUDA=0"
+    given = os.environ.get("LAYERLR_CUDA_LIBRARY")
+    if wanted == "0" and given:
+        stop(f"LAYERLR_CUDA=0 leaves out what LAYERLR_CUDA_LIBRARY={given} names: unset one.")
+    if wanted == "0" or given:
+        return None, "" if given else "LAYERLR_CUDA=0"
     nvcc = find_nvcc()
     if wanted == "1":
         return nvcc or stop(
@@ -121,19 +125,46 @@ def library_dirs(nvcc):
     return [word.removeprefix("-L") for word in shlex.split(line)]
 
 
-def flags(nvcc, host_flags, include):
+def direction_groups():
+    """Return the directions that each header defines, as a macro's list: what kernels.cu makes."""
+    listed = re.findall(r"X\((\w+)\)", (ROOT / "csrc/directions/all.h").read_text())
+    groups = {}
+    for header in sorted(ROOT.glob("csrc/directions/*.h")):
+        defined = re.findall(r"^struct (\w+)|^using (\w+)", header.read_text(), re.MULTILINE)
+        names = [name for name in listed if any(name in pair for pair in defined)]
+        if names:
+            groups[header.stem] = " ".join(f"X({name})" for name in names)
+    return groups
+
+
+def objects(source, found):
+    """Return the objects that a .cu file is compiled to, and what each of them is told.
+
+    Each is in a folder of its own, as --objdir-as-tempdir wants it.
+    """
+    folder = "-".join(["sm", *found])
+    if Path(source).name != "kernels.cu":
+        return {f"{folder}/{Path(source).stem}/{source}.o": []}
+    return {
+        f"{folder}/{stem}/{source}.o": [f"-DLAYERLR_KERNELS_OF(X)={names}"]
+        for stem, names in direction_groups().items()
+    }
+
+
+def flags(found, host_flags):
     """Return nvcc's options: a cubin for each architecture, and PTX.
 
     All are made from one virtual architecture, the oldest: the compiler's front end runs once. So
     no source may ask for __CUDA_ARCH__ (tests/gpu/test_cuda_build.py).
     """
-    oldest, *_ = found = architectures(nvcc)
-    codes = ",".join([*(f"sm_{a}" for a in found), f"compute_{oldest}"])
+    codes = ",".join([*(f"sm_{a}" for a in found), f"compute_{found[0]}"])
     return [
         *"-std=c++17 -O3 -fmad=false".split(),
         f"-Xcompiler={','.join(host_flags)}",
         # Registers and spills of every kernel, in a log beside the object; the tests read it.
         "-Xptxas=-v,--warn-on-spills",
-        f"-gencode=arch=compute_{oldest},code=[{codes}]",
-        f"-I{Path(include)}",
+        # nvcc writes the name of a temporary file into the object: now the same one every time.
+        "--objdir-as-tempdir",
+        f"-gencode=arch=compute_{found[0]},code=[{codes}]",
+        f"-I{ROOT / 'csrc'}",
     ]

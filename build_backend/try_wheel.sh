@@ -23,6 +23,7 @@ import sys
 
 import layerlr
 from layerlr import _C
+from layerlr.backends import cuda
 
 for program in ("c++", "g++", "cc", "gcc", "clang", "nvcc", "ninja"):
     assert shutil.which(program) is None, program
@@ -31,8 +32,6 @@ assert importlib.util.find_spec("layerlr.kernels"), "the Triton kernels are miss
 if _C.NO_CUDA:
     print(f"without the CUDA engine: {_C.NO_CUDA}")
 else:
-    import layerlr._cuda
-
-    print("with the CUDA engine, for", *layerlr._cuda.architectures)
+    print("with the CUDA engine, for", *cuda.load().architectures)
 assert all(finding.good for finding in layerlr.selfcheck("cpu"))
 END

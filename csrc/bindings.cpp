@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu_plan.h"
+#include "cuda/loader.h"
 #include "device_plan.h"
 
 namespace pybind11::detail {
@@ -53,8 +54,12 @@ py::dict rules() {
   return every;
 }
 
-const Engine* engine_in(const py::capsule& capsule) {
-  return static_cast<const Engine*>(PyCapsule_GetPointer(capsule.ptr(), engine_capsule));
+py::dict device_info(const Library& library, int index) {
+  DeviceInfo info;
+  if (const char* error = library.engine.info(index, &info)) throw std::runtime_error(error);
+  py::dict answer;
+  answer["multiprocessors"] = info.multiprocessors;
+  return answer;
 }
 
 }  // namespace
@@ -75,7 +80,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", [](const std::string& name) {
     TORCH_CHECK_VALUE(use_instruction_set(name.c_str()), "no instruction set '", name, "' here");
   });
-  m.attr("NO_CUDA") = LAYERLR_NO_CUDA;  // why layerlr._cuda was left out
+  m.attr("NO_CUDA") = LAYERLR_NO_CUDA;  // why the CUDA kernels were left out
+  py::class_<Library>(m, "CudaLibrary", "The CUDA kernels.")
+      .def_property_readonly(
+          "architectures",
+          [](const Library& library) { return py::str(library.architectures).attr("split")(";"); })
+      .def("device_info", &device_info, "What a schedule needs to know of a device.");
+  m.def("open_cuda_library", &open_library, py::return_value_policy::reference,
+        "The CUDA kernels of the library at a path. Touches no GPU.");
   m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
   m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
@@ -106,8 +118,8 @@ PYBIND11_MODULE(_C, m) {
       .def("apply", &CpuPlan::apply)
       .def("norms", &CpuPlan::norms);
   py::class_<DevicePlan, BoundPlan>(m, "DevicePlan")
-      .def(py::init([](const PlanSpec& spec, const py::capsule& engine, int blocks, int distance) {
-        return new DevicePlan(spec, engine_in(engine), {blocks, distance});
+      .def(py::init([](const PlanSpec& spec, const Library& library, int blocks, int distance) {
+        return new DevicePlan(spec, library.engine, {blocks, distance});
       }))
       .def("step", &DevicePlan::step)
       .def("measure", &DevicePlan::measure)

@@ -35,9 +35,9 @@ constexpr size_t page = 1024;
 
 }  // namespace
 
-DevicePlan::DevicePlan(const PlanSpec& spec, const Engine* engine, Tuning tuning)
+DevicePlan::DevicePlan(const PlanSpec& spec, const Engine& engine, Tuning tuning)
     : BoundPlan(spec), engine_(engine), tuning_(tuning) {
-  check(engine_->info(device().index(), &info_));
+  check(engine_.info(device().index(), &info_));
 }
 
 void DevicePlan::check(const char* error) const {
@@ -155,7 +155,7 @@ void DevicePlan::upload(size_t begin, size_t end, bool all, void* stream) {
     const size_t first = at;
     while (at < end && differs(at)) at += page;
     const size_t n = std::min(at, end) - first;
-    check(engine_->upload(to + first, &now_[first], n, device().index(), stream));
+    check(engine_.upload(to + first, &now_[first], n, device().index(), stream));
     std::memcpy(&there_[first], &now_[first], n);
   }
 }
@@ -163,7 +163,7 @@ void DevicePlan::upload(size_t begin, size_t end, bool all, void* stream) {
 /// A graph brings its own pointers along, as steps outside may put others there in between, but no
 /// hyper-parameters: it reads those that are there when it runs.
 void DevicePlan::upload(void* stream) {
-  const bool graph = engine_->capturing(stream), all = unknown_ || captured_ || graph;
+  const bool graph = engine_.capturing(stream), all = unknown_ || captured_ || graph;
   if (graph) {
     TORCH_CHECK(std::memcmp(now_.data(), there_.data(), spans_at_) == 0,
                 "layerlr: hyper-parameters have changed since the last step: call "
@@ -201,14 +201,14 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
   const bool measured = plan().has_rule || config.skip != 0;
   void* const at = stream();
   if (measured_ != measured) {
-    TORCH_CHECK(!engine_->capturing(at),
+    TORCH_CHECK(!engine_.capturing(at),
                 "layerlr: a CUDA graph can be captured after a step with the same parameters and "
                 "rule: the first one builds the plan; take one before the capture");
     build(measured);
     built_on_ = current_stream();
   }
   if (!args_.layers) return false;
-  if (!engine_->capturing(at)) hold_for(current_stream());
+  if (!engine_.capturing(at)) hold_for(current_stream());
   fill_config(config, on_device);
   char* const now = now_.data();
   fill_tables({reinterpret_cast<DeviceSpan*>(now + spans_at_),
@@ -224,7 +224,7 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
 void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
   if (ready(config, on_device)) {
-    check(engine_->step(args_, device().index(), stream()));
+    check(engine_.step(args_, device().index(), stream()));
   }
   finish();
 }
@@ -232,7 +232,7 @@ void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
 at::Tensor DevicePlan::measure(const StepConfig& config, const OnDevice& on_device) {
   const c10::DeviceGuard guard(device());
   if (!ready(config, on_device)) return no_sums();
-  check(engine_->measure(args_, device().index(), stream()));
+  check(engine_.measure(args_, device().index(), stream()));
   return layer_sums_.clone();
 }
 
@@ -241,7 +241,7 @@ void DevicePlan::apply(const StepConfig& config, const OnDevice& on_device,
   const c10::DeviceGuard guard(device());
   if (ready(config, on_device)) {
     layer_sums_.copy_(sums);
-    check(engine_->apply(args_, device().index(), stream()));
+    check(engine_.apply(args_, device().index(), stream()));
   }
   finish();
 }
@@ -252,7 +252,7 @@ at::Tensor DevicePlan::norms(const StepConfig& config, const OnDevice& on_device
   StepArgs args = args_;  // whose rule and decay look at the gradients alone
   args.rule = {};
   args.raw = true;
-  check(engine_->measure(args, device().index(), stream()));
+  check(engine_.measure(args, device().index(), stream()));
   return layer_sums_.select(1, 1).clone();
 }
 

@@ -10,8 +10,8 @@ namespace layerlr {
 
 class DevicePlan : public BoundPlan {
  public:
-  /// `engine` runs the kernels; `tuning` is what results do not depend on.
-  DevicePlan(const PlanSpec& spec, const Engine* engine, Tuning tuning);
+  /// `engine` runs the kernels and outlives the plan; `tuning` is what results do not depend on.
+  DevicePlan(const PlanSpec& spec, const Engine& engine, Tuning tuning);
 
   /// Numbers of the config, by place, that are tensors on the device: they are read there, and
   /// nobody waits.
@@ -45,7 +45,7 @@ class DevicePlan : public BoundPlan {
   void* stream() const;
   void check(const char* error) const;
 
-  const Engine* engine_;
+  const Engine& engine_;
   Tuning tuning_;
   DeviceInfo info_;
   std::optional<bool> measured_;  // what the schedule was made for

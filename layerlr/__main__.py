@@ -15,7 +15,7 @@ import torch
 import layerlr
 
 from . import _C, devices
-from .backends import BACKENDS
+from .backends import BACKENDS, cuda
 from .selfcheck import engines, selfcheck
 
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     print(versions())
     print(gpus())
-    print(f"CPU engine: {_C.instruction_set()}. CUDA engine: {kernels()}.")
+    print(f"CPU engine: {_C.instruction_set()}. The CUDA engine {kernels()}.")
     for place in ("cpu", "cuda"):
         print(f'backend="auto" for parameters on {place}: {automatic(torch.device(place))}')
     if args.no_check:
@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def kernels() -> str:
     """What the CUDA engine was built for."""
-    if importlib.util.find_spec("layerlr._cuda") is None:
-        return f"not built ({_C.NO_CUDA or 'its library is gone, install layerlr again'})"
-    import layerlr._cuda
-
-    found = [f"{int(a) // 10}.{int(a) % 10}" for a in layerlr._cuda.architectures]
-    return f"built for compute capability {', '.join(found)}, and as PTX for those from {found[0]}"
+    if reason := cuda.left_out():
+        return reason
+    found = [f"{int(a) // 10}.{int(a) % 10}" for a in cuda.load().architectures]
+    return (
+        f"was built for compute capability {', '.join(found)}, and as PTX for those from {found[0]}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,25 +11,14 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from torch.utils.cpp_extension import include_paths
-
+from layerlr import _C
 from layerlr.backends.cuda import CudaBackend
-
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype = ctypes.py_object
-_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: items of 1,024 elements rather than 4,096, so that small tensors have several
-DEFINES = [
-    "-DLAYERLR_SIMT",
-    "-DLAYERLR_WORKERS=64",
-    "-DLAYERLR_FEW_FAMILIES",
-    '-DLAYERLR_CUDA_ARCH="simt"',
-]
+DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_WORKERS=64", "-DLAYERLR_FEW_FAMILIES"]
 FLAGS = [
     *"-shared -fPIC -std=c++17 -O1 -ffp-contract=off -pthread -Wno-unknown-pragmas".split(),
     *DEFINES,
@@ -47,27 +36,29 @@ def unavailable() -> str | None:
     return None
 
 
+def layout() -> str:
+    """What the build tells the library and layerlr._C of their headers."""
+    file = ROOT / "build_backend/cuda_library.py"
+    spec = importlib.util.spec_from_file_location("cuda_library_of_tests", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.layout()
+
+
 def build() -> Path:
-    """The module, compiled again when a source has changed."""
+    """The library, compiled again when a source has changed."""
     folders = [ROOT / "csrc", ROOT / "tests/simt"]
     files = sorted(f for folder in folders for f in folder.rglob("*.*") if f.is_file())
-    key = hashlib.sha256(repr(FLAGS).encode())
+    flags = [*FLAGS, f'-DLAYERLR_LAYOUT="{layout()}"', *(f"-I{folder}" for folder in folders)]
+    key = hashlib.sha256(repr(flags).encode())
     for file in files:
         key.update(file.read_bytes())
-    target = ROOT / "build/simt" / f"_cuda-{key.hexdigest()[:16]}.so"
+    target = ROOT / "build/simt" / f"{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{os.getpid()}")  # others may be at it too
-        system = [*include_paths(), sysconfig.get_paths()["include"]]
-        command = [
-            "c++",
-            *FLAGS,
-            *(f"-I{folder}" for folder in folders),
-            *(word for folder in system for word in ("-isystem", folder)),
-            *(str(ROOT / "tests/simt" / name) for name in ("module.cpp", "simt.cpp")),
-            *("-o", str(part)),
-        ]
-        subprocess.run(command, check=True)
+        sources = [ROOT / "tests/simt" / name for name in ("library.cpp", "simt.cpp")]
+        subprocess.run(["c++", *flags, *sources, "-o", part], check=True)
         part.rename(target)
     return target
 
@@ -84,17 +75,10 @@ class SimtBackend(CudaBackend):
         return unavailable()
 
     @functools.cache  # noqa: B019 (one instance)
-    def module(self):
-        spec = importlib.util.spec_from_file_location("_cuda", build())
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    def library(self):
+        return _C.open_cuda_library(str(build()))
 
     @functools.cache  # noqa: B019
-    def library(self):
+    def emulation(self):
         """Beside the engine: ``simt_capture(on)`` and ``simt_replay()``, its launches."""
-        return ctypes.CDLL(self.module().__file__)
-
-    def engine(self):
-        address = ctypes.addressof(ctypes.c_char.in_dll(self.library(), "simt_engine"))
-        return _capsule(address, b"layerlr.Engine", None)
+        return ctypes.CDLL(str(build()))

@@ -7,6 +7,24 @@
 namespace layerlr {
 
 #if !defined(LAYERLR_SIMT)
+
+// Not in the unnamed namespace: nvcc would put a hash of this file's path into the kernel's name.
+
+/// What a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1.
+struct Payload {
+#if CUDART_VERSION >= 12010
+  char bytes[32 * 1024 - 64];
+#else
+  char bytes[3840];
+#endif
+};
+
+__global__ void upload_kernel(char* to, const __grid_constant__ Payload payload, int bytes) {
+  for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) {
+    *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(payload.bytes + i);
+  }
+}
+
 #define LAYERLR_EXTERN(D) extern template DirectionKernels kernels_of<D>();
 LAYERLR_DIRECTIONS(LAYERLR_EXTERN)
 #undef LAYERLR_EXTERN
@@ -76,21 +94,6 @@ const char* info(int device, DeviceInfo* answer) {
   answer->tile_elements = tile_elements;
   return outcome(
       cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device));
-}
-
-/// What a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1.
-struct Payload {
-#if CUDART_VERSION >= 12010
-  char bytes[32 * 1024 - 64];
-#else
-  char bytes[3840];
-#endif
-};
-
-__global__ void upload_kernel(char* to, const __grid_constant__ Payload payload, int bytes) {
-  for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) {
-    *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(payload.bytes + i);
-  }
 }
 
 /// The bytes travel as arguments of a kernel: in stream order, without pinned memory or a wait.

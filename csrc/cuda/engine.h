@@ -30,7 +30,12 @@ struct Engine {
   bool (*capturing)(void* stream);
 };
 
-/// Name of the PyCapsule that holds a `const Engine*`.
-constexpr const char* engine_capsule = "layerlr.Engine";
+/// What liblayerlr_cuda.so says of itself, by its one function, `layerlr_cuda_library`. `layout` is
+/// first in every release: whoever finds another one there than his own reads no further.
+struct Library {
+  const char* layout;         // the release, and a hash of the headers that both sides include
+  const char* architectures;  // compiled for, oldest first: "80;90"
+  Engine engine;
+};
 
 }  // namespace layerlr

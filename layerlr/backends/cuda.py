@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from layerlr import _C, devices
 from . import native
 from .base import PlanSpec
 from .config import StepConfig
+
+#: beside layerlr._C, and as good for any other Python and torch (docs/wheels.md)
+LIBRARY = Path(_C.__file__).with_name("liblayerlr_cuda.so")
 
 
 class Tuning(NamedTuple):
@@ -40,19 +43,35 @@ def tuning(**values: Any) -> Iterator[None]:
 
 
 @functools.cache
+def load() -> _C.CudaLibrary:
+    """The kernels, from their library, which is opened once. RuntimeError: it is not to be used."""
+    return _C.open_cuda_library(str(LIBRARY))
+
+
+def left_out() -> str | None:
+    """Why there are no kernels, or None."""
+    if _C.NO_CUDA:
+        return f"was not built: {_C.NO_CUDA}"
+    try:
+        load()
+    except RuntimeError as error:
+        return f"cannot be loaded: {error}"
+    return None
+
+
+@functools.cache
 def refusal(index: int) -> str | None:
     """Why the kernels cannot run on a GPU, or None; asked once for each.
 
     A cubin runs on its own major compute capability from its minor one on, PTX on all from its own
     on. The PTX is that of the oldest cubin (``setup.py``), so a GPU that is not older has either.
     """
-    import layerlr._cuda
 
     def written(architecture: int) -> str:
         return f"{architecture // 10}.{architecture % 10}"
 
     major, minor = torch.cuda.get_device_capability(index)
-    capability, oldest = 10 * major + minor, int(layerlr._cuda.architectures[0])
+    capability, oldest = 10 * major + minor, int(load().architectures[0])
     if capability < oldest:
         remedy = f": install it with LAYERLR_CUDA_ARCH={capability}" if capability >= 80 else ""
         return (
@@ -60,7 +79,7 @@ def refusal(index: int) -> str | None:
             f"{written(capability)}{remedy}"
         )
     try:
-        layerlr._cuda.device_info(index)
+        load().device_info(index)
     except RuntimeError as error:
         return f"cannot use cuda:{index}: {error}"
     return None
@@ -76,19 +95,15 @@ class CudaBackend:
     name = "cuda"
     device = "cuda"
 
-    def engine(self) -> Any:
-        """The capsule with the kernels."""
-        import layerlr._cuda
-
-        return layerlr._cuda.engine()
+    def library(self) -> _C.CudaLibrary:
+        """The kernels."""
+        return load()
 
     def missing(self, device: torch.device) -> str | None:
         """Why a device has no such engine."""
         if device.type != self.device or torch.version.hip:
             return f"does not support parameters on {device}"
-        if importlib.util.find_spec("layerlr._cuda") is None:
-            return f"was not built: {_C.NO_CUDA or 'its library is gone, install layerlr again'}"
-        if reason := devices.absent(device):
+        if reason := left_out() or devices.absent(device):
             return reason
         return refusal(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -113,7 +128,7 @@ class CudaPlan(native.NativePlan):
     """
 
     def __init__(self, spec: PlanSpec, backend: CudaBackend) -> None:
-        super().__init__(spec, _C.DevicePlan(native.bound(spec), backend.engine(), *_tuning))
+        super().__init__(spec, _C.DevicePlan(native.bound(spec), backend.library(), *_tuning))
         self.name = backend.name  # type: ignore[misc]
 
     @property

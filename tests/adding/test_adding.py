@@ -142,20 +142,20 @@ def link(folder: Path) -> None:
     """The CPU engine and the emulated CUDA engine, of two directions and one instruction set."""
     listed = re.findall(r"X\((\w+)\)", (folder / "csrc/directions/all.h").read_text())
     few = f"-DLAYERLR_DIRECTIONS(X)=X({listed[0]}) X({listed[-1]})"
-    native = [*folder.glob("csrc/*.cpp"), *folder.glob("csrc/cpu/*.cpp")]
+    native = [f for at in ("", "cpu/", "cuda/") for f in folder.glob(f"csrc/{at}*.cpp")]
     native = [f for f in native if not f.stem.endswith(("_avx2", "_avx512"))]
-    native.append(folder / "csrc/cuda/schedule.cpp")
     unit = folder / "all.cpp"
     unit.write_text("".join(f'#include "{file}"\n' for file in sorted(native)))
     system = [*include_paths(), sysconfig.get_paths()["include"]]
     shared = ["c++", *"-shared -fPIC -O0 -g0 -w -fopenmp -pthread".split()]
     shared += [*"-ffp-contract=off -fno-math-errno -std=c++20".split(), f"-I{folder / 'csrc'}", few]
+    shared.append('-DLAYERLR_LAYOUT="of the test"')
     shared += [word for path in system for word in ("-isystem", path)]
     libraries = [f"-L{path}" for path in library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch_python"]
     end = sysconfig.get_config_var("EXT_SUFFIX")
     simt = ROOT / "tests/simt"
-    emulated = [f"-I{simt}", *simt_engine.DEFINES, simt / "module.cpp", simt / "simt.cpp"]
+    emulated = [f"-I{simt}", *simt_engine.DEFINES, simt / "library.cpp", simt / "simt.cpp"]
     without = ["-fvisibility=hidden", '-DLAYERLR_NO_CUDA="left out"']
     for command in (
         [*shared, *without, unit, *libraries, "-o", folder / f"layerlr/_C{end}"],
@@ -171,7 +171,7 @@ setuptools.setup = lambda **keywords: None
 sys.argv[0] = "setup.py"
 setup = {"__file__": sys.argv[1], "__name__": "setup"}
 exec(compile(open(sys.argv[1]).read(), "setup.py", "exec"), setup)
-print(json.dumps(setup["direction_groups"]()))
+print(json.dumps(setup["nvcc"].direction_groups()))
 """
 
 

@@ -27,7 +27,7 @@ CASES = ["sgd-none", "nag-none", "adamw-none", "nag-lars", "mom-singh", "adamw-l
 @pytest.fixture
 def capture(monkeypatch):
     """A context in which launches are recorded; parameters of the host stand for a GPU's."""
-    library = BACKENDS["simt"].library()
+    library = BACKENDS["simt"].emulation()
     here = []
     monkeypatch.setattr(devices, "capturing", lambda device: bool(here))
 

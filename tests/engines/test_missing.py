@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import sys
+import shutil
+import subprocess
 import types
 
 import pytest
@@ -14,15 +13,14 @@ from torch.nn import Parameter
 import layerlr
 from layerlr import _C
 from layerlr import __main__ as command
-from layerlr.backends import HELP, PlanSpec, choose
+from layerlr.backends import HELP, PlanSpec, choose, cuda
 from layerlr.backends.cuda import CudaBackend, refusal
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A function that makes a GPU, of a capability, beside kernels of some architectures."""
-    module = types.ModuleType("layerlr._cuda")
-    module.__spec__ = importlib.machinery.ModuleSpec("layerlr._cuda", None)
+    library = types.SimpleNamespace()
     asked = []
 
     def make(capability, architectures, error=None):
@@ -32,12 +30,12 @@ def gpu(monkeypatch):
                 raise RuntimeError(error)
             return {"multiprocessors": 1}
 
-        module.architectures, module.device_info = architectures, device_info
+        library.architectures, library.device_info = architectures, device_info
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         return asked
 
-    monkeypatch.setitem(sys.modules, "layerlr._cuda", module)
-    monkeypatch.setattr(layerlr, "_cuda", module, raising=False)
+    monkeypatch.setattr(_C, "NO_CUDA", "")
+    monkeypatch.setattr(cuda, "load", lambda: library)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -87,12 +85,45 @@ def test_an_old_driver(gpu):
 
 def test_an_engine_that_was_not_built(monkeypatch):
     """The reason is the build's; python -m layerlr says it too."""
-    monkeypatch.setitem(sys.modules, "layerlr._cuda", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for reason in ("torch 2.13.0 has no CUDA", "no nvcc"):
         monkeypatch.setattr(_C, "NO_CUDA", reason)
         assert CudaBackend().missing(GPU) == f"was not built: {reason}"
-        assert command.kernels() == f"not built ({reason})"
+        assert command.kernels() == f"was not built: {reason}"
+
+
+#: a library like that of the kernels, of another release
+STRANGER = """
+static const struct { const char* layout; } library = {"0.0.1-0123456789ab"};
+const void* layerlr_cuda_library(void) { return &library; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (None, "cannot open shared object file: No such file or directory"),
+        ("no source of C", "file too short"),
+        ("int nothing;", "is no library of layerlr's kernels"),
+        (STRANGER, "is of layerlr 0.0.1-0123456789ab, layerlr._C is of "),
+    ],
+    ids=["gone", "broken", "strange", "of another release"],
+)
+def test_a_library_that_does_not_fit(monkeypatch, tmp_path, source, words):
+    """It is named, with what is wrong with it and the remedy."""
+    file = tmp_path / "liblayerlr_cuda.so"
+    if source == "no source of C":
+        file.write_text("")
+    elif source:
+        compiler = shutil.which("cc") or pytest.skip(reason="needs a C compiler")
+        (tmp_path / "library.c").write_text(source)
+        subprocess.run([compiler, "-shared", tmp_path / "library.c", "-o", file], check=True)
+    monkeypatch.setattr(_C, "NO_CUDA", "")
+    monkeypatch.setattr(cuda, "LIBRARY", file)
+    cuda.load.cache_clear()
+    reason = CudaBackend().missing(GPU)
+    assert reason.startswith(f"cannot be loaded: {file}") and words in reason
+    assert reason.endswith("; install layerlr again")
+    assert command.kernels() == reason
 
 
 def test_messages_that_name_an_engine_say_where_to_look():

@@ -42,7 +42,7 @@ class Traffic(ctypes.Structure):
 
 def of_emulation(kind, mangled):
     """A global variable of the emulation."""
-    return kind.in_dll(ctypes.CDLL(BACKENDS["simt"].module().__file__), mangled)
+    return kind.in_dll(BACKENDS["simt"].emulation(), mangled)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The CUDA kernels as compiled: what they were built for, and what the compiler made of them."""
 
-import ctypes
 import importlib.util
 import itertools
 import os
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from layerlr import _C
+from layerlr.backends.cuda import LIBRARY, left_out, load
 
 ROOT = Path(__file__).resolve().parents[2]
-#: where setup.py builds
-FOLDER = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
+ARCHITECTURES = [] if left_out() else load().architectures
+#: where setup.py builds such a library
+FOLDER = ROOT / "build/ninja" / "-".join(["sm", *ARCHITECTURES])
 #: bytes of local memory that a thread may have, outside of the loops over elements
 STACK_BYTES = 8
 
@@ -33,25 +33,22 @@ NVCC = find("nvcc", *(Path(home, "bin") for home in TOOLKITS if home))
 
 @pytest.fixture(scope="module")
 def cuda():
-    if importlib.util.find_spec("layerlr._cuda") is None:
+    """The library's kernels."""
+    if _C.NO_CUDA:
         pytest.skip(reason=f"the CUDA engine was not built: {_C.NO_CUDA}")
-    from layerlr import _cuda
-
-    return _cuda
+    return load()
 
 
-def test_the_engine_is_there_or_the_build_says_why_not():
-    there = importlib.util.find_spec("layerlr._cuda") is not None
-    assert there == (_C.NO_CUDA == "")
+def test_the_library_is_there_or_the_build_says_why_not():
+    assert LIBRARY.is_file() == (_C.NO_CUDA == "")
 
 
 @pytest.mark.skipif(os.environ.get("LAYERLR_CUDA") != "1", reason="LAYERLR_CUDA is not 1")
 def test_the_engine_is_there_where_it_was_insisted_on():
-    assert importlib.util.find_spec("layerlr._cuda") is not None
+    assert left_out() is None
 
 
-def test_engine_and_architectures(cuda):
-    assert '"layerlr.Engine"' in repr(cuda.engine())
+def test_architectures(cuda):
     assert cuda.architectures
     assert cuda.architectures == sorted(cuda.architectures, key=int)
 
@@ -67,19 +64,27 @@ def test_device_info(cuda):
 
 def test_library_needs_neither_torch_nor_a_driver(cuda):
     program = (
-        "import sys; from importlib.util import module_from_spec, spec_from_file_location;"
-        f"spec = spec_from_file_location('_cuda', {cuda.__file__!r});"
-        "spec.loader.exec_module(module_from_spec(spec));"
+        f"import ctypes; ctypes.CDLL({str(LIBRARY)!r}).layerlr_cuda_library();"
         "maps = open('/proc/self/maps').read();"
-        "print('torch' in sys.modules, 'libcuda.so' in maps, 'libcudart.so' in maps)"
+        "print('torch' in maps, 'libcuda.so' in maps, 'libcudart.so' in maps)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["False"] * 3, done.stderr
 
 
-def test_cuda_runtime_stays_inside_the_library(cuda):
+@pytest.mark.skipif(find("nm") is None, reason="needs nm")
+def test_one_function_is_all_that_the_library_shows(cuda):
     """Torch's own runtime must not get hold of the calls of ours, nor the other way round."""
-    assert not hasattr(ctypes.CDLL(cuda.__file__), "cudaLaunchKernel")
+    command = ["nm", "-D", "--defined-only", LIBRARY]
+    listing = subprocess.check_output(command, text=True)
+    assert [line.split()[-1] for line in listing.splitlines()] == ["layerlr_cuda_library"]
+
+
+@pytest.mark.skipif(find("nm") is None, reason="needs nm")
+def test_the_library_wants_nothing_of_python_or_torch(cuda):
+    listing = subprocess.check_output(["nm", "-D", "--undefined-only", LIBRARY], text=True)
+    wanted = [line.split()[-1] for line in listing.splitlines()]
+    assert wanted and not [name for name in wanted if re.search(r"^_?Py|c10|torch", name)]
 
 
 def test_no_source_asks_for_its_architecture():
@@ -129,7 +134,7 @@ def key_of(arch, mangled):
 def compiler_reports():
     """What ptxas says of each kernel, from the build's logs."""
     reports = {}
-    for log in sorted((FOLDER / "csrc/cuda").glob("*.cu.*o.log")):
+    for log in sorted(FOLDER.rglob("*.cu.o.log")):
         for text in log.read_text().split("Compiling entry function ")[1:]:
             # a division of doubles is a call, and its function has registers of its own
             text = re.sub(r"ptxas warning .* in function '__cuda_sm20_div_rn_f64.*", "", text)
@@ -175,7 +180,7 @@ def listings(cuda):
     )
     kernels = {}
     arch = current = None
-    command = [cuobjdump, "--dump-sass", cuda.__file__]
+    command = [cuobjdump, "--dump-sass", LIBRARY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if found := instruction.match(line):

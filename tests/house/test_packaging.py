@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,9 +98,11 @@ def build(monkeypatch, tmp_path):
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
     monkeypatch.setenv("LAYERLR_CUDA", "0")
-    monkeypatch.delenv("LAYERLR_CUDA_ARCH", raising=False)
+    for name in ("LAYERLR_CUDA_ARCH", "LAYERLR_CUDA_LIBRARY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "nvcc", raising=False)
+    for name in ("nvcc", "cuda_library"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("setup_under_test", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -119,7 +122,8 @@ def build(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     module.make_nvcc = make_nvcc
-    module.text = lambda: module.build_ninja(torch, module.native_extensions())
+    module.texts = lambda: module.build_files(torch, module.native_extensions()).values()
+    module.text = lambda: "".join(module.texts())
     return module
 
 
@@ -139,7 +143,7 @@ def left_out(build):
     """Why the CUDA engine is left out, as what is built will say."""
     text = build.text()
     assert [extension.name for extension in build.native_extensions()] == ["layerlr._C"]
-    assert "cuda.so" not in text and ".cu" not in text
+    assert "liblayerlr_cuda" not in text and ".cu" not in text
     (reason,) = re.findall(r'-DLAYERLR_NO_CUDA="(.*?)"', text)
     return reason
 
@@ -208,12 +212,32 @@ def test_build_with_cuda(build):
     objects, libraries = link("layerlr._C")
     assert ".cu.o" not in objects
     assert "cudart" not in libraries
-    objects, libraries = link("layerlr._cuda")
-    assert {"csrc/cuda/bindings.cpp.o", "csrc/cuda/engine.cu.o"} <= set(objects.split())
-    assert "torch_cpu" not in libraries
+    objects, libraries = link("layerlr.liblayerlr_cuda")
+    engine = "sm-80-90-100/engine/csrc/cuda/engine.cu.o"
+    assert engine in objects.split() and ".cpp" not in objects
+    assert "torch" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
     assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100\"'" in text
     assert '-DLAYERLR_NO_CUDA=""' in text
+
+
+def test_nvcc_compiles_each_object_in_a_folder_of_its_own(build):
+    """Its temporary files lie beside the object, under names that others would take too."""
+    build.make_nvcc()
+    objects = re.findall(r"(?m)^build (\S+): cuda ", build.text())
+    assert len({Path(name).parents[2] for name in objects}) == len(objects) > 3
+
+
+def test_what_knows_neither_python_nor_torch_is_compiled_once_for_all(build, monkeypatch):
+    build.make_nvcc()
+    shared, own = build.texts()
+    monkeypatch.setattr(build, "torch_version", lambda torch: (2, 11))
+    monkeypatch.setattr(build, "find_python_headers", lambda: "/another/python")
+    monkeypatch.setattr(torch.utils.cpp_extension, "include_paths", lambda: ["/another/torch"])
+    monkeypatch.setattr(torch.utils.cpp_extension, "library_paths", lambda: ["/another/torch"])
+    assert [shared == x for x in build.texts()] == [True, False]
+    assert "cpu/engine.cpp.o: compile" in shared and "cpu/engine.cpp.o: compile" not in own
+    assert "csrc/bindings.cpp.o: compile" in own
 
 
 @pytest.mark.parametrize(
@@ -239,7 +263,7 @@ def test_a_build_says_it_once(build, monkeypatch, tmp_path, capfd, of_torch, wor
     build.make_nvcc()
     monkeypatch.setattr(torch.version, "cuda", of_torch)
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    monkeypatch.setattr(build, "build_ninja", lambda *args: "")
+    monkeypatch.setattr(build, "build_files", lambda *args: {})
     monkeypatch.setattr(build, "find_ninja", lambda: "true")
     command = build.NinjaBuild(importlib.import_module("setuptools").Distribution())
     command.extensions = []
@@ -334,3 +358,81 @@ def test_sources_cover_every_file(build):
     }
     assert len(files) == len(set(files))
     assert set(files) == {file for file in there if build.X86 or not build.isa_flags(file)}
+
+
+@pytest.fixture
+def library(build, monkeypatch, tmp_path):
+    """A function that makes a library of a layout and names it to the build."""
+    compiler = build.shutil.which("cc") or pytest.skip(reason="needs a C compiler")
+
+    def make(layout, function="layerlr_cuda_library"):
+        # the system takes a path that it knows for the library that it has opened
+        source, file = tmp_path / "library.c", tmp_path / f"{layout}{function}.so"
+        source.write_text(
+            f'static const struct {{ const char* layout; }} library = {{"{layout}"}};'
+            f"const void* {function}(void) {{ return &library; }}"
+        )
+        subprocess.run([compiler, "-shared", source, "-o", file], check=True)
+        monkeypatch.setenv("LAYERLR_CUDA_LIBRARY", str(file))
+        return file
+
+    return make
+
+
+def test_a_library_that_is_there_is_copied(build, library, monkeypatch, tmp_path):
+    """Byte for byte, without nvcc, whatever torch has."""
+    made = library(build.cuda_library.layout())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    text = build.text()
+    assert '-DLAYERLR_NO_CUDA=""' in text and ".cu.o" not in text
+    setuptools = importlib.import_module("setuptools")
+    extensions = [x for x in build.native_extensions() if x.name == build.CUDA_LIBRARY]
+    command = build.NinjaBuild(setuptools.Distribution({"ext_modules": extensions}))
+    command.ensure_finalized()
+    command.build_lib = str(tmp_path / "installed")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "build_files", lambda *args: {})
+    command.run()
+    copy = tmp_path / "installed/layerlr/liblayerlr_cuda.so"
+    assert copy.read_bytes() == made.read_bytes()
+    assert [Path(output) for output in command.get_outputs()] == [copy]
+
+
+def test_a_library_that_does_not_fit_is_refused(build, library, monkeypatch, tmp_path):
+    def refused(words):
+        with pytest.raises(SystemExit, match=f"LAYERLR_CUDA_LIBRARY=.*{words}"):
+            build.native_extensions()
+
+    library("0.0.1-0123456789ab")
+    refused(f"is of layerlr 0.0.1-0123456789ab, these .* {build.cuda_library.layout()}: name ")
+    library("", function="another")
+    refused("is no library of layerlr's kernels: .*undefined symbol: layerlr_cuda_library")
+    monkeypatch.setenv("LAYERLR_CUDA_LIBRARY", str(tmp_path / "library.c"))
+    refused("is no library of layerlr's kernels: .*(too short|invalid ELF header)")
+    monkeypatch.setenv("LAYERLR_CUDA_LIBRARY", str(tmp_path / "gone.so"))
+    refused("gone.so is no file")
+    monkeypatch.setenv("LAYERLR_CUDA", "0")
+    with pytest.raises(SystemExit, match="LAYERLR_CUDA=0 leaves out what LAYERLR_CUDA_LIBRARY="):
+        build.native_extensions()
+
+
+def test_a_layout_is_of_the_release_and_of_the_headers_of_both_sides(build, monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    here = build.cuda_library.layout()
+    monkeypatch.setattr(build.cuda_library, "ROOT", tmp_path)
+    assert build.cuda_library.layout() == here
+
+    def changes(name):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace("\n", " \n").replace('n = "', 'n = "9.'))
+        changed = build.cuda_library.layout() != here
+        (tmp_path / name).write_text(text)
+        return changed
+
+    of_both = ["cuda/engine.h", "cuda/tables.h", "decide.h", "step_config.h", "row.h"]
+    of_both += ["directions/all.h", "directions/adam.h", "rules/all.h", "rules/layca.h"]
+    assert [name for name in of_both if not changes(f"csrc/{name}")] == []
+    assert changes("pyproject.toml")
+    of_one = ["cuda/kernels.cuh", "cuda/schedule.h", "cpu/vec.h", "bound_plan.h"]
+    assert [name for name in of_one if changes(f"csrc/{name}")] == []

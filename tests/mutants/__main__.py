@@ -97,10 +97,11 @@ def link(folder: Path, file: str) -> None:
             objects.append(folder / f"{Path(unit).name}.o")
             words = [] if unit.startswith("csrc/cpu/") else [*headers, "-std=c++20"]
             subprocess.run([*CXX, *words, unit, "-o", objects[-1]], cwd=folder, check=True)
-    build = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}"
-    others = [o for o in build.glob("csrc/*.o") if (ROOT / "csrc" / o.stem).is_file()]
-    others = [o for o in others if f"csrc/{o.stem}" != file]
-    others.append(build / "csrc/cuda/schedule.cpp.o")
+    pair = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    built = [ROOT / "build" / "ninja", ROOT / "build" / f"ninja-{pair}"]
+    others = [(f"csrc/{o.stem}", o) for there in built for o in there.glob("csrc/*.o")]
+    others += [(f"csrc/cuda/{o.stem}", o) for o in built[0].glob("csrc/cuda/*.o")]
+    others = [o for source, o in others if (ROOT / source).is_file() and source != file]
     (target,) = (folder / "layerlr").glob("_C.*.so")
     target.unlink()
     paths = [f"-L{p}" for p in library_paths()]

@@ -1,8 +1,7 @@
-// The CUDA engine as a Python module that runs on the CPU: the sources that nvcc compiles.
+// The library of the CUDA engine, of the sources that nvcc compiles, for the CPU.
 #include <functional>
 #include <vector>
 
-#include "cuda/bindings.cpp"
 #include "cuda/engine.cu"
 #include "simt.h"
 
@@ -31,10 +30,14 @@ bool is_recording(void*) { return recording; }
 }  // namespace
 
 extern "C" {
-extern const Engine simt_engine;
-const Engine simt_engine{cuda_engine().info,    step_or_record,
-                         cuda_engine().measure,  // whose answers torch would have to record
-                         cuda_engine().apply,   upload_or_record, is_recording};
+const Library* layerlr_cuda_library() {
+  static const Library library{LAYERLR_LAYOUT,
+                               "simt",
+                               {cuda_engine().info, step_or_record,
+                                cuda_engine().measure,  // whose answers torch would have to record
+                                cuda_engine().apply, upload_or_record, is_recording}};
+  return &library;
+}
 
 void simt_capture(bool on) {
   if (on) graph.clear();
