@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFINES = [
     "-DLAYERLR_SIMT",
     "-DLAYERLR_WORKERS=64",
-    "-DLAYERLR_FEW_FAMILIES",
     '-DLAYERLR_CUDA_ARCH="simt"',
 ]
 FLAGS = [
