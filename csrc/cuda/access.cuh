@@ -21,6 +21,7 @@ struct Arrays {
 /// What a step does to every gradient.
 struct Gradient {
   double sign, l2;
+  bool decays;   // l2 is not 0
   bool raw;      // the rule measures it before L2 decay
   bool weights;  // the first pass of a gradient rule reads them
   bool skip;     // an element with a bad gradient keeps its state
@@ -47,7 +48,7 @@ struct Access {
         how(how),
         sign(T(how.sign)),
         l2(T(how.l2)),
-        decays(how.l2 != 0),
+        decays(how.decays),
         skips(how.skip) {}
 
   LAYERLR_DEVICE static int block_of(int e) { return static_cast<unsigned>(e) / code_block; }

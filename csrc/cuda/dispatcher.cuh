@@ -129,7 +129,7 @@ struct Dispatcher {
     w.at.place = static_cast<uint32_t>(tensor_begin + begin / code_block * block);
     w.at.dtype = dtype;
     const bool raw = ruled && info.raw_gradient;
-    w.how = {sign, l2, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};
+    w.how = {sign, l2, l2 != 0, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};
     if (lane == 0) work = w;
     __syncwarp();
     if (lane < arrays) work.at.of[lane] = array.data;

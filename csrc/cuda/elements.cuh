@@ -66,9 +66,10 @@ struct Elements : Access<D, P, coded> {
   }
   template <Pass pass, class Codes>
   LAYERLR_DEVICE int tiles_of(Codes codes, const Factors<T>& by, int e, LayerStats& sums) const {
-    /// Vectors of four that a worker has in hand, as registers allow; between them lie those of the
-    /// other workers.
-    constexpr int in_hand = Codes::value || states > (coded ? 1 : 2) ? 1 : 2;
+    // Vectors of four that a worker has in hand, as registers allow; between them lie those of the
+    // other workers. What lies beside 16-bit weights takes registers, a gradient that u needs too.
+    constexpr int held = states + (Base::coded_weights && D<T>::needs_grad);
+    constexpr int in_hand = Codes::value || held > (coded ? 1 : 2) ? 1 : 2;
     constexpr int tile = in_hand * stride;
     const int end = at.count - tile + static_cast<int>(threadIdx.x) * 4;
 #pragma unroll 1
