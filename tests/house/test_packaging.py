@@ -212,7 +212,7 @@ def test_build_with_cuda(build):
     assert {"csrc/cuda/bindings.cpp.o", "csrc/cuda/engine.cu.o"} <= set(objects.split())
     assert "torch_cpu" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
-    assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100\"'" in text
+    assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100;120\"'" in text
     assert '-DLAYERLR_NO_CUDA=""' in text
 
 
