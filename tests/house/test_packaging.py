@@ -111,7 +111,7 @@ def build(monkeypatch, tmp_path):
     def only_ours(name, path=None):
         return which(name, path=str(tmp_path) if name == "nvcc" else path)
 
-    def make_nvcc(architectures="80 90 100"):
+    def make_nvcc(architectures="80 90 100 120"):
         program.write_text(NVCC.format(architectures=architectures))
         program.chmod(0o755)
 
