@@ -3,8 +3,8 @@
 LAYERLR_CUDA: auto (the default) builds it where it can be used, that is, where torch has CUDA and
 there is an nvcc in CUDA_HOME, CUDA_PATH, on the PATH or in /usr/local/cuda; 1 insists, whatever
 torch has; 0 leaves it out. LAYERLR_CUDA_ARCH: what to compile for. By default the GPUs that torch
-can use; where there is none (a container is built), "80;90;100". PTX serves the GPUs between and
-after them. nvcc itself reads NVCC_CCBIN and NVCC_APPEND_FLAGS. cuda_library.py says what
+can use; where there is none (a container is built), "80;90;100;120". PTX serves the GPUs between
+and after them. nvcc itself reads NVCC_CCBIN and NVCC_APPEND_FLAGS. cuda_library.py says what
 LAYERLR_CUDA_LIBRARY is.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cuda_library import ROOT, stop
 
-CUDA_ARCHITECTURES = "80;90;100"
+CUDA_ARCHITECTURES = "80;90;100;120"
 #: the oldest that the kernels are written for
 OLDEST = 80
 

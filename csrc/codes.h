@@ -32,19 +32,20 @@ struct BlockScale {
   }
 };
 
-/// The nearest whole number to 0 <= x < 2^22.
-template <class V>
-LAYERLR_HD V rounded(V x) {
-  return (x + 12582912.f) - 12582912.f;  // 3 * 2^22: what is below 1 is rounded away
-}
-
 /// A little less than 1: a root that is wrong by an ulp or two ends below a threshold, not above.
 constexpr float just_below = 1 - 0x1p-18f;
+
+/// The code of a root, 0 <= root < 2^22, or one less.
+template <class V>
+LAYERLR_HD V code_below(V root) {
+  constexpr float whole = 12582912;  // 3 * 2^22: what is below 1 is rounded away
+  return about_sum(root, just_below, whole) - whole;
+}
 
 template <class V>
 LAYERLR_HD V encode_signed(V x, float to_z) {
   const V z = at_most(magnitude(x) * to_z, largest_signed);
-  const V c = rounded(quick_root(z) * just_below), half = c + 0.5f;
+  const V c = code_below(quick_root(z)), half = c + 0.5f;
   return with_sign(add_one_where(z, half * half, c), x);
 }
 template <class V>
@@ -55,7 +56,7 @@ LAYERLR_HD V decode_signed(V c, float scale) {
 template <class V>
 LAYERLR_HD V encode_unsigned(V x, float to_z) {
   const V z = at_most(x * to_z, largest_unsigned);
-  const V c = rounded(quick_root(quick_root(z)) * just_below), half = c + 0.5f;
+  const V c = code_below(quick_root(quick_root(z))), half = c + 0.5f;
   const V square = half * half;
   return at_least_one_where_positive(x, add_one_where(z, square * square, c));
 }

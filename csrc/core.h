@@ -75,10 +75,10 @@ LAYERLR_HD float add_one_where(float z, float threshold, float c) {
   return z >= threshold ? c + 1 : c;
 }
 
-/// c, or 1 if that is more and x > 0.
+/// c >= 0, or 1 if that is more and x > 0.
 LAYERLR_HD float at_least_one_where_positive(float x, float c) {
-  const float least = x > 0 ? 1.f : 0.f;
-  return c > least ? c : least;
+  const float most = c > 1 ? c : 1.f;
+  return x > 0 ? most : c;
 }
 
 /// A square root that may be wrong by two ulp.
@@ -91,6 +91,14 @@ LAYERLR_HD float quick_root(float x) {
 #else
   return sqrtf(x);
 #endif
+}
+
+/// x*y + z, rounded once or twice.
+LAYERLR_HD float about_sum(float x, float y, float z) {
+#if defined(__CUDACC__)
+  NV_IF_TARGET(NV_IS_DEVICE, (return __fmaf_rn(x, y, z);))
+#endif
+  return x * y + z;
 }
 
 /// 1 above 0, -1 below, a zero or NaN as it is.

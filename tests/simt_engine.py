@@ -18,7 +18,7 @@ from layerlr.backends.cuda import CudaBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 #: items of 1,024 elements rather than 4,096, so that small tensors have several
-DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_WORKERS=64", "-DLAYERLR_FEW_FAMILIES"]
+DEFINES = ["-DLAYERLR_SIMT", "-DLAYERLR_WORKERS=64"]
 FLAGS = [
     *"-shared -fPIC -std=c++17 -O1 -ffp-contract=off -pthread -Wno-unknown-pragmas".split(),
     *DEFINES,

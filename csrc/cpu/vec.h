@@ -86,6 +86,7 @@ template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
 }
+inline Pack<float> about_sum(Pack<float> x, float y, float z) { return x * y + z; }
 inline Pack<float> at_most(Pack<float> x, float limit) {
   typedef float T;
   const auto most = Pack<T>::fill(limit).v[0];

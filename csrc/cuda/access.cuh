@@ -10,8 +10,10 @@ struct Arrays {
   char* of[arrays];
   int count;     // of elements, where there are codes as if blocks were whole
   int block;     // elements that share a scale
+  DType dtype;   // of the parameter
   bool aligned;  // every array begins at a vector
   bool narrow;   // states are bfloat16
+  bool codes;    // states are codes of 8 bits
   Codec weights;
   uint32_t key, place;  // of stochastic rounding: the step's, the first element's
 };
@@ -19,16 +21,18 @@ struct Arrays {
 /// What a step does to every gradient.
 struct Gradient {
   double sign, l2;
+  bool decays;   // l2 is not 0
   bool raw;      // the rule measures it before L2 decay
   bool weights;  // the first pass of a gradient rule reads them
   bool skip;     // an element with a bad gradient keeps its state
 };
 
 /// Access to elements of direction D and parameter type P. `coded`: weights and states may have
-/// codecs; if `codes`, those of the states are codes of 8 bits.
-template <template <class> class D, class P, bool coded, bool codes>
+/// codecs. Of what is passed along, `codes` says that those of the states are codes of 8 bits,
+/// `whole` that vectors are aligned and have four elements.
+template <template <class> class D, class P, bool coded>
 struct Access {
-  static constexpr bool coded_weights = coded && sizeof(P) == 2;
+  static constexpr bool coded_weights = coded && !std::is_same<P, float>::value;
   using T = typename Wide<P>::type;
   static constexpr int states = D<T>::states;
 
@@ -44,103 +48,123 @@ struct Access {
         how(how),
         sign(T(how.sign)),
         l2(T(how.l2)),
-        decays(how.l2 != 0),
+        decays(how.decays),
         skips(how.skip) {}
 
   LAYERLR_DEVICE static int block_of(int e) { return static_cast<unsigned>(e) / code_block; }
 
-  LAYERLR_DEVICE P* w() const { return reinterpret_cast<P*>(at.of[array_w]); }
-  LAYERLR_DEVICE const P* g() const { return reinterpret_cast<const P*>(at.of[array_g]); }
   LAYERLR_DEVICE T* s(int k) const { return reinterpret_cast<T*>(at.of[array_state + k]); }
 
   LAYERLR_DEVICE T decayed(T g, T weight) const { return decays ? g + weight * l2 : g; }
 
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void load_gradient(Whole whole, int e, int n, T* x) const {
-    load<use>(whole, g() + e, n, x);
+  /// Elements of an array of the parameter's type.
+  template <class Whole>
+  LAYERLR_DEVICE void load_typed(Use use, Whole whole, int array, int e, int n, T* x) const {
+    with_type(P(), at.dtype, [&](auto p) {
+      load(use, whole, reinterpret_cast<const decltype(p)*>(at.of[array]) + e, n, x);
+    });
+  }
+  template <class Whole>
+  LAYERLR_DEVICE void store_typed(Use use, Whole whole, int array, int e, int n, const T* x) const {
+    with_type(P(), at.dtype, [&](auto p) {
+      store(use, whole, reinterpret_cast<decltype(p)*>(at.of[array]) + e, n, x);
+    });
+  }
+
+  template <class Whole>
+  LAYERLR_DEVICE void load_gradient(Use use, Whole whole, int e, int n, T* x) const {
+    load_typed(use, whole, array_g, e, n, x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = x[i] * sign;
   }
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void load_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
+  template <class Codes, class Whole>
+  LAYERLR_DEVICE void load_states(Use use, Codes codes, Whole whole, int e, int n, int block,
+                                  T (*x)[4]) const {
 #pragma unroll
     for (int k = 0; k < states; ++k) {
-      if constexpr (codes) {
-        load_codes<use>(whole, e, n, block, k, x[k]);
-      } else if (coded && at.narrow) {
-        load<use>(whole, reinterpret_cast<const BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
-      } else {
-        load<use>(whole, s(k) + e, n, x[k]);
+      if constexpr (coded) {
+        if (codes) {
+          load_codes(use, whole, e, n, block, k, x[k]);
+          continue;
+        }
+        if (at.narrow) {
+          load(use, whole, reinterpret_cast<const BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+          continue;
+        }
       }
+      load(use, whole, s(k) + e, n, x[k]);
     }
   }
   /// Store the states, and leave in x what a load will find.
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void store_states(Whole whole, int e, int n, int block, T (*x)[4]) const {
+  template <class Codes, class Whole>
+  LAYERLR_DEVICE void store_states(Use use, Codes codes, Whole whole, int e, int n, int block,
+                                   T (*x)[4]) const {
 #pragma unroll
     for (int k = 0; k < states; ++k) {
-      if constexpr (codes) {
-        store_codes<use>(whole, e, n, block, k, x[k]);
-      } else if (coded && at.narrow) {
-        store<use>(whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          BFloat16 narrow;
-          narrowed(x[k][i], narrow);
-          x[k][i] = widened(narrow);
+      if constexpr (coded) {
+        if (codes) {
+          store_codes(use, whole, e, n, block, k, x[k]);
+          continue;
         }
-      } else {
-        store<use>(whole, s(k) + e, n, x[k]);
+        if (at.narrow) {
+          store(use, whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            BFloat16 narrow;
+            narrowed(x[k][i], narrow);
+            x[k][i] = widened(narrow);
+          }
+          continue;
+        }
       }
+      store(use, whole, s(k) + e, n, x[k]);
     }
   }
 
   // -- states in codes of 8 bits: a block is what 16 threads have in hand -------------------------
 
-  /// Of the warp, those that have a block in hand.
-  LAYERLR_DEVICE static unsigned lanes_of_block() { return 0xffffu << (threadIdx.x & 16); }
+  /// Of the warp, those that are at it together: all in a tile, else the half that has a block.
+  LAYERLR_DEVICE static unsigned lanes(Known<true>) { return 0xffffffffu; }
+  LAYERLR_DEVICE static unsigned lanes(bool) { return 0xffffu << (threadIdx.x & 16); }
   LAYERLR_DEVICE float* scale(int k, int block) const {
     return reinterpret_cast<float*>(at.of[array_scales + k]) + block;
   }
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void load_codes(Whole whole, int e, int n, int block, int k, T* x) const {
+  template <class Whole>
+  LAYERLR_DEVICE void load_codes(Use use, Whole whole, int e, int n, int block, int k, T* x) const {
     const char* const from = at.of[array_state + k] + e;
     const T scale = device::read(this->scale(k, block));
     if (D<T>::nonnegative(k)) {
-      load<use>(whole, reinterpret_cast<const uint8_t*>(from), n, x);
+      load(use, whole, reinterpret_cast<const uint8_t*>(from), n, x);
     } else {
-      load<use>(whole, reinterpret_cast<const int8_t*>(from), n, x);
+      load(use, whole, reinterpret_cast<const int8_t*>(from), n, x);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       x[i] = D<T>::nonnegative(k) ? decode_unsigned(x[i], scale) : decode_signed(x[i], scale);
     }
   }
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void store_codes(Whole whole, int e, int n, int block, int k, T* x) const {
+  template <class Whole>
+  LAYERLR_DEVICE void store_codes(Use use, Whole whole, int e, int n, int block, int k,
+                                  T* x) const {
     const float z = D<T>::nonnegative(k) ? largest_unsigned : largest_signed;
-    const BlockScale of(largest_of_block(x), z);
+    const BlockScale of(largest_of_block(lanes(whole), x), z);
     T c[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], of.to_z) : encode_signed(x[i], of.to_z);
       x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], of.scale) : decode_signed(c[i], of.scale);
     }
-    store<use>(whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
-    __syncwarp(lanes_of_block());  // all of them have read the last one
+    store(use, whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
+    __syncwarp(lanes(whole));  // all of them have read the last one
     if (threadIdx.x % 16 == 0) device::write(scale(k, block), of.scale);
   }
   /// Of numbers without a sign the bits are in order, NaN last.
-  LAYERLR_DEVICE static float largest_of_block(const T* x) {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = bit_cast<uint32_t>(magnitude(x[i]));
-      most = bits > most ? bits : most;
-    }
+  LAYERLR_DEVICE static float largest_of_block(unsigned lanes, const T* x) {
+    uint32_t most = bit_cast<uint32_t>(device::larger_magnitude(
+        device::larger_magnitude(x[0], x[1]), device::larger_magnitude(x[2], x[3])));
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
-      const uint32_t other = __shfl_xor_sync(lanes_of_block(), most, distance);
+      const uint32_t other = __shfl_xor_sync(lanes, most, distance);
       most = other > most ? other : most;
     }
     return bit_cast<float>(most);
@@ -148,25 +172,27 @@ struct Access {
 
   // -- 16-bit weights and what lies beside them: layerlr/precision.py has the formulas ------------
 
-  LAYERLR_DEVICE static T nearest(T x) {
-    P p;
-    narrowed(x, p);
-    return widened(p);
+  LAYERLR_DEVICE T nearest(T x) const {
+    with_type(P(), at.dtype, [&](auto p) {
+      narrowed(x, p);
+      x = widened(p);
+    });
+    return x;
   }
   /// Four weights, and the nearest 16-bit numbers to them as they are stored.
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void load_weights(Whole whole, int e, int n, T* x, T* stored) const {
-    load<use>(whole, w() + e, n, stored);
+  template <class Whole>
+  LAYERLR_DEVICE void load_weights(Use use, Whole whole, int e, int n, T* x, T* stored) const {
+    load_typed(use, whole, array_w, e, n, stored);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = stored[i];
     if constexpr (coded_weights) {
       T beside[4];
       if (at.weights == Codec::master) {
-        load<use>(whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
+        load(use, whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
       } else if (at.weights == Codec::kahan) {
-        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, beside);
+        load_typed(use, whole, array_aux, e, n, beside);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
@@ -175,15 +201,15 @@ struct Access {
     }
   }
   /// x in place of `old`, whose nearest is `stored`.
-  template <Use use, class Whole>
-  LAYERLR_DEVICE void store_weights(Whole whole, int e, int n, const T* old, const T* stored,
-                                    T* x) const {
+  template <class Whole>
+  LAYERLR_DEVICE void store_weights(Use use, Whole whole, int e, int n, const T* old,
+                                    const T* stored, T* x) const {
     if constexpr (coded_weights) {
       if (at.weights == Codec::master) {
-        store<use>(whole, reinterpret_cast<T*>(at.of[array_aux]) + e, n, x);
+        store(use, whole, reinterpret_cast<T*>(at.of[array_aux]) + e, n, x);
       } else if (at.weights == Codec::kahan) {
         T rest[4], before[4];
-        load<use>(whole, reinterpret_cast<const P*>(at.of[array_aux]) + e, n, before);
+        load_typed(use, whole, array_aux, e, n, before);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const T left = x[i] - nearest(x[i]);
@@ -191,7 +217,7 @@ struct Access {
           rest[i] = still ? before[i] : left - left == 0 ? left : T(0);
           x[i] = still ? stored[i] : x[i];
         }
-        store<use>(whole, reinterpret_cast<P*>(at.of[array_aux]) + e, n, rest);
+        store_typed(use, whole, array_aux, e, n, rest);
       } else if (at.weights == Codec::stochastic) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -200,7 +226,7 @@ struct Access {
         }
       }
     }
-    store<use>(whole, w() + e, n, x);
+    store_typed(use, whole, array_w, e, n, x);
   }
 };
 

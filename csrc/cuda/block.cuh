@@ -6,18 +6,17 @@
 
 namespace layerlr {
 
-enum What : int32_t { nothing, measures, applies, ends };
+enum What : int32_t { nothing, works, ends };
 
 /// An item, ready to be worked on.
 struct Work {
   Arrays at;
   Gradient how;
-  DType dtype;
   What what;
+  Pass pass;
   bool waits;   // its verdict was not there yet
   bool second;  // the pass
   bool sums;    // there are sums to add, of nothing perhaps
-  bool codes;   // its states are codes
   int scalars;  // which of the block's two
   int layer, slot;
   double grad, a, b;
@@ -43,39 +42,52 @@ struct Shared {
 /// The barrier of all threads of the block.
 LAYERLR_DEVICE void meet() { __syncthreads(); }
 
-/// Dtypes that a kernel knows. with_type calls body(P(), whether arrays may have codecs, whether
-/// the states are codes).
-template <class P, bool may_be_coded>
-struct Only {
+/// What kernels know. Those for float32 and bfloat16 have loops over full tiles, and `may_be_coded`
+/// with codecs; the one for every dtype has not.
+template <bool may_be_coded>
+struct Floats {
   static constexpr bool any = false, coded = may_be_coded;
-  template <class Body>
-  LAYERLR_DEVICE static void with_type(DType, bool codes, Body body) {
-    if constexpr (may_be_coded) {
-      if (codes) return body(P(), std::true_type(), std::true_type());
-    }
-    body(P(), std::bool_constant<may_be_coded>(), std::false_type());
-  }
+  typedef OneOf<float, BFloat16> Narrow;
 };
 struct AnyDtype {
   static constexpr bool any = true, coded = true;
-  template <class Body>
-  LAYERLR_DEVICE static void with_type(DType dtype, bool codes, Body body) {
-    switch (dtype) {
-      case DType::f32:
-        return Only<float, true>::with_type(dtype, codes, body);
-      case DType::f64:
-        return Only<double, false>::with_type(dtype, codes, body);
-      case DType::bf16:
-        return Only<BFloat16, true>::with_type(dtype, codes, body);
-      case DType::f16:
-        return Only<Float16, true>::with_type(dtype, codes, body);
+  typedef OneOf<float, BFloat16, Float16> Narrow;
+};
+
+/// What a worker does to an item's elements, of parameter type P or one of those.
+template <template <class> class D, class P, bool coded>
+struct Worker {
+  using T = typename Wide<P>::type;
+  using Here = Elements<D, P, coded>;
+
+  LAYERLR_DEVICE static const D<T>& scalars(const Shared<D>& shared, const Work& now) {
+    return *reinterpret_cast<const D<T>*>(shared.scalars[now.scalars].room);
+  }
+  LAYERLR_DEVICE static Factors<T> factors(const Work& now) {
+    return {T(now.grad), T(now.a), T(now.b)};
+  }
+  /// Full tiles; everything that they need is in registers. Returns where they end.
+  LAYERLR_DEVICE static int tiles(const Shared<D>& shared, const Work& now, int e,
+                                  LayerStats& sums) {
+    const Arrays at = now.at;
+    const Gradient how = now.how;
+    const D<T> d = scalars(shared, now);
+    return Here(at, d, how).tiles(now.pass, factors(now), e, sums);
+  }
+  /// One vector after the other; what they need is read again for each.
+  LAYERLR_DEVICE static void rest(const Shared<D>& shared, const Work& now, int e,
+                                  LayerStats& sums) {
+#pragma unroll 1
+    for (; e < now.at.count; e += 4 * workers) {
+      device::forget();
+      Here(now.at, scalars(shared, now), now.how).one(now.pass, factors(now), e, sums);
     }
   }
 };
 
-/// What a worker does, item after item. The next one is prepared, and the sums of the last one are
+/// What the workers do, item after item. The next one is prepared, and the sums of the last one are
 /// added, by the two other warps in the meantime.
-template <template <class> class D, class F, Order order>
+template <template <class> class D, class F>
 LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
   for (int k = 0;; ++k) {
     const Work& now = shared.work[k & 1];
@@ -84,29 +96,21 @@ LAYERLR_DEVICE void work_on_items(Shared<D>& shared) {
     if (now.what == ends) return;
     if (now.what == nothing) continue;
     LayerStats sums;
-    F::with_type(now.dtype, now.codes, [&](auto p, auto coded, auto codes) {
-      using P = decltype(p);
-      using T = typename Wide<P>::type;
-      const Arrays at = now.at;
-      const Gradient how = now.how;
-      const D<T> d = *reinterpret_cast<const D<T>*>(shared.scalars[now.scalars].room);
-      const Elements<D, P, decltype(coded)::value, decltype(codes)::value, !F::any> elements(at, d,
-                                                                                             how);
-      const T grad = T(now.grad), a = T(now.a), b = T(now.b);
-      if constexpr (order == unmeasured) {
-        elements.template advance_apply<false>(grad, a, b);
-      } else if constexpr (order == gradient_rule) {
-        sums = now.what == measures ? elements.measure()
-                                    : elements.template advance_apply<true>(grad, a, b);
-      } else if (now.what == measures) {
-        sums = elements.advance();
-      } else {
-        elements.apply(a, b);
-      }
-    });
-    if (order != unmeasured && now.sums) {
-      reinterpret_cast<LayerStats&>(shared.partials[k & 1].of[threadIdx.x]) = sums;
+    int e = static_cast<int>(threadIdx.x) * 4;
+    if constexpr (!F::any) {
+      with_type(typename F::Narrow(), now.at.dtype,
+                [&](auto p) { e = Worker<D, decltype(p), F::coded>::tiles(shared, now, e, sums); });
     }
+    if constexpr (F::any) {
+      if (now.at.dtype == DType::f64) {
+        Worker<D, double, false>::rest(shared, now, e, sums);
+      } else {
+        Worker<D, typename F::Narrow, true>::rest(shared, now, e, sums);
+      }
+    } else {
+      Worker<D, typename F::Narrow, F::coded>::rest(shared, now, e, sums);
+    }
+    if (now.sums) reinterpret_cast<LayerStats&>(shared.partials[k & 1].of[threadIdx.x]) = sums;
   }
 }
 

@@ -108,8 +108,21 @@ LAYERLR_DEVICE void wait_for(const unsigned* p, unsigned x) {
   }
 }
 
+/// What was read before this is read again after it, where that is cheaper than to keep it.
+LAYERLR_DEVICE void forget() { asm volatile("" ::: "memory"); }
+
 // -- arithmetic -----------------------------------------------------------------------------------
 
+/// The larger of |x| and |y|; NaN where either is.
+LAYERLR_DEVICE float larger_magnitude(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(fabsf(x)), "f"(fabsf(y)));
+  return z;
+}
+/// Byte i of a word, and the bytes of 2^23 above it: a float, 2^23 and that byte.
+LAYERLR_DEVICE uint32_t byte_of_float(uint32_t word, int i) {
+  return __byte_perm(word, 0x4b000000u, 0x7440u | i);
+}
 LAYERLR_DEVICE double fused_add(double x, double y, double z) { return __fma_rn(x, y, z); }
 
 }  // namespace layerlr::device

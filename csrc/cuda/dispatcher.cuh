@@ -8,15 +8,16 @@
 
 namespace layerlr {
 
-/// Makes item k + 1 ready while the workers are at item k. All lanes do the same but for what only
+/// Makes item k ready while the workers are at item k - 1. All lanes do the same but for what only
 /// one may do.
-template <template <class> class D, class F, Order order>
+template <template <class> class D, class F>
 struct Dispatcher {
   static constexpr unsigned all = 0xffffffffu;
   const StepArgs& args;
   Shared<D>& shared;
   const int lane = threadIdx.x % 32;
   const uint32_t epoch;
+  const Order order;
   const RuleInfo info;
   const double sign, l2;
   const bool skip;
@@ -27,6 +28,7 @@ struct Dispatcher {
       : args(args),
         shared(shared),
         epoch(args.sync->epoch + 1),
+        order(args.order()),
         info(rule_info(args.rule.rule)),
         sign(args.config->grad_factor),
         l2(l2_of(args)),
@@ -37,18 +39,16 @@ struct Dispatcher {
     if (lane == 0) shared.scalars[0].t = shared.scalars[1].t = 0;
     __syncwarp();
     ask();
-    prepare(shared.work[0], next_item());
     for (int k = 0;; ++k) {
-      Work& now = shared.work[k & 1];
+      Work& work = shared.work[k & 1];
+      prepare(work, next_item());
       meet();  // the workers begin with item k, and have ended the one before
-      const bool end = now.what == ends;
-      if (!end) ask();
-      if (now.waits) {
-        wait_for_verdict(now);
+      if (work.what == ends) return;
+      ask();
+      if (work.waits) {
+        wait_for_verdict(work);
         meet();
       }
-      if (end) return;
-      prepare(shared.work[~k & 1], next_item());
     }
   }
 
@@ -107,8 +107,9 @@ struct Dispatcher {
     w.layer = item.layer;
     w.slot = item.slot;
     w.second = args.phase == whole_step ? item.second : args.phase == second_pass;
-    w.what = !active ? nothing : w.second ? applies : measures;
-    w.sums = order == gradient_rule || (order == update_rule && !w.second);
+    w.what = active ? works : nothing;
+    w.pass = pass_of(w.second);
+    w.sums = sums_up(w.pass);
     w.grad = 1;
     if (order != unmeasured && w.second) fill_verdict(w);
     const double t = active ? coming_step(step, step_is_double) : 0;
@@ -123,15 +124,21 @@ struct Dispatcher {
     w.at.count = static_cast<int>(left < args.item_elements ? left : args.item_elements);
     w.at.weights = weights;
     w.at.narrow = states == Stored::bfloat16;
-    w.codes = states == Stored::codes;
+    w.at.codes = states == Stored::codes;
     w.at.key = weights == Codec::stochastic ? rounding_key(seed, t) : 0;
     w.at.place = static_cast<uint32_t>(tensor_begin + begin / code_block * block);
-    w.dtype = dtype;
+    w.at.dtype = dtype;
     const bool raw = ruled && info.raw_gradient;
-    w.how = {sign, l2, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};
+    w.how = {sign, l2, l2 != 0, raw, (ruled && info.measures_ww) || (l2 != 0 && !raw), skip};
     if (lane == 0) work = w;
     __syncwarp();
     if (lane < arrays) work.at.of[lane] = array.data;
+  }
+
+  LAYERLR_DEVICE Pass pass_of(bool second) const {
+    if (order == unmeasured) return Pass::advance_apply;
+    if (order == gradient_rule) return second ? Pass::advance_apply_measured : Pass::measure;
+    return second ? Pass::apply : Pass::advance;
   }
 
   /// Which scalars are those of step t. The workers may be using the latest, not the others.

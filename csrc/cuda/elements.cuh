@@ -1,4 +1,4 @@
-// The two passes over the elements of an item.
+// The passes over the elements of an item.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -6,96 +6,120 @@
 
 namespace layerlr {
 
-/// The passes over an item. `straight`: full tiles of aligned arrays have a loop of their own,
-/// without questions.
-template <template <class> class D, class P, bool coded, bool codes, bool straight>
-struct Elements : Access<D, P, coded, codes> {
-  using Base = Access<D, P, coded, codes>;
+/// What is done to the elements of an item.
+enum class Pass : int32_t {
+  measure,                 // gradient rules, first: nothing changes
+  advance,                 // update rules, first: the state moves on
+  apply,                   // update rules, second: w <- a*w + b*u, u formed again from the state
+  advance_apply_measured,  // gradient rules, second: both, with grad*g
+  advance_apply            // no rule: both
+};
+LAYERLR_HD constexpr bool advances(Pass pass) {
+  return pass != Pass::measure && pass != Pass::apply;
+}
+LAYERLR_HD constexpr bool applies(Pass pass) { return pass >= Pass::apply; }
+LAYERLR_HD constexpr bool sums_up(Pass pass) {
+  return pass != Pass::apply && pass != Pass::advance_apply;
+}
+
+/// The numbers of a layer that its elements need.
+template <class T>
+struct Factors {
+  T grad, a, b;
+};
+
+/// The passes over an item: full tiles of aligned arrays have a loop for each pass, without
+/// questions; whatever else there is goes through one loop, which asks.
+template <template <class> class D, class P, bool coded>
+struct Elements : Access<D, P, coded> {
+  using Base = Access<D, P, coded>;
   using T = typename Base::T;
   using Base::Access;
   using Base::at, Base::d, Base::how, Base::skips, Base::states;
-  /// Vectors of four that a worker has in hand, as registers allow; between them lie those of the
-  /// other workers.
-  static constexpr int in_hand = sizeof(T) == 8 || codes || states > (coded ? 1 : 2) ? 1 : 2;
   static constexpr int stride = 4 * workers;
 
-  /// Call body(whole, vectors, e, n, block) for this worker's vectors, `vectors` of them from
-  /// element e on, each of n elements.
-  template <class Body>
-  LAYERLR_DEVICE void vectors(Body body) const {
-    const int count = at.count, first = static_cast<int>(threadIdx.x) * 4;
-    constexpr std::integral_constant<int, 1> single;
-    if (codes && at.block != code_block) {  // 16 threads have a block that does not fill them
-#pragma unroll 1
-      for (int e = first; e < count; e += stride) {
-        const int block = this->block_of(e), within = e - block * code_block,
-                  rest = at.block - within;
-        const int n = rest < 4 ? rest : 4;
-        body(at.aligned && n == 4, single, block * at.block + within, n, block);
-      }
-      return;
+  // -- which elements --
+
+  /// Full tiles from element e on. Returns where they end.
+  LAYERLR_DEVICE int tiles(Pass pass, const Factors<T>& by, int e, LayerStats& sums) const {
+    if (!at.aligned || (at.codes && at.block != code_block)) return e;
+    if (coded && at.codes && pass != Pass::measure) {
+      return tiles_with(Known<coded>(), pass, by, e, sums);
     }
-    int e = first;
-    if (straight && at.aligned) {
-      constexpr int tile = in_hand * stride;
-#pragma unroll 1
-      for (; e + tile - first <= count; e += tile) {
-        body(Always(), std::integral_constant<int, in_hand>(), e, 4, this->block_of(e));
-      }
-    }
-#pragma unroll 1
-    for (; e < count; e += stride) {
-      const int n = count - e < 4 ? count - e : 4;
-      body(at.aligned && n == 4, single, e, n, this->block_of(e));
+    return tiles_with(Known<false>(), pass, by, e, sums);
+  }
+  template <class Codes>
+  LAYERLR_DEVICE int tiles_with(Codes codes, Pass pass, const Factors<T>& by, int e,
+                                LayerStats& sums) const {
+    switch (pass) {
+      case Pass::measure:
+        return Codes::value ? e : tiles_of<Pass::measure>(codes, by, e, sums);
+      case Pass::advance:
+        return tiles_of<Pass::advance>(codes, by, e, sums);
+      case Pass::apply:
+        return tiles_of<Pass::apply>(codes, by, e, sums);
+      case Pass::advance_apply_measured:
+        return tiles_of<Pass::advance_apply_measured>(codes, by, e, sums);
+      default:
+        return tiles_of<Pass::advance_apply>(codes, by, e, sums);
     }
   }
-
-  // -- the passes --
-
-  /// Gradient rules, first pass.
-  LAYERLR_DEVICE LayerStats measure() const {
-    LayerStats sums;
-    const bool weights = how.weights, raw = how.raw;
-    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
-      constexpr int many = decltype(in_hand)::value;
-      T w[many][4] = {}, g[many][4], stored[4];
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-        if (weights) this->template load_weights<again>(whole, e + v * stride, n, w[v], stored);
-        this->template load_gradient<again>(whole, e + v * stride, n, g[v]);
-      }
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const T x = raw ? g[v][i] : this->decayed(g[v][i], w[v][i]);
-          if (weights) add(sums.ww, w[v][i], w[v][i]);
-          add(sums.gg, x, x);
-        }
-      }
-    });
-    return sums;
+  template <Pass pass, class Codes>
+  LAYERLR_DEVICE int tiles_of(Codes codes, const Factors<T>& by, int e, LayerStats& sums) const {
+    // Vectors of four that a worker has in hand, as registers allow; between them lie those of the
+    // other workers. What lies beside 16-bit weights takes registers, a gradient that u needs too.
+    constexpr int held = states + (Base::coded_weights && D<T>::needs_grad);
+    constexpr int in_hand = Codes::value || held > (coded ? 1 : 2) ? 1 : 2;
+    constexpr int tile = in_hand * stride;
+    const int end = at.count - tile + static_cast<int>(threadIdx.x) * 4;
+#pragma unroll 1
+    for (; e <= end; e += tile) {
+      visit<in_hand>(Known<pass>(), codes, Known<true>(), by, e, 4, this->block_of(e), sums);
+    }
+    return e;
   }
 
-  /// Update rules, first pass: the state moves on.
-  LAYERLR_DEVICE LayerStats advance() const {
-    LayerStats sums;
-    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
-      constexpr int many = decltype(in_hand)::value;
-      T w[many][4], g[many][4], s[many][states + 1][4], stored[4];
+  /// The vector at element e, whichever it is.
+  LAYERLR_DEVICE void one(Pass pass, const Factors<T>& by, int e, LayerStats& sums) const {
+    const bool codes = coded && at.codes;
+    const int block = this->block_of(e), within = e - block * code_block;
+    // 16 threads have a block, which may not fill them
+    const int place = codes ? block * at.block + within : e;
+    const int left = codes ? at.block - within : at.count - e, n = left < 4 ? left : 4;
+    visit<1>(pass, codes, at.aligned && n == 4, by, place, n, block, sums);
+  }
+
+  // -- what is done to them --
+
+  /// One worker's `many` vectors from element e on, each of n elements. What kind of pass it is,
+  /// whether states are codes, and whether vectors are whole is known to the compiler, or is asked.
+  template <int many, class Kind, class Codes, class Whole>
+  LAYERLR_DEVICE void visit(Kind kind, Codes codes, Whole whole, const Factors<T>& by, int e, int n,
+                            int block, LayerStats& sums) const {
+    const Pass pass = kind;
+    const bool steps = pass != Pass::measure, both = advances(pass) && applies(pass);
+    const bool weights = steps || how.weights, raw = !steps && how.raw;
+    const Use use = pass == Pass::advance_apply ? once : applies(pass) ? last : again;
+    T w[many][4] = {}, g[many][4] = {}, s[many][states + 1][4], stored[many][4];
 #pragma unroll
-      for (int v = 0; v < many; ++v) {
-        this->template load_weights<again>(whole, e + v * stride, n, w[v], stored);
-        this->template load_gradient<D<T>::needs_grad ? again : last>(whole, e + v * stride, n,
-                                                                      g[v]);
-        this->template load_states<again>(whole, e + v * stride, n, block, s[v]);
+    for (int v = 0; v < many; ++v) {
+      const int from = e + v * stride;
+      if (weights) this->load_weights(use, whole, from, n, w[v], stored[v]);
+      if (pass != Pass::apply || D<T>::needs_grad) {
+        const bool ends = pass == Pass::advance && !D<T>::needs_grad;
+        this->load_gradient(ends ? last : use, whole, from, n, g[v]);
       }
+      if (steps) this->load_states(use, codes, whole, from, n, block, s[v]);
+    }
 #pragma unroll
-      for (int v = 0; v < many; ++v) {
+    for (int v = 0; v < many; ++v) {
+      T moved[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool still = skips && !is_finite(g[v][i]);
-          g[v][i] = this->decayed(g[v][i], w[v][i]);
+      for (int i = 0; i < 4; ++i) {
+        const bool still = pass == Pass::advance && skips && !is_finite(g[v][i]);
+        if (!raw) g[v][i] = this->decayed(g[v][i], w[v][i]);
+        if (pass == Pass::advance_apply_measured) g[v][i] = g[v][i] * by.grad;
+        if (advances(pass)) {
           T now[states + 1];
 #pragma unroll
           for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
@@ -103,97 +127,31 @@ struct Elements : Access<D, P, coded, codes> {
 #pragma unroll
           for (int k = 0; k < states; ++k) s[v][k][i] = still ? s[v][k][i] : now[k];
         }
-        this->template store_states<again>(whole, e + v * stride, n, block, s[v]);
+      }
+      if (advances(pass)) this->store_states(use, codes, whole, e + v * stride, n, block, s[v]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4; ++i) {
+        T u = 0;
+        if (steps) {
           T now[states + 1];
 #pragma unroll
           for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          const T u = i < n ? d.direction(g[v][i], now) : T(0);
-          add(sums.ww, w[v][i], w[v][i]);
-          add(sums.gg, g[v][i], g[v][i]);
-          add(sums.uu, u, u);
-          add(sums.wu, w[v][i], u);
+          u = i < n ? d.direction(g[v][i], now) : T(0);
         }
-      }
-    });
-    return sums;
-  }
-
-  /// Update rules, second pass: w <- a*w + b*u, u formed again from the state.
-  LAYERLR_DEVICE void apply(T a, T b) const {
-    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
-      constexpr int many = decltype(in_hand)::value;
-      T w[many][4], g[many][4] = {}, s[many][states + 1][4], stored[many][4];
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-        this->template load_weights<last>(whole, e + v * stride, n, w[v], stored[v]);
-        if (D<T>::needs_grad) this->template load_gradient<last>(whole, e + v * stride, n, g[v]);
-        this->template load_states<last>(whole, e + v * stride, n, block, s[v]);
-      }
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-        T moved[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          T now[states + 1];
-#pragma unroll
-          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          const T u = d.direction(this->decayed(g[v][i], w[v][i]), now);
-          moved[i] = add_step(w[v][i] * a, u * b);
-        }
-        this->template store_weights<last>(whole, e + v * stride, n, w[v], stored[v], moved);
-      }
-    });
-  }
-
-  /// Gradient rules and no rule: advance with grad*g, apply. `tells`: the sums of what the rule did
-  /// not see.
-  template <bool tells>
-  LAYERLR_DEVICE LayerStats advance_apply(T grad, T a, T b) const {
-    constexpr Use use = tells ? last : once;
-    LayerStats sums;
-    vectors([&](auto whole, auto in_hand, int e, int n, int block) {
-      constexpr int many = decltype(in_hand)::value;
-      T w[many][4], g[many][4], s[many][states + 1][4], stored[many][4];
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-        this->template load_weights<use>(whole, e + v * stride, n, w[v], stored[v]);
-        this->template load_gradient<use>(whole, e + v * stride, n, g[v]);
-        this->template load_states<use>(whole, e + v * stride, n, block, s[v]);
-      }
-#pragma unroll
-      for (int v = 0; v < many; ++v) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          g[v][i] = this->decayed(g[v][i], w[v][i]);
-          if (tells) g[v][i] = g[v][i] * grad;  // 1 where there is no rule
-          T now[states + 1];
-#pragma unroll
-          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          d.advance(g[v][i], now);
-#pragma unroll
-          for (int k = 0; k < states; ++k) s[v][k][i] = now[k];
-        }
-        this->template store_states<use>(whole, e + v * stride, n, block, s[v]);
-        T moved[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          T now[states + 1];
-#pragma unroll
-          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          const T u = i < n ? d.direction(g[v][i], now) : T(0);
-          if (tells) {
-            add(sums.ww, w[v][i], w[v][i]);
+        if (sums_up(pass)) {
+          if (weights) add(sums.ww, w[v][i], w[v][i]);
+          if (!both) add(sums.gg, g[v][i], g[v][i]);
+          if (steps) {
             add(sums.uu, u, u);
             add(sums.wu, w[v][i], u);
           }
-          moved[i] = add_step(w[v][i] * a, u * b);
         }
-        this->template store_weights<use>(whole, e + v * stride, n, w[v], stored[v], moved);
+        if (applies(pass)) moved[i] = add_step(w[v][i] * by.a, u * by.b);
       }
-    });
-    return sums;
+      if (applies(pass)) {
+        this->store_weights(use, whole, e + v * stride, n, w[v], stored[v], moved);
+      }
+    }
   }
 };
 

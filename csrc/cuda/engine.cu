@@ -46,9 +46,7 @@ const char* launch_items(const StepArgs& args, Phase phase, int device, void* st
   if (!args.items) return nullptr;
   StepArgs now = args;
   now.phase = phase;
-  // of a plan without a rule the gradients may be measured all the same
-  const Order order = phase == first_pass && !args.measured ? gradient_rule : args.order();
-  const Kernel kernel = kernels_for(args.direction).step[args.family][order];
+  const Kernel kernel = kernels_for(args.direction).step[args.family];
   int blocks = args.blocks;
   const char* error = select_device(device);
   if (!error && !blocks) error = room_for(kernel, device, &blocks);

@@ -47,15 +47,15 @@ constexpr int resident_blocks = F::any || (F::coded && D<float>::states > 2) ? 1
 /// A step in one launch, or one of its passes. Blocks take items in the order of the list. None
 /// waits for ever: an item waits only for items before it in the list, and of all items that are
 /// not done the first has been taken by a block that has nothing else left to do.
-template <template <class> class D, class F, Order order>
+template <template <class> class D, class F>
 LAYERLR_KERNEL void __launch_bounds__(block_threads, resident_blocks<D, F>)
     step_kernel(const StepArgs args) {
   if (args.config->found_inf != 0) return;
   __shared__ Shared<D> shared;
   if (threadIdx.x < workers) {
-    work_on_items<D, F, order>(shared);
+    work_on_items<D, F>(shared);
   } else if (threadIdx.x < workers + 32) {
-    Dispatcher<D, F, order>(args, shared).run();
+    Dispatcher<D, F>(args, shared).run();
   } else {
     Adder<D>(args, shared).run();
   }
@@ -74,30 +74,15 @@ typedef void (*Kernel)(StepArgs);
 
 /// The kernels of a direction.
 struct DirectionKernels {
-  Kernel step[families][orders];
+  Kernel step[families];
   Kernel decide;
 };
 
 /// Instantiated in one file for each family of directions.
 template <template <class> class D>
 DirectionKernels kernels_of() {
-#define LAYERLR_ORDERS(F)                                            \
-  {                                                                  \
-    step_kernel<D, F, unmeasured>, step_kernel<D, F, gradient_rule>, \
-        step_kernel<D, F, update_rule>                               \
-  }
-  typedef Only<float, false> Float32;
-#if defined(LAYERLR_FEW_FAMILIES)  // a test may compile fewer kernels, whose results are the same
-  typedef AnyDtype Bfloat16, CodedFloat32, CodedBfloat16;
-#else
-  typedef Only<BFloat16, false> Bfloat16;
-  typedef Only<float, true> CodedFloat32;
-  typedef Only<BFloat16, true> CodedBfloat16;
-#endif
-  return {{LAYERLR_ORDERS(Float32), LAYERLR_ORDERS(Bfloat16), LAYERLR_ORDERS(CodedFloat32),
-           LAYERLR_ORDERS(CodedBfloat16), LAYERLR_ORDERS(AnyDtype)},
+  return {{step_kernel<D, Floats<false>>, step_kernel<D, Floats<true>>, step_kernel<D, AnyDtype>},
           decide_kernel<D>};
-#undef LAYERLR_ORDERS
 }
 
 }  // namespace layerlr

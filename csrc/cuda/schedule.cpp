@@ -13,16 +13,12 @@ namespace {
 constexpr int items_of_a_verdict = 6;
 
 Family family_of(const Plan& plan) {
-  const auto all = [&](DType dtype, bool coded) {
-    return std::all_of(plan.tensors.begin(), plan.tensors.end(), [&](const Row& row) {
-      return row.dtype == dtype && (coded || row.coding == Coding::none);
-    });
-  };
-  return all(DType::f32, false)    ? float32_only
-         : all(DType::bf16, false) ? bfloat16_only
-         : all(DType::f32, true)   ? coded_float32_only
-         : all(DType::bf16, true)  ? coded_bfloat16_only
-                                   : any_dtype;
+  Family family = plain_family;
+  for (const Row& row : plan.tensors) {
+    if (row.dtype != DType::f32 && row.dtype != DType::bf16) return any_family;
+    if (row.coding != Coding::none) family = coded_family;
+  }
+  return family;
 }
 
 Stored stored(const Array& state) {

@@ -15,7 +15,7 @@ struct Tuning {
 };
 
 struct Schedule {
-  Family family = any_dtype;
+  Family family = any_family;
   int32_t item_elements = 0;
   std::vector<DeviceLayer> layers;
   std::vector<Item> items;

@@ -28,19 +28,12 @@ LAYERLR_HD constexpr int item_tiles(bool measured) { return measured ? 4 : 2; }
 #endif
 constexpr int segment_items = LAYERLR_SEGMENT_ITEMS;
 
-/// Which kernel of a direction runs a plan: by the dtypes of its parameters, and whether arrays may
-/// have codecs.
-enum Family : int32_t {
-  float32_only,
-  bfloat16_only,
-  coded_float32_only,
-  coded_bfloat16_only,
-  any_dtype,
-  families
-};
+/// Which kernel of a direction runs a plan: for float32 and bfloat16, where arrays have codecs or
+/// not, and a small one for whatever else there is in it.
+enum Family : int32_t { plain_family, coded_family, any_family, families };
 
 /// What the rule scales, if there is anything to measure.
-enum Order : int32_t { unmeasured, gradient_rule, update_rule, orders };
+enum Order : int32_t { unmeasured, gradient_rule, update_rule };
 
 /// What a launch of the step does: both passes, each layer's second after its first, or one.
 enum Phase : int32_t { first_pass, second_pass, whole_step };
@@ -156,7 +149,9 @@ struct StepArgs {
   DeviceSync* sync;
   double* stats;
 
+  /// Of a plan without a rule the gradients may be measured all the same.
   LAYERLR_HD Order order() const {
+    if (phase == first_pass && !measured) return gradient_rule;
     return !measured ? unmeasured : rule.update ? update_rule : gradient_rule;
   }
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,6 +38,33 @@ def test_unsigned_vectors():
     assert c[0, :5].tolist() == [255, 128, 3, 1, 0]
     assert k.item() == np.float32(2.0) * np.float32(1 / 255**4)
     assert codes.decode(c, k)[0, 1].item() == pytest.approx(2 * (128 / 255) ** 4, rel=1e-6)
+
+
+@each_signedness
+def test_guesses_of_a_code_end_at_it_or_one_below(dtype):
+    """`code_below` of csrc/codes.h, its sum rounded once (a GPU) or twice (a CPU), from roots that
+    are wrong by two ulp: at both ends of each code's range, between which a guess only grows."""
+    power, last = (2, 127) if dtype is torch.int8 else (4, 255)
+    below = np.float32(1 - 2**-18)
+
+    def root(z, ulps):
+        for _ in range(power // 2):
+            z = np.sqrt(z)
+            for _ in range(2):
+                z = np.nextafter(z, np.float32(ulps * np.inf))
+        return z
+
+    def threshold(k):
+        half = np.float32(k - 0.5) * np.float32(k - 0.5)
+        return half if power == 2 else half * half
+
+    for k in range(1, last + 1):
+        first, end = threshold(k), np.nextafter(threshold(k + 1), np.float32(0))
+        for z, ulps in ((first, -1), (end, 1)):
+            r = root(z, ulps)
+            once, twice = Fraction(float(r)) * Fraction(float(below)), float(r * below)
+            for guess in (round(once), round(twice)):
+                assert k - 1 <= guess <= k
 
 
 @each_signedness

@@ -19,7 +19,7 @@ FLAGS = [
 ]
 #: one state and the gradient in the second pass, three and not; a mutant is compiled with one
 DIRECTIONS = ["-DLAYERLR_DIRECTIONS(X)=X(Nesterov) X(AmsGrad)"]
-FEWER = ["-DLAYERLR_DIRECTIONS(X)=X(Nesterov)", "-DLAYERLR_FEW_FAMILIES"]
+FEWER = ["-DLAYERLR_DIRECTIONS(X)=X(Nesterov)"]
 KERNELS, SCHEDULE = "csrc/cuda/engine.cu", "csrc/cuda/schedule.cpp"
 DRIVER = [KERNELS, SCHEDULE, "tests/native/cuda_driver.cpp", "tests/simt/simt.cpp"]
 CPU_ENGINE = ["csrc/plan.cpp"]

@@ -114,7 +114,7 @@ def build(monkeypatch, tmp_path):
     def only_ours(name, path=None):
         return which(name, path=str(tmp_path) if name == "nvcc" else path)
 
-    def make_nvcc(architectures="80 90 100"):
+    def make_nvcc(architectures="80 90 100 120"):
         program.write_text(NVCC.format(architectures=architectures))
         program.chmod(0o755)
 
@@ -217,7 +217,7 @@ def test_build_with_cuda(build):
     assert engine in objects.split() and ".cpp" not in objects
     assert "torch" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
-    assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100\"'" in text
+    assert "'-DLAYERLR_CUDA_ARCH=\"80;90;100;120\"'" in text
     assert '-DLAYERLR_NO_CUDA=""' in text
 
 

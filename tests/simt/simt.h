@@ -236,6 +236,15 @@ inline void wait_for(const unsigned* p, unsigned x) {
   }
 }
 
+inline void forget() {}
+
+inline float larger_magnitude(float x, float y) {
+  const float a = std::fabs(x), b = std::fabs(y);
+  return a >= b || a != a ? a : b;
+}
+inline uint32_t byte_of_float(uint32_t word, int i) {
+  return 0x4b000000u | (word >> (8 * i) & 0xffu);
+}
 inline double fused_add(double x, double y, double z) { return std::fma(x, y, z); }
 
 }  // namespace layerlr::device
