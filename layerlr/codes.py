@@ -19,7 +19,8 @@ so that codes lie closer near zero. To the bit, c is how many of the thresholds 
 ``(k - 1/2)^4``, k = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
 operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all
 engines store the same bits. The step u is formed from what is stored. A block whose M is below
-2^-94 is stored as zeros. NaN makes its whole block NaN, an infinity leaves nothing finite in it.
+2^-94 has k = 0 and stands for zeros. NaN makes its whole block NaN, an infinity leaves nothing
+finite in it.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
