@@ -190,6 +190,8 @@ CLAIMS = (
             ("graph network", ("curvature_gcn_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "hessian"),
             ("autoencoder", ("curvature_autoencoder_cpu",), "fisher"),
+            ("autoencoder, batches of 64", ("curvature_autoencoder_batch64_cpu",), "hessian"),
+            ("autoencoder, batches of 64", ("curvature_autoencoder_batch64_cpu",), "fisher"),
             ("convolutional network", ("curvature_cnn_cpu",), "hessian"),
             ("convolutional network", ("curvature_cnn_cpu",), "fisher"),
         )

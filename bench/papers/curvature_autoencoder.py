@@ -4,7 +4,7 @@
 we know the abstract) finds steps from each layer's own curvature to spare the search for a rate,
 with SGD-momentum and with AdamW, at about the cost of one more gradient. Fixed rates of a grid
 against ``rule="curvature"`` at its defaults, by iterations and by time. ``--scale cpu``: images
-of 14x14, 196-250-125-62-30 and back, batches of 500.
+of 14x14, 196-250-125-62-30 and back, batches of 500; ``--batch 64`` has results of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
     widths = "196-250-125-62" if options.scale == "cpu" else "784-1000-500-250"
     back = "-".join(reversed(widths.split("-")))
     return Experiment(
-        name="curvature_autoencoder",
+        name="curvature_autoencoder" + (f"_batch{options.batch}" if options.batch else ""),
         data="mnist",
         scaling="unit",
         network=f"{widths}-30-{back}: bench.papers.networks.autoencoder",
