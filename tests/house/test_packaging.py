@@ -213,7 +213,7 @@ def test_build_with_cuda(build):
     assert ".cu.o" not in objects
     assert "cudart" not in libraries
     objects, libraries = link("layerlr.liblayerlr_cuda")
-    engine = "sm-80-90-100/engine/csrc/cuda/engine.cu.o"
+    engine = "sm-80-90-100-120/engine/csrc/cuda/engine.cu.o"
     assert engine in objects.split() and ".cpp" not in objects
     assert "torch" not in libraries
     assert "'-L/some toolkit/lib' -lcudart_static" in libraries
