@@ -157,7 +157,8 @@ def test_curvature_is_untuned_among_fixed_rates(module: object, ways: int, seeds
         }
         assert len({c.weight_decay for c in mine.values()}) == 1
         assert {config.factor(config.steps) for config in mine.values()} == {1}
-    assert module.experiment(argparse.Namespace(width=1, scale="paper")).full.seeds == seeds
+    options = argparse.Namespace(width=1, scale="paper", batch=None)
+    assert module.experiment(options).full.seeds == seeds
     assert Config(rule="curvature").rate == 1
 
 
