@@ -49,7 +49,7 @@ def arms_of(module: object, data: Data = TINY, argv: tuple[str, ...] = ()) -> di
         module.arguments(parser)
     parser.add_argument("--scale", default="paper")
     options = parser.parse_args(argv)
-    options.quick = False
+    options.quick, options.batch = False, None
     experiment = module.experiment(options)
     budget = experiment.full if options.scale == "paper" else experiment.cpu
     base = Config(data=experiment.data, batch=budget.batch, steps=budget.steps(len(data.y)))
