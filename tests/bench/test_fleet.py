@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("matplotlib", reason="reports are drawn by it")
 pytest.importorskip("tqdm", reason="training shows its progress by it")
-pytest.importorskip("rich")
+pytest.importorskip("rich", reason="tables are printed by it")
 
 import torch.nn.functional as F
 from data_folders import cifar10_folder

@@ -23,8 +23,9 @@ from layerlr.monitor import Telemetry
 
 
 def hugging_face(folder, kind=None, model=None, optimizers=(None, None)):
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
-    pytest.importorskip("accelerate", exc_type=ImportError)
+    why = "the Trainer needs transformers and accelerate"
+    transformers = pytest.importorskip("transformers", reason=why, exc_type=ImportError)
+    pytest.importorskip("accelerate", reason=why, exc_type=ImportError)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -91,7 +92,8 @@ def test_hugging_face_trainer_takes_the_optimizer_itself(tmp_path):
 
 @pytest.fixture
 def accelerate():
-    accelerate = pytest.importorskip("accelerate", exc_type=ImportError)
+    why = "accelerate is not installed"
+    accelerate = pytest.importorskip("accelerate", reason=why, exc_type=ImportError)
     from accelerate.state import AcceleratorState, GradientState
 
     yield accelerate
@@ -206,7 +208,8 @@ def test_accelerate_keeps_the_count_of_telemetry(accelerate, tmp_path):
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
 def lightning(request):
-    return pytest.importorskip(request.param, exc_type=ImportError)
+    why = f"{request.param} is not installed"
+    return pytest.importorskip(request.param, reason=why, exc_type=ImportError)
 
 
 def module(lightning, kind, manual=False, seed=0, attach=False):
