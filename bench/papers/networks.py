@@ -24,16 +24,19 @@ class WithinChannelNorm(nn.Module):
         return x * (1 + 5e-5 * F.avg_pool2d(x * x, 3, 1, 1)) ** -0.75
 
 
+def _seen_smaller(shrink: int) -> OrderedDict[str, nn.Module]:
+    """The first layer of a network that sees images `shrink` times smaller, none for 1."""
+    return OrderedDict({"shrink": nn.AvgPool2d(shrink)} if shrink > 1 else {})
+
+
 def cifar10_full(shape: tuple[int, ...], classes: int, shrink: int = 1) -> nn.Module:
     """Caffe's cifar10_full, for pixels of 0..255 minus the mean image.
 
-    `shrink` > 1 sees the images that many times smaller.
+    `shrink`: see `_seen_smaller`.
     """
     channels, height, width = shape
     side = [-(-size // (8 * shrink)) for size in (height, width)]
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if shrink > 1:
-        layers["shrink"] = nn.AvgPool2d(shrink)
+    layers = _seen_smaller(shrink)
     layers.update(
         conv1=nn.Conv2d(channels, 32, 5, padding=2),
         pool1=nn.MaxPool2d(3, 2, ceil_mode=True),
@@ -113,11 +116,9 @@ def vgg(
     """Stages of `depth` 3x3 convolutions (conv, ReLU, norm), halved in between; mean, dense.
 
     The defaults are C10-CNN1, 25 kernels; ``(32, ..., 512), depth=2`` is tiny-CNN, 11 kernels.
-    `shrink` > 1 sees the images that many times smaller.
+    `shrink`: see `_seen_smaller`.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if shrink > 1:
-        layers["shrink"] = nn.AvgPool2d(shrink)
+    layers = _seen_smaller(shrink)
     channels = shape[0]
     for stage, width in enumerate(widths, 1):
         if stage > 1:
@@ -234,11 +235,9 @@ def batch_vgg(
 ) -> nn.Module:
     """Stages of (depth, width): convolutions (conv, norm, ReLU), halved after each; dense.
 
-    ``scale`` is a factor on every width; `shrink` > 1 sees the images that many times smaller.
+    ``scale`` is a factor on every width; `shrink`: see `_seen_smaller`.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if shrink > 1:
-        layers["shrink"] = nn.AvgPool2d(shrink)
+    layers = _seen_smaller(shrink)
     channels = shape[0]
     for stage, (depth, width) in enumerate(stages, 1):
         width = max(round(scale * width), 1)
