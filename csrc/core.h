@@ -7,10 +7,13 @@
 #if defined(__CUDACC__)
 #include <nv/target>
 #define LAYERLR_HD __host__ __device__ __forceinline__
+#define LAYERLR_OUTLINED inline __device__ __noinline__
 #else
 // Always inlined: the CPU kernels are compiled once for each instruction set, and an out-of-line
-// copy shared between them could hold instructions that the machine lacks.
+// copy shared between them could hold instructions that the machine lacks. Outlined: in an unnamed
+// namespace only.
 #define LAYERLR_HD inline __attribute__((always_inline))
+#define LAYERLR_OUTLINED inline __attribute__((noinline))
 #define LAYERLR_INLINED __attribute__((always_inline))  // of a lambda
 #endif
 

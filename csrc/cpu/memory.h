@@ -143,12 +143,13 @@ inline void store(BFloat16* p, Pack<float> x) {
   for (int i = 0; i < 16; ++i) p[i] = narrow_bf16(f[i]);
 }
 
-inline Pack<float> load(const Float16* p) {
+// Too long to be written out wherever a kernel reads or writes.
+LAYERLR_OUTLINED Pack<float> load(const Float16* p) {
   float f[16];
   for (int i = 0; i < 16; ++i) f[i] = widen(p[i]);
   return load(f);
 }
-inline void store(Float16* p, Pack<float> x) {
+LAYERLR_OUTLINED void store(Float16* p, Pack<float> x) {
   float f[16];
   store(f, x);
   for (int i = 0; i < 16; ++i) p[i] = narrow_f16(f[i]);

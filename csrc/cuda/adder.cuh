@@ -39,15 +39,15 @@ struct Adder {
   LAYERLR_DEVICE void finish(const Done& done, const Partials& partials) {
     const DeviceLayer layer = args.layer[done.layer];
     const bool decides = !done.second && args.phase == whole_step;
-    LayerConfig config;
-    if (decides) config = layer_config<D<float>>(args, layer, done.layer);
+    ComingStep step;
+    if (decides) step = step_of_layer<D<float>>(args, done.layer);
     LayerStats sums;
     if (done.active) {
       sums = add_rows(workers, [&](int row, int column) { return partials.of[row][column]; });
     }
     if (!add_layer(layer, done, sums) || lane != 0) return;
     if (decides) {
-      conclude(args, config, done.layer, sums);
+      conclude(args, done.layer, step, sums);
       device::store_release(args.ready + done.layer, epoch);
     } else if (done.second) {
       conclude_step(args, done.layer, sums);

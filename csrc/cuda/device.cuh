@@ -10,6 +10,8 @@
 
 #define LAYERLR_KERNEL __global__
 #define LAYERLR_DEVICE __device__ __forceinline__
+// A parameter of a kernel whose address a function is given: without it a copy lies on the stack.
+#define LAYERLR_PARAMETER __grid_constant__
 
 namespace layerlr::device {
 

@@ -49,7 +49,7 @@ constexpr int resident_blocks = F::any || (F::coded && D<float>::states > 2) ? 1
 /// not done the first has been taken by a block that has nothing else left to do.
 template <template <class> class D, class F>
 LAYERLR_KERNEL void __launch_bounds__(block_threads, resident_blocks<D, F>)
-    step_kernel(const StepArgs args) {
+    step_kernel(const LAYERLR_PARAMETER StepArgs args) {
   if (args.config->found_inf != 0) return;
   __shared__ Shared<D> shared;
   if (threadIdx.x < workers) {
@@ -64,10 +64,10 @@ LAYERLR_KERNEL void __launch_bounds__(block_threads, resident_blocks<D, F>)
 
 /// Between the passes, where each is a launch: a thread for each layer.
 template <template <class> class D>
-LAYERLR_KERNEL void decide_kernel(const StepArgs args) {
+LAYERLR_KERNEL void decide_kernel(const LAYERLR_PARAMETER StepArgs args) {
   const int l = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (args.config->found_inf != 0 || l >= args.layers) return;
-  conclude(args, layer_config<D<float>>(args, args.layer[l], l), l, args.layer_sums[l]);
+  conclude(args, l, step_of_layer<D<float>>(args, l), args.layer_sums[l]);
 }
 
 typedef void (*Kernel)(StepArgs);

@@ -14,37 +14,44 @@ LAYERLR_DEVICE double coming_step(const void* count, bool is_double) {
 
 LAYERLR_DEVICE double l2_of(const StepArgs& args) { return args.raw ? 0 : args.config->l2; }
 
-/// What decide() wants to know of layer l. D: any type of the direction.
+/// A direction at the coming step of a layer.
+struct ComingStep {
+  double t = 1;     // its number
+  double rate = 1;  // the direction's, on lr
+  bool first_order = true;
+};
+
+/// D: any type of the direction.
 template <class D>
-LAYERLR_DEVICE LayerConfig layer_config(const StepArgs& args, const DeviceLayer& layer, int l) {
-  const DeviceConfig& config = *args.config;
-  const DevicePresence present = args.presence[l];
+LAYERLR_DEVICE ComingStep step_of_layer(const StepArgs& args, int l) {
   double t = 1;
-  if (present.first >= 0) {
-    const DeviceSpan& span = args.spans[present.first];
-    t = coming_step(span.step, span.step_is_double);
-  }
-  const double lr = config.lr * layer.lr_scale * D::rate(config.direction, t);
-  return {layer.ruled != 0,
-          lr,
-          l2_of(args),
-          config.decoupled_decay,
-          D::first_order,
-          config.skip != 0,
-          present.first < 0 ? nullptr : args.memory[l],
-          present.whole != 0,
-          layer.start_radius,
-          config.plain,
-          config.taken,
-          t};
+  const int first = args.presence[l].first;
+  if (first >= 0) t = coming_step(args.spans[first].step, args.spans[first].step_is_double);
+  return {t, D::rate(args.config->direction, t), D::first_order};
 }
 
-/// Decide on layer l: its verdict, and its row of statistics.
-LAYERLR_DEVICE void conclude(const StepArgs& args, const LayerConfig& c, int l,
-                             const LayerStats& sums) {
+/// Decide on layer l: its verdict, and its row of statistics. No part of the kernels that call it:
+/// the rules are compiled once for all of them.
+LAYERLR_OUTLINED void conclude(const StepArgs& args, int l, ComingStep step, LayerStats sums) {
+  const DeviceConfig& config = *args.config;
+  const DeviceLayer& layer = args.layer[l];
+  const DevicePresence present = args.presence[l];
+  const bool absent = present.first < 0;
+  const LayerConfig c{layer.ruled != 0,
+                      config.lr * layer.lr_scale * step.rate,
+                      l2_of(args),
+                      config.decoupled_decay,
+                      step.first_order,
+                      config.skip != 0,
+                      absent ? nullptr : args.memory[l],
+                      present.whole != 0,
+                      layer.start_radius,
+                      config.plain,
+                      config.taken,
+                      step.t};
   const Verdict v = decide(args.rule, c, sums);
   args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
-  if (args.presence[l].first >= 0) write_row(args.stats + int64_t(l) * columns, v, c.lr);
+  if (!absent) write_row(args.stats + int64_t(l) * columns, v, c.lr);
 }
 LAYERLR_DEVICE void conclude_step(const StepArgs& args, int l, const LayerStats& sums) {
   if (args.presence[l].first >= 0) write_step(args.stats + int64_t(l) * columns, sums);

@@ -46,13 +46,13 @@ LAYERLR_DEVICE void narrowed(float x, Float16& to) { to = narrow_f16(x); }
 template <class... P>
 struct OneOf {};
 
-/// Call body(P()) with the type that a dtype means, one of these.
 template <class P>
 LAYERLR_DEVICE bool is_dtype(DType dtype) {
   return dtype == (std::is_same<P, float>::value      ? DType::f32
                    : std::is_same<P, BFloat16>::value ? DType::bf16
                                                       : DType::f16);
 }
+/// Call body(P()) with the type that a dtype means, one of these.
 template <class Body, class P>
 LAYERLR_DEVICE void with_type(OneOf<P>, DType, Body body) {
   body(P());

@@ -267,8 +267,9 @@ def executed(body):
 
 
 def called(body, code):
-    """The functions that a loop calls."""
-    for call in [i for i in body if i.name.startswith("CALL")]:
+    """The functions that a loop calls; on Ampere it may end in a call of what comes after it."""
+    after = code[code.index(body[-1]) + 1].address
+    for call in [i for i in body if i.name.startswith("CALL") and i.to != after]:
         rest = itertools.dropwhile(lambda i, to=call.to: i.address < to, code)
         yield from itertools.takewhile(lambda i: not i.name.startswith("RET"), rest)
 

@@ -126,6 +126,7 @@ inline unsigned lane() { return self().index.x % 32; }
 
 #define LAYERLR_KERNEL inline
 #define LAYERLR_DEVICE inline
+#define LAYERLR_PARAMETER
 
 #define threadIdx (simt::self().index)
 SIMT_THREAD_LOCAL simt::Index blockIdx, blockDim, gridDim;
