@@ -1,4 +1,5 @@
-// From torch tensors to the tables of plan.h. The one place that checks what kernels assume.
+// From torch tensors to the tables of plan.h: what they are to kernels, copies of what these cannot
+// walk, the numbers of a plan.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,9 +19,11 @@ bool is_dense(const at::Tensor& t, bool split);
 
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.
 inline bool same(at::IntArrayRef x, at::IntArrayRef y) {
-  if (x.size() != y.size()) return false;
-  for (size_t i = 0; i < x.size(); ++i) {
-    if (x[i] != y[i]) return false;
+  const size_t n = x.size();
+  if (n != y.size()) return false;
+  const int64_t *p = x.data(), *q = y.data();
+  for (const int64_t* const end = p + n; p != end; ++p, ++q) {
+    if (*p != *q) return false;
   }
   return true;
 }
@@ -44,20 +47,6 @@ class Staging {
   };
   std::vector<Copy> copies_;
 };
-
-/// What a row of the plan points to; null: nothing.
-struct Operands {
-  const at::Tensor* param;
-  const at::Tensor* grad;
-  const at::Tensor* step;
-  const at::Tensor* weights_aux;
-  const at::Tensor* states[max_states];
-  const at::Tensor* scales[max_states];
-};
-
-/// Fill a row of the plan, whose codecs are set, for one parameter that takes part, and whose dense
-/// layout is known.
-void fill_row(Row& row, Staging& staging, const Operands& x, int n_states, bool dense);
 
 /// How a state tensor of that dtype is stored; Python has checked it.
 Codec codec_of_state(caffe2::TypeMeta dtype);
