@@ -127,15 +127,6 @@ bool BoundPlan::holds_scales(const Tensor& t, int k) const {
          x.scalar_type() == at::kFloat && same(x.sizes(), t.scale_sizes);
 }
 
-bool BoundPlan::stage(void*& to, const Tensor& t, const at::Tensor& x, caffe2::TypeMeta wanted,
-                      bool written, at::Tensor& like) {
-  if (!holds(t, x, wanted)) return false;
-  const at::Tensor& p = THPVariable_Unpack(t.param);
-  if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
-  to = staging_.pointer(x, like, written);
-  return true;
-}
-
 int BoundPlan::look_up(size_t i) {
   Tensor& t = tensors_[i];
   Row& row = plan_.tensors[i];
@@ -146,9 +137,14 @@ int BoundPlan::look_up(size_t i) {
   if (!t.state || !t.snapshot->matches(t.state)) return stale;
 
   at::Tensor like;  // undefined as long as all lie in memory as the parameter should
-  const auto point = [&](void*& to, const auto& x, auto wanted, bool written) LAYERLR_INLINED {
-    if (!lies_as_planned(t, x, wanted)) return stage(to, t, x, wanted, written, like);
-    to = x.data_ptr();
+  const auto point = [&](void*& to, const at::Tensor& x, caffe2::TypeMeta wanted, bool written) {
+    if (lies_as_planned(t, x, wanted)) {
+      to = x.data_ptr();
+      return true;
+    }
+    if (!holds(t, x, wanted)) return false;
+    if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
+    to = staging_.pointer(x, like, written);
     return true;
   };
   if (!point(row.param.data, p, t.dtype, true)) return stale;

@@ -125,9 +125,6 @@ class BoundPlan {
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
   bool holds_scales(const Tensor& t, int k) const;
   int look_up(size_t i);
-  /// Point at x, or at a copy of it in the order of `like`; false: kernels cannot take it.
-  bool stage(void*& to, const Tensor& t, const at::Tensor& x, caffe2::TypeMeta wanted, bool written,
-             at::Tensor& like);
 
   py::list params_, states_;
   at::Tensor stats_;

@@ -19,11 +19,9 @@ bool is_dense(const at::Tensor& t, bool split);
 
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.
 inline bool same(at::IntArrayRef x, at::IntArrayRef y) {
-  const size_t n = x.size();
-  if (n != y.size()) return false;
-  const int64_t *p = x.data(), *q = y.data();
-  for (const int64_t* const end = p + n; p != end; ++p, ++q) {
-    if (*p != *q) return false;
+  if (x.size() != y.size()) return false;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i] != y[i]) return false;
   }
   return true;
 }
