@@ -92,8 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())
-      .def("matches",
-           [](const Snapshot& s, const py::dict& dict) { return s.matches(dict.ptr()); });
+      .def("matches", [](Snapshot& s, const py::dict& dict) { return s.matches(dict.ptr()); });
   py::class_<PlanSpec>(m, "PlanSpec")
       .def(py::init<>())
 #define LAYERLR_FIELD(name) .def_readwrite(#name, &PlanSpec::name)

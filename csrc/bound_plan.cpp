@@ -8,14 +8,14 @@
 
 namespace layerlr {
 
-Snapshot::Snapshot(const py::dict& dict) {
+Snapshot::Snapshot(const py::dict& dict) : version_(version_of(dict.ptr())) {
   for (const auto& [key, value] : dict) {
     items_.push_back(py::reinterpret_borrow<py::object>(key));
     items_.push_back(py::reinterpret_borrow<py::object>(value));
   }
 }
 
-bool Snapshot::matches(PyObject* dict) const {
+bool Snapshot::holds_the_same(PyObject* dict) const {
   if (PyDict_GET_SIZE(dict) * 2 != Py_ssize_t(items_.size())) return false;
   Py_ssize_t at = 0;
   PyObject *key, *value;
@@ -94,6 +94,7 @@ void BoundPlan::find_values(size_t i, const PlanSpec& spec) {
     row.param.codec = weights_;
   }
   t.step_dtype = THPVariable_Unpack(t.step).dtype();
+  row.step_is_double = t.step_dtype == caffe2::TypeMeta::Make<double>();
   row.coding = coding_of(row);
 }
 
@@ -106,6 +107,8 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     const at::Tensor& p = THPVariable_Unpack(t.param);
     t.dense = is_dense(p, parts[tensor] > 1);
     if (!t.scale_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
+    t.plain = t.dense && p.layout() == at::kStrided && !p.is_conj() && !p.is_neg();
+    t.keys = p.key_set();
     t.dtype = p.dtype();
     t.sizes.assign(p.sizes().begin(), p.sizes().end());
     t.strides.assign(p.strides().begin(), p.strides().end());
@@ -118,14 +121,6 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
   }
 }
 
-bool BoundPlan::holds_weights_aux(const Tensor& t) const {
-  const at::Tensor& x = THPVariable_Unpack(t.weights_aux);
-  if (weights_ == Codec::stochastic) {
-    return x.scalar_type() == at::kLong && x.numel() == 1 && x.is_cpu();
-  }
-  return holds(t, x, weights_ == Codec::master ? caffe2::TypeMeta::Make<float>() : t.dtype);
-}
-
 bool BoundPlan::holds_scales(const Tensor& t, int k) const {
   const at::Tensor &codes = THPVariable_Unpack(t.values[k]), &x = THPVariable_Unpack(t.scales[k]);
   return codes.is_contiguous() && x.is_contiguous() && x.device() == device_ &&
@@ -133,32 +128,50 @@ bool BoundPlan::holds_scales(const Tensor& t, int k) const {
 }
 
 int BoundPlan::look_up(size_t i) {
-  const Tensor& t = tensors_[i];
-  plan_.tensors[i].grad.data = nullptr;
+  Tensor& t = tensors_[i];
+  Row& row = plan_.tensors[i];
+  row.grad.data = nullptr;
   const at::Tensor& p = THPVariable_Unpack(t.param);
   const at::Tensor& g = p.unsafeGetTensorImpl()->grad();
   if (!g.defined()) return ready;
-  if (!t.state || !holds(t, p, t.dtype) || !same(p.strides(), t.strides) ||
-      !t.snapshot->matches(t.state)) {
-    return stale;
-  }
-  if (!holds(t, g, t.dtype)) return static_cast<int>(i);
-  Operands x{&p, &g, &THPVariable_Unpack(t.step), nullptr, {}, {}};
-  if (x.step->numel() != 1 || x.step->dtype() != t.step_dtype || x.step->device() != device_) {
-    return stale;
-  }
+  if (!t.state || !t.snapshot->matches(t.state)) return stale;
+
+  at::Tensor like;  // undefined as long as all lie in memory as the parameter should
+  const auto point = [&](void*& to, const at::Tensor& x, caffe2::TypeMeta wanted, bool written) {
+    if (lies_as_planned(t, x, wanted)) {
+      to = x.data_ptr();
+      return true;
+    }
+    if (!holds(t, x, wanted)) return false;
+    if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
+    to = staging_.pointer(x, like, written);
+    return true;
+  };
+  if (!point(row.param.data, p, t.dtype, true)) return stale;
+  if (like.defined() && !same(p.strides(), t.strides)) return stale;
+  const at::Tensor& step = THPVariable_Unpack(t.step);
+  if (step.numel() != 1 || step.dtype() != t.step_dtype || step.device() != device_) return stale;
+  row.step = step.data_ptr();
   for (int k = 0; k < n_states_; ++k) {
-    x.states[k] = &THPVariable_Unpack(t.values[k]);
-    if (!holds(t, *x.states[k], t.state_dtypes[k])) return stale;
+    const at::Tensor& x = THPVariable_Unpack(t.values[k]);
+    if (!point(row.state[k].data, x, t.state_dtypes[k], true)) return stale;
     if (!t.scales[k]) continue;
     if (!holds_scales(t, k)) return stale;
-    x.scales[k] = &THPVariable_Unpack(t.scales[k]);
+    row.state[k].aux = THPVariable_Unpack(t.scales[k]).data_ptr();
   }
   if (t.weights_aux) {
-    if (!holds_weights_aux(t)) return stale;
-    x.weights_aux = &THPVariable_Unpack(t.weights_aux);
+    const at::Tensor& x = THPVariable_Unpack(t.weights_aux);
+    if (weights_ == Codec::stochastic) {
+      if (x.scalar_type() != at::kLong || x.numel() != 1 || !x.is_cpu()) return stale;
+      row.seed = *x.data_ptr<int64_t>();
+    } else {
+      const bool wide = weights_ == Codec::master;
+      const caffe2::TypeMeta wanted = wide ? caffe2::TypeMeta::Make<float>() : t.dtype;
+      if (!point(row.param.aux, x, wanted, true)) return stale;
+    }
   }
-  fill_row(plan_.tensors[i], staging_, x, n_states_, t.dense);
+  if (!point(row.grad.data, g, t.dtype, false)) return static_cast<int>(i);
+  if (!row.grad.data) row.grad.data = row.step;  // an empty gradient has no memory, but it is one
   return ready;
 }
 

@@ -13,15 +13,39 @@
 namespace layerlr {
 
 /// The keys and values of a dict in order, to be recognised by identity later. Far cheaper than
-/// looking keys up: a tensor's hash is a Python call.
+/// looking keys up: a tensor's hash is a Python call. A dict that nobody has changed since it was
+/// recognised is known by its version alone.
 class Snapshot {
  public:
   explicit Snapshot(const py::dict& dict);
-  bool matches(PyObject* dict) const;
+  bool matches(PyObject* dict) {
+    const uint64_t now = version_of(dict);
+    if (now != 0 && now == version_) return true;
+    if (!holds_the_same(dict)) return false;
+    version_ = now;
+    return true;
+  }
 
  private:
+  bool holds_the_same(PyObject* dict) const;
+  /// A number that no other contents of any dict have had, or 0 where Python keeps none.
+  static uint64_t version_of(PyObject* dict);
+
   std::vector<py::object> items_;
+  uint64_t version_;  // of a dict that held them
 };
+
+// Python 3.12 deprecates the number, 3.13 is the last to keep it.
+inline uint64_t Snapshot::version_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
 
 /// Whether two lists hold the same objects: tensors must not be compared by value.
 bool same_objects(const py::list& x, const py::list& y);
@@ -75,6 +99,8 @@ class BoundPlan {
     at::DimVector sizes, strides, scale_sizes;
     caffe2::TypeMeta dtype, step_dtype, state_dtypes[max_states];
     bool dense = true;
+    bool plain = true;  // dense, and its elements are what memory holds: not a conjugate's
+    c10::DispatchKeySet keys;
   };
   /// The first part of a layer whose tensor has a state: there lies what the layer memory_key.
   struct Leader {
@@ -86,9 +112,17 @@ class BoundPlan {
     return x.dtype() == wanted && same(x.sizes(), t.sizes) && x.device() == device_ &&
            x.layout() == at::kStrided;
   }
+  /// Whether x lies in memory as the plan has it for the parameter: the quick way to know that it
+  /// holds and needs no staging. Tensors of the same dispatch keys have the same layout, and both
+  /// are conjugates or neither.
+  bool lies_as_planned(const Tensor& t, const at::Tensor& x, caffe2::TypeMeta wanted) const {
+    if (!t.plain || x.key_set() != t.keys || x.dtype() != wanted || x.device() != device_) {
+      return false;
+    }
+    return same(x.sizes(), t.sizes) && same(x.strides(), t.strides);
+  }
   void find_values(size_t i, const PlanSpec& spec);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
-  bool holds_weights_aux(const Tensor& t) const;
   bool holds_scales(const Tensor& t, int k) const;
   int look_up(size_t i);
 

@@ -1,7 +1,6 @@
 #include "operands.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
 namespace layerlr {
@@ -44,26 +43,6 @@ void Staging::finish() {
     if (c.written) c.original.detach().copy_(c.copy);
   }
   copies_.clear();
-}
-
-void fill_row(Row& row, Staging& staging, const Operands& x, int n_states, bool dense) {
-  at::Tensor contiguous;
-  if (!dense) contiguous = at::empty(x.param->sizes(), x.param->options());
-  const at::Tensor& like = dense ? *x.param : contiguous;
-  row.param.data = staging.pointer(*x.param, like, true);
-  row.grad.data = staging.pointer(*x.grad, like, false);
-  for (int k = 0; k < n_states; ++k) {
-    row.state[k].data = staging.pointer(*x.states[k], like, true);
-    if (x.scales[k]) row.state[k].aux = x.scales[k]->data_ptr();
-  }
-  if (row.param.codec == Codec::stochastic) {
-    row.seed = *x.weights_aux->data_ptr<int64_t>();
-  } else if (x.weights_aux) {
-    row.param.aux = staging.pointer(*x.weights_aux, like, true);
-  }
-  row.step = x.step->data_ptr();
-  row.step_is_double = x.step->scalar_type() == at::kDouble;
-  if (!row.grad.data) row.grad.data = row.step;  // an empty gradient has no memory, but it is one
 }
 
 Codec codec_of_state(caffe2::TypeMeta dtype) {

@@ -1,4 +1,5 @@
-// From torch tensors to the tables of plan.h. The one place that checks what kernels assume.
+// From torch tensors to the tables of plan.h: what they are to kernels, copies of what these cannot
+// walk, the numbers of a plan.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -44,20 +45,6 @@ class Staging {
   };
   std::vector<Copy> copies_;
 };
-
-/// What a row of the plan points to; null: nothing.
-struct Operands {
-  const at::Tensor* param;
-  const at::Tensor* grad;
-  const at::Tensor* step;
-  const at::Tensor* weights_aux;
-  const at::Tensor* states[max_states];
-  const at::Tensor* scales[max_states];
-};
-
-/// Fill a row of the plan, whose codecs are set, for one parameter that takes part, and whose dense
-/// layout is known.
-void fill_row(Row& row, Staging& staging, const Operands& x, int n_states, bool dense);
 
 /// How a state tensor of that dtype is stored; Python has checked it.
 Codec codec_of_state(caffe2::TypeMeta dtype);

@@ -1,4 +1,4 @@
-// One row for a tensor: all that an engine reads of it in a step. Filled once, by operands.cpp; the
+// One row for a tensor: all that an engine reads of it in a step. Filled by bound_plan.cpp; the
 // CPU engine reads it, CUDA's spans are made of it, Triton sees it as 8-byte numbers. No torch
 // here.
 #pragma once

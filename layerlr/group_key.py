@@ -37,6 +37,8 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> GroupKey:
 
 
 def _hashable(value: Any) -> Any:
+    if value is None:  # as it mostly is: the questions below are slow
+        return None
     if isinstance(value, Tensor):
         value = value.tolist()
     return tuple(value) if isinstance(value, Sequence) else value

@@ -25,15 +25,17 @@ class Step {
 
   void run() {
     for_layers([&](int64_t l, const auto& parts) {
-      if (measured_) first_pass(l, parts);
-      second_pass(l, gather(l), parts);
+      Piece kept;
+      if (measured_) first_pass(l, kept, parts);
+      second_pass(l, gather(l), kept, parts);
     });
     advance_counts();
   }
 
   void measure(LayerStats* sums) {
     for_layers([&](int64_t l, const auto& parts) {
-      first_pass(l, parts);
+      Piece kept;
+      first_pass(l, kept, parts);
       sums[l] = gather(l).sums;
     });
   }
@@ -42,15 +44,17 @@ class Step {
     for_layers([&](int64_t l, const auto& parts) {
       Gathered found = gather(l);
       found.sums = sums[l];
-      second_pass(l, found, parts);
+      Piece kept;
+      second_pass(l, found, kept, parts);
     });
     advance_counts();
   }
 
   void norms(double* sums) {
     for_layers([&](int64_t l, const auto& parts) {
-      over_chunks(l, parts, [&](int32_t c) {
-        plan_.partials[c] = kernels(c).measure(piece(plan_.chunks[c]), {false, true});
+      Piece kept;
+      over_chunks(l, kept, parts, [&](int32_t c, const Kernels& k, const Piece& p) {
+        plan_.partials[c] = k.measure(p, {false, true});
       });
       sums[l] = gather(l).sums.gg;
     });
@@ -91,10 +95,7 @@ class Step {
     made_.push_back({t, row.dtype, coding, tensors_[i]});
   }
 
-  Piece piece(const Chunk& chunk) const {
-    const Row& row = plan_.tensors[chunk.tensor];
-    const Tensor& t = tensors_[chunk.tensor];
-    Piece p;
+  void fill(Piece& p, const Chunk& chunk, const Row& row, const Tensor& t) const {
     p.w = row.param.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
     p.g = row.grad.from(chunk.begin, row.block, param_bytes(row.dtype), row.dtype);
     for (int k = 0; k < t.kernels->states; ++k) {
@@ -109,11 +110,9 @@ class Step {
     p.skip = config_.skip != 0;
     if (p.w.codec == Codec::stochastic) p.key = rounding_key(row.seed, row.count() + 1);
     p.place = static_cast<uint32_t>(chunk.begin);
-    return p;
   }
 
   bool active(int32_t c) const { return plan_.tensors[plan_.chunks[c].tensor].active(); }
-  const Kernels& kernels(int32_t c) const { return *tensors_[plan_.chunks[c].tensor].kernels; }
 
   // -- over layers and chunks ------------------------------------------------------------------
 
@@ -139,15 +138,25 @@ class Step {
     });
   }
 
-  /// Call body(c) for the layer's chunks that take part.
+  /// Call body(c, its kernels, its piece) for the layer's chunks that take part. The piece of a
+  /// layer's only chunk is kept for its second pass: tiny layers are nothing else.
   template <class Parts, class Body>
-  void over_chunks(int64_t l, const Parts& parts, Body body, bool last_first = false) const {
+  void over_chunks(int64_t l, Piece& kept, const Parts& parts, Body body,
+                   bool last_first = false) const {
     const Layer& layer = plan_.layers[l];
-    parts(layer.chunk_end - layer.chunk_begin, [&](int64_t begin, int64_t end) {
+    const int64_t n = layer.chunk_end - layer.chunk_begin;
+    parts(n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = last_first ? begin + end - 1 - i : i;
         const int32_t c = static_cast<int32_t>(layer.chunk_begin + at);
-        if (active(c)) body(c);
+        const Chunk& chunk = plan_.chunks[c];
+        const Row& row = plan_.tensors[chunk.tensor];
+        if (!row.active()) continue;
+        const Tensor& t = tensors_[chunk.tensor];
+        Piece own;
+        Piece& p = n == 1 ? kept : own;
+        if (!p.direction) fill(p, chunk, row, t);
+        body(c, *t.kernels, p);
       }
     });
   }
@@ -171,32 +180,29 @@ class Step {
   // Inlined, as a call would show where layers are small: 0.01 us of each.
 
   template <class Parts>
-  void first_pass(int64_t l, const Parts& parts) {
+  void first_pass(int64_t l, Piece& kept, const Parts& parts) {
     const RuleInfo info = plan_.rule_of(plan_.layers[l]);
-    over_chunks(l, parts, [&](int32_t c) {
-      const Piece p = piece(plan_.chunks[c]);
-      plan_.partials[c] = plan_.rule.update
-                              ? kernels(c).advance(p)
-                              : kernels(c).measure(p, {info.measures_ww, info.raw_gradient});
+    over_chunks(l, kept, parts, [&](int32_t c, const Kernels& k, const Piece& p) {
+      plan_.partials[c] =
+          plan_.rule.update ? k.advance(p) : k.measure(p, {info.measures_ww, info.raw_gradient});
     });
   }
 
   template <class Parts>
-  LAYERLR_HD void second_pass(int64_t l, const Gathered& found, const Parts& parts) {
+  LAYERLR_HD void second_pass(int64_t l, const Gathered& found, Piece& kept, const Parts& parts) {
     const Verdict v = conclude(l, found);
     if (v.skip) return;
     const bool tells = measured_ && !plan_.rule.update;
-    const auto chunk = [&](int32_t c) {
-      const Piece p = piece(plan_.chunks[c]);
+    const auto chunk = [&](int32_t c, const Kernels& k, const Piece& p) {
       if (plan_.rule.update) {
-        kernels(c).apply(p, v.scale);
+        k.apply(p, v.scale);
       } else if (tells) {
-        plan_.partials[c] = kernels(c).advance_apply_measured(p, v.scale);
+        plan_.partials[c] = k.advance_apply_measured(p, v.scale);
       } else {
-        kernels(c).advance_apply(p, v.scale);
+        k.advance_apply(p, v.scale);
       }
     };
-    over_chunks(l, parts, chunk, true);  // the last one is still in cache
+    over_chunks(l, kept, parts, chunk, true);  // the last one is still in cache
     if (!tells || !found.first) return;
     const LayerStats step = gather(l).sums;  // a gradient rule's is known now only
     write_step(plan_.stats + l * columns, step);

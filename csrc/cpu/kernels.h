@@ -10,10 +10,10 @@ namespace layerlr {
 struct Piece {
   Array w, g, s[max_states];
   int64_t n;
-  DType dtype;            // of weights and gradients
-  int64_t block;          // elements that share a scale
-  const void* direction;  // the direction's scalars
-  double grad_factor;     // on the gradient
+  DType dtype;                      // of weights and gradients
+  int64_t block;                    // elements that share a scale
+  const void* direction = nullptr;  // the direction's scalars
+  double grad_factor;               // on the gradient
   double l2;
   bool skip;                    // an element with a bad gradient keeps its state
   uint32_t key = 0, place = 0;  // of stochastic rounding: the step's, the first element's

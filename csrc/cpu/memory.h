@@ -195,8 +195,8 @@ inline Pack<T> first_lanes(Pack<T> x, int64_t n) {
   std::memcpy(kept, room, n * sizeof(T));
   return load(kept);
 }
-#if defined(__AVX512F__)
 // tiny tensors are nothing but a tail: masks spare them the trip through memory
+#if defined(__AVX512F__)
 inline __mmask16 lanes16(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline __mmask8 lanes8(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
 inline Pack<float> load_part(const float* p, int64_t n) {
@@ -216,6 +216,36 @@ inline Pack<float> first_lanes(Pack<float> x, int64_t n) {
 }
 inline Pack<double> first_lanes(Pack<double> x, int64_t n) {
   return {{_mm512_maskz_mov_pd(lanes8(n), x.v[0])}};
+}
+#elif defined(__AVX2__)
+inline __m256i lanes8(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+}
+inline __m256i lanes4(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Pack<float> load_part(const float* p, int64_t n) {
+  return {{_mm256_maskload_ps(p, lanes8(n)), _mm256_maskload_ps(p + 8, lanes8(n - 8))}};
+}
+inline Pack<double> load_part(const double* p, int64_t n) {
+  return {{_mm256_maskload_pd(p, lanes4(n)), _mm256_maskload_pd(p + 4, lanes4(n - 4))}};
+}
+inline void store_part(float* p, Pack<float> x, int64_t n) {
+  _mm256_maskstore_ps(p, lanes8(n), x.v[0]);
+  _mm256_maskstore_ps(p + 8, lanes8(n - 8), x.v[1]);
+}
+inline void store_part(double* p, Pack<double> x, int64_t n) {
+  _mm256_maskstore_pd(p, lanes4(n), x.v[0]);
+  _mm256_maskstore_pd(p + 4, lanes4(n - 4), x.v[1]);
+}
+inline Pack<float> first_lanes(Pack<float> x, int64_t n) {
+  return {{_mm256_and_ps(x.v[0], _mm256_castsi256_ps(lanes8(n))),
+           _mm256_and_ps(x.v[1], _mm256_castsi256_ps(lanes8(n - 8)))}};
+}
+inline Pack<double> first_lanes(Pack<double> x, int64_t n) {
+  return {{_mm256_and_pd(x.v[0], _mm256_castsi256_pd(lanes4(n))),
+           _mm256_and_pd(x.v[1], _mm256_castsi256_pd(lanes4(n - 4)))}};
 }
 #endif
 

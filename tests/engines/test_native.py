@@ -4,6 +4,7 @@ import itertools
 import platform
 import shutil
 import subprocess
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,32 @@ def test_instruction_sets_agree_to_the_bit(calls, rule, dtype, precision):
     assert len(results) >= 1
     for other in results[1:]:
         assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize("make", [dict, lambda: defaultdict(dict)], ids=["dict", "defaultdict"])
+def test_a_snapshot_knows_a_dict_by_what_it_holds(make):
+    """Whatever changes is seen, before and after a match, and so is what is put back."""
+    held, other, third = object(), object(), object()
+    state = make()
+    state |= {"step": held, "memory": other}
+    before = _C.Snapshot(state)
+    changes = {
+        "value": lambda: state.update(memory=third),
+        "values": lambda: state.update(step=other, memory=held),
+        "more": lambda: state.update(more=third),
+        "less": lambda: state.pop("memory"),
+        "key": lambda: state.update(other=state.pop("memory")),
+        "order": lambda: state.update(step=state.pop("step")),
+        "nothing": state.clear,
+    }
+    for name, change in changes.items():
+        assert before.matches(state) and before.matches(state), name
+        change()
+        assert not before.matches(state) and not before.matches(state), name
+        assert before.matches({"step": held, "memory": other}), name
+        assert not before.matches(state), name
+        state.clear()
+        state.update({"step": held, "memory": other})
 
 
 def test_unknown_instruction_set():
