@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from backward_nets import MOM, Net, both, equal, few, halves, loss_of, no_grads, pair
+from backward_nets import FEW, MOM, Net, both, equal, few, halves, loss_of, no_grads, pair
 from cases import BY_ID, CASES, copies, ids, same_bits
 from selection import NONE
 from torch import nn
@@ -30,6 +30,7 @@ LAYERED += [pytest.param(case, "module", id=f"{case.id}-module") for case in ROW
 
 
 @few
+@pytest.mark.quick(triton=FEW[:1])  # it steps layer by layer; its kernels are asked elsewhere
 @pytest.mark.parametrize(("case", "layers"), LAYERED)
 def test_equals_the_plain_loop(engine, case, layers):
     nets, opts, _ = pair(engine, case, layers=layers)
