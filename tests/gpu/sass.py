@@ -103,7 +103,7 @@ def kept(arch: str, *, wait: bool) -> Path | None:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return None
-        if not file.exists() or file.open().readline().strip() != made_of:
+        if not file.exists() or not file.read_text().startswith(f"{made_of}\n"):
             part = file.with_suffix(".part")
             with part.open("w") as out:
                 out.write(f"{made_of}\n")
