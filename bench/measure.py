@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 import time
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import memory
-from bench.peers import BASELINES, STREAM, Contender, Stream
-from bench.report import Row
+from bench.peers import BASELINES, PEERS, STREAM, Contender, Stream
+from bench.report import NOT_INSTALLED, Row
 from bench.shapes import MODELS, shapes
 from bench.timing import Lane, Spread, Timer, ratios, run_rounds, timer_for
 
@@ -160,6 +161,8 @@ def _obstacle(case: Case, contender: Contender) -> str | None:
     """Why a contender need not be tried, or None."""
     if time.monotonic() > case.deadline:
         return "no time left"
+    if contender.package in PEERS and importlib.util.find_spec(contender.package) is None:
+        return f"{contender.package}{NOT_INSTALLED}"
     need = memory.own_bytes(contender, case.family, MODELS[case.model][2], case.dtype)
     return memory.shortage(need, case.device)
 

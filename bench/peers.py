@@ -64,6 +64,8 @@ TWO_PASS = {
     ("adam", "layca"): Traffic(3, 1, 6),  # pass two reads w m v again: 40
     ("adam", "lamb"): Traffic(3, 1, 6),
 }
+# packages that need not be there: they are compared where they are installed
+PEERS = ("timm", "pytorch_optimizer", "torchao", "bitsandbytes")
 # tensors of state per parameter tensor, at most
 STATES = {"sgd": 1, "adam": 2, "held": 3, "coded": 2}
 OURS = {

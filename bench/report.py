@@ -145,16 +145,32 @@ def columns(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return "\n".join(text)
 
 
+NOT_INSTALLED = " is not installed"
+
+
 def left_out(result: Result) -> list[str]:
-    """A line for each contender and reason, with the models it was left out of."""
+    """A line for each contender and reason, with the models it was left out of.
+
+    Packages that are not installed share one line.
+    """
     models: dict[tuple[str, str], list[str]] = {}
+    packages: dict[str, None] = {}
     for place, reason in result.left_out.items():
+        if reason.endswith(NOT_INSTALLED):
+            packages[reason.removesuffix(NOT_INSTALLED)] = None
+            continue
         model, _, name = place.partition(": ")
         models.setdefault((name, reason), []).append(model)
-    return [
+    lines = [
         f"left out {name} ({'; '.join(where)}): {reason}"
         for (name, reason), where in models.items()
     ]
+    if packages:
+        lines.append(
+            "optional packages, whose optimizers are compared only where they are installed, "
+            f"and here are not: {', '.join(packages)}"
+        )
+    return lines
 
 
 def _rank(row: Row) -> tuple[bool, float]:

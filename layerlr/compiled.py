@@ -23,20 +23,23 @@ from .plans import PlanCache
 if TYPE_CHECKING:
     from .optimizer import LayerwiseOptimizer
 
-_live: weakref.WeakValueDictionary[int, LayerwiseOptimizer] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[str, LayerwiseOptimizer] = weakref.WeakValueDictionary()
 _handles = itertools.count()
 
 _library = torch.library.Library("layerlr", "FRAGMENT")
 _library.define(
     "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor[] rates, "
-    "Tensor? grad_scale, Tensor? found_inf, int[] places, int handle) -> ()",
+    "Tensor? grad_scale, Tensor? found_inf, int[] places, str handle) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),  # captures must be noticed: layerlr/graphs.py
 )
 
 
-def handle_of(optimizer: LayerwiseOptimizer) -> int:
-    """A number by which graphs find the optimizer, and which does not keep it alive."""
-    handle = next(_handles)
+def handle_of(optimizer: LayerwiseOptimizer) -> str:
+    """A name by which graphs find the optimizer, and which does not keep it alive.
+
+    A number would be a symbol in the graph of the second optimizer that torch 2.11 compiles.
+    """
+    handle = str(next(_handles))
     _live[handle] = optimizer
     return handle
 
@@ -76,7 +79,7 @@ def _operands(cache: PlanCache) -> Iterator[tuple[Tensor, dict[str, Any] | None]
             yield from zip(of_table.table.params, of_table.states, strict=True)
 
 
-def _tensor_rates(handle: int) -> list[int]:
+def _tensor_rates(handle: str) -> list[int]:
     """Groups whose lr is a tensor; asked without looking at a lr that is a number."""
     groups = _live[handle].param_groups
     return [k for k, group in enumerate(groups) if isinstance(group["lr"], Tensor)]
@@ -111,7 +114,7 @@ def _run(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     places: list[int],
-    handle: int,
+    handle: str,
 ) -> None:
     """Step the live optimizer with the values that are given.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -63,6 +65,13 @@ def _engines():
 
 
 ENGINES = list(_engines())
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass by the tests themselves: it took a second each time."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(params=ENGINES)

@@ -5,6 +5,7 @@ import csv
 import importlib
 import importlib.util
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -160,7 +161,8 @@ def test_contender_that_fails_is_left_out_with_its_reason(monkeypatch):
 
 
 def test_weights_that_blow_up_spoil_the_family_and_it_says_so(monkeypatch):
-    rows = [peers.Contender("torch SGD fused", "torch", lambda p: torch.optim.SGD(p, lr=1e38))]
+    # infinite: one step must do, for a slow machine takes few
+    rows = [peers.Contender("torch SGD fused", "torch", lambda p: torch.optim.SGD(p, lr=math.inf))]
     monkeypatch.setattr(step_time, "contenders", lambda *_: rows)
     result = step_time.run(["tiny300"], families=["sgd"], repeats=1)
     assert not result.rows
@@ -209,6 +211,18 @@ def test_nothing_is_begun_when_time_is_up():
     assert result.left_out == {f"tiny128: all of {f}": "no time left" for f in ("sgd", "adam")}
     lines = report.left_out(result)
     assert lines[0] == "left out all of sgd (tiny128): no time left"
+
+
+def test_packages_that_are_not_installed_share_one_line(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in peers.PEERS else find(name)
+    )
+    result = step_time.run(["tiny128"], repeats=1, only="foreach")
+    assert "torch AdamW foreach" in {row.contender for row in result.rows}
+    assert result.left_out["tiny128: timm Lars foreach"] == "timm is not installed"
+    (line,) = report.left_out(result)
+    assert "optional" in line and line.endswith(": timm, pytorch_optimizer")
 
 
 def test_progress_without_tqdm(monkeypatch, capsys):

@@ -163,7 +163,8 @@ def test_found_inf_changes_nothing(engine, case):
 def test_norms(engine, case, skip):
     """Of the gradient as it is, in layers with and without the rule; nothing changes by it."""
     shapes = ((40, 30), (5,), (0, 3), (), (2, 3, 2, 2), (7, 2))
-    for dtype in cases.DTYPES:
+    # each dtype under one of the two, which is asked after the sums: an element does not see it
+    for dtype in cases.DTYPES[skip == "skip" :: 2]:
         ours, twins = (engine.params(random(shapes, seed=1), dtype) for _ in range(2))
         opt, twin = (engine.make(case, p, on_nonfinite=skip) for p in (ours, twins))
         for seed in range(2):

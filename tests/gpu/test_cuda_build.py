@@ -1,16 +1,15 @@
 """The CUDA kernels as compiled: what they were built for, and what the compiler made of them."""
 
-import importlib.util
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+import sass
+from sass import NVCC, Key, find, key_of
 
 from layerlr import _C
 from layerlr.backends.cuda import LIBRARY, left_out, load
@@ -21,14 +20,6 @@ ARCHITECTURES = [] if left_out() else load().architectures
 FOLDER = ROOT / "build/ninja" / "-".join(["sm", *ARCHITECTURES])
 #: bytes of local memory that a thread may have, outside of the loops over elements
 STACK_BYTES = 8
-
-
-def find(program, *folders):
-    return shutil.which(program, path=os.pathsep.join([os.environ["PATH"], *map(str, folders)]))
-
-
-TOOLKITS = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-NVCC = find("nvcc", *(Path(home, "bin") for home in TOOLKITS if home))
 
 
 @pytest.fixture(scope="module")
@@ -93,24 +84,6 @@ def test_no_source_asks_for_its_architecture():
         assert "__CUDA_ARCH__" not in file.read_text(), file
 
 
-class Key(NamedTuple):
-    """A kernel; a step's by what it is instantiated for."""
-
-    arch: str
-    kernel: str
-    direction: str = ""
-    family: str = ""
-
-    @property
-    def name(self):
-        return "-".join(part for part in self[1:] if part)
-
-
-FAMILIES = {
-    "NS_6FloatsILb0EEE": "plain",
-    "NS_6FloatsILb1EEE": "coded",
-    "NS_8AnyDtypeE": "any",
-}
 #: the passes of a step
 ORDERS = {
     "unmeasured": ["advance_apply"],
@@ -119,17 +92,6 @@ ORDERS = {
 }
 #: whose coded kernels need the registers of two blocks
 THREE_STATES = ("AmsGrad", "RmspropCenteredMomentum")
-
-
-def key_of(arch, mangled):
-    """The key of a kernel's name in the object file."""
-    kernel = re.search(r"([a-z]+)_kernel(?=[IE])", mangled)[1]
-    direction = re.search(r"_kernelINS_(\d+)(\w+)", mangled)
-    if not direction:
-        return Key(arch, kernel)
-    length, rest = int(direction[1]), direction[2]
-    family = [name for code, name in FAMILIES.items() if code in rest]
-    return Key(arch, kernel, rest[:length], *family)
 
 
 def compiler_reports():
@@ -160,38 +122,12 @@ def each_kernel(**wanted):
     )
 
 
-class Instruction(NamedTuple):
-    address: int
-    name: str
-    to: int | None  # where a branch or a call goes
-
-
 @pytest.fixture(scope="module")
 def listings(cuda):
     """The instructions of each kernel."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
-    cuobjdump = find("cuobjdump", *folders, *([Path(NVCC).parent] if NVCC else []))
-    if cuobjdump is None:
+    if sass.cuobjdump() is None:
         pytest.skip(reason="needs cuobjdump, of the CUDA toolkit or of Triton")
-    instruction = re.compile(
-        r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)(?:.*\b0x([0-9a-f]+) ;)?"
-    )
-    kernels = {}
-    arch = current = None
-    command = [cuobjdump, "--dump-sass", LIBRARY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if found := instruction.match(line):
-                address, name, target = found.groups()
-                to = int(target, 16) if target and name[:4] in ("BRA", "BRA.", "CALL") else None
-                current.append(Instruction(int(address, 16), name, to))
-            elif line.startswith("arch = sm_"):
-                arch = line.split("_")[1].strip()
-            elif "Function : " in line:
-                current = kernels.setdefault(key_of(arch, line.split()[-1]), [])
-    assert process.returncode == 0
-    return kernels
+    return sass.Listings(cuda.architectures)
 
 
 def matching(code, pattern):

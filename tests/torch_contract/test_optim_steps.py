@@ -250,3 +250,17 @@ def test_uninitialized_parameters_are_refused_as_torch_s_adagrad_does(ours):
     for cls in (ours, torch.optim.Adagrad):
         kind, words = outcome(lambda c=cls: c(nn.LazyLinear(3).parameters()))
         assert kind is ValueError and "Attempted to use an uninitialized parameter" in words
+
+
+def test_one_optimizer_is_compiled_after_another():
+    torch._dynamo.reset()
+    for _ in range(3):
+        ours, eager = ([Parameter(torch.ones(2, 3))] for _ in range(2))
+        opt, twin = (layerlr.SGD(p, lr=0.1, rule="lars") for p in (ours, eager))
+        step = torch.compile(opt.step, backend="eager", fullgraph=True)
+        for seed in range(2):
+            set_grads(ours, seed)
+            set_grads(eager, seed)
+            step()
+            twin.step()
+        assert same(ours, eager)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from backward_nets import MOM, Net, both, equal, few, halves, loss_of, no_grads, pair
+from backward_nets import FEW, MOM, Net, both, equal, few, halves, loss_of, no_grads, pair
 from cases import BY_ID, CASES, copies, ids, same_bits
 from selection import NONE
 from torch import nn
@@ -24,9 +24,14 @@ ROWS += [BY_ID[f"adamw-{r}"] for r in ("none", "lars", "lamb")]
 # -- the plain loop's bits -----------------------------------------------------------------------
 
 
+#: of modules the rules alone: which parameters wait for each other is settled before the step
+LAYERED = [pytest.param(case, "tensor", id=f"{case.id}-tensor") for case in CASES]
+LAYERED += [pytest.param(case, "module", id=f"{case.id}-module") for case in ROWS]
+
+
 @few
-@pytest.mark.parametrize("layers", ["tensor", "module"])
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.quick(triton=FEW[:1])  # it steps layer by layer; its kernels are asked elsewhere
+@pytest.mark.parametrize(("case", "layers"), LAYERED)
 def test_equals_the_plain_loop(engine, case, layers):
     nets, opts, _ = pair(engine, case, layers=layers)
     for seed in range(3):

@@ -13,6 +13,7 @@ import unittest
 from copy import deepcopy
 from itertools import chain, pairwise
 
+import optim_infra  # noqa: F401 (first)
 import pytest
 import torch
 from cases import bits
