@@ -99,9 +99,10 @@ def link(folder: Path, file: str) -> None:
             subprocess.run([*CXX, *words, unit, "-o", objects[-1]], cwd=folder, check=True)
     pair = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
     built = [ROOT / "build" / "ninja", ROOT / "build" / f"ninja-{pair}"]
-    others = [(f"csrc/{o.stem}", o) for there in built for o in there.glob("csrc/*.o")]
-    others += [(f"csrc/cuda/{o.stem}", o) for o in built[0].glob("csrc/cuda/*.o")]
-    others = [o for source, o in others if (ROOT / source).is_file() and source != file]
+    # an object of the second folder may be left from a build that had the source there
+    made = {f"csrc/{o.stem}": o for there in reversed(built) for o in there.glob("csrc/*.o")}
+    made |= {f"csrc/cuda/{o.stem}": o for o in built[0].glob("csrc/cuda/*.o")}
+    others = [o for source, o in made.items() if (ROOT / source).is_file() and source != file]
     (target,) = (folder / "layerlr").glob("_C.*.so")
     target.unlink()
     paths = [f"-L{p}" for p in library_paths()]
