@@ -150,8 +150,14 @@ def test_class_and_keyword_arguments_over_model_parts(kind, flags):
     assert_same(*runs)
 
 
+def torchtitan_optimizer():
+    """The module of torchtitan that holds its optimizers."""
+    name = "torchtitan.components.optimizer"
+    return pytest.importorskip(name, reason="torchtitan is not installed", exc_type=ImportError)
+
+
 def titan_container(kind, model):
-    module = pytest.importorskip("torchtitan.components.optimizer", exc_type=ImportError)
+    module = torchtitan_optimizer()
     cls, arguments = KINDS[kind]
 
     class Container(module.OptimizersContainer):
@@ -183,7 +189,7 @@ def titan_steps(model, opt, steps):
 @each_kind
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is")
 def test_torchtitan_with_a_distributed_checkpoint(tmp_path, kind):
-    pytest.importorskip("torchtitan.components.optimizer", exc_type=ImportError)
+    torchtitan_optimizer()
     import torch.distributed.checkpoint as dcp
 
     whole = Net()
@@ -205,7 +211,7 @@ def test_torchtitan_with_a_distributed_checkpoint(tmp_path, kind):
 
 
 def test_torchtune_config_and_step_in_backward(tmp_path):
-    pytest.importorskip("torchtune", exc_type=ImportError)
+    pytest.importorskip("torchtune", reason="torchtune is not installed", exc_type=ImportError)
     from omegaconf import OmegaConf
     from torchtune import config
     from torchtune.training import create_optim_in_bwd_wrapper, register_optim_in_bwd_hooks

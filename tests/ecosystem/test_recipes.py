@@ -30,7 +30,7 @@ CLIPPED = Lamb(clip=10.0)
 
 def configuration(title):
     """A configuration of the page, by its first line."""
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     (text,) = re.findall(
         rf"^```yaml\n# {re.escape(title)}[^\n]*\n(.*?)^```$", PAGE.read_text(), re.M | re.S
     )
@@ -59,7 +59,7 @@ def trained(opt, model):
 
 
 def test_hydra():
-    hydra = pytest.importorskip("hydra")
+    hydra = pytest.importorskip("hydra", reason="hydra is not installed")
     omegaconf = pytest.importorskip("omegaconf")
     node = omegaconf.OmegaConf.create(configuration("hydra"))
     for late in (False, True):
@@ -75,7 +75,7 @@ def test_hydra():
 
 
 def test_a_rule_of_hydra():
-    hydra = pytest.importorskip("hydra")
+    hydra = pytest.importorskip("hydra", reason="hydra is not installed")
     node = {"_target_": "layerlr.SGD", "lr": 0.1, "rule": {"_target_": "layerlr.rules.Layca"}}
     opt = hydra.utils.instantiate(node, params=Net().parameters())
     assert opt.param_groups[0]["rule"] == layerlr.rules.Layca()
@@ -96,7 +96,7 @@ def test_a_mapping_without_a_name_is_refused():
 @pytest.mark.parametrize("rule", ["lamb", {"name": "lamb", "clip": 10.0}])
 def test_lightning_cli(tmp_path, rule):
     pytest.importorskip("jsonargparse")
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     cli = pytest.importorskip("lightning.pytorch.cli", exc_type=ImportError)
     lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
 
