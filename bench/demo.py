@@ -13,9 +13,13 @@ by 5, is that of the Layca paper.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,30 +54,36 @@ def base_config(folder: str | None, steps: int = 500) -> Config:
 
 def run_plan(
     base: Config,
-    data: Data,
     plan: Iterable[tuple[str, str, tuple[str, ...]]],
     seeds: Sequence[int] = SEEDS,
     out: Path | None = None,
+    workers: int = 1,
 ) -> Rows:
-    """Train everything under one progress bar."""
+    """Train everything, `workers` runs at a time, under one progress bar."""
     plan = list(plan)
-    runs = sum(len(rules) for _, _, rules in plan) * len(seeds)
-    rows: Rows = []
-    with tqdm(total=runs * base.steps, unit="step", dynamic_ncols=True) as bar:
-        for title, optimizer, rules in plan:
-            variants = []
-            for rule in rules:
-                bar.set_description(label(title, rule))
-                configs = [replace(base, optimizer=optimizer, rule=rule, seed=s) for s in seeds]
-                results = []
-                for config in configs:
-                    before = bar.n
-                    task = Task.of(config, data)
-                    results.append(train(config, task, out=out, after_step=bar.update))
-                    bar.update(before + base.steps - bar.n)  # the rest of a diverged run
-                variants.append((rule, results))
-            rows.append((title, variants))
-    return rows
+    configs = [
+        replace(base, optimizer=optimizer, rule=rule, seed=seed)
+        for _, optimizer, rules in plan
+        for rule in rules
+        for seed in seeds
+    ]
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(min(workers, len(configs)), spawn) as pool:
+        trained = pool.map(partial(_train, out), configs)
+        results = iter(list(tqdm(trained, total=len(configs), unit="run", dynamic_ncols=True)))
+    return [
+        (title, [(rule, [next(results) for _ in seeds]) for rule in rules])
+        for title, _, rules in plan
+    ]
+
+
+def _train(out: Path | None, config: Config) -> Result:
+    return train(config, Task.of(config, _data(config.data, config.folder)), out=out)
+
+
+@cache
+def _data(name: str, folder: str | None) -> Data:
+    return load(name, folder)
 
 
 def label(title: str, rule: str) -> str:
@@ -165,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=500, help="steps of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="runs at a time"
+    )
     parser.add_argument("--grid", action="store_true", help="only the grid of bare rates")
     parser.add_argument("--no-bench", action="store_true", help="leave out the micro-benchmark")
     arguments = parser.parse_args(argv)
@@ -175,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     print(
         f"{data.name}: {len(data.x)} images to learn from, {len(data.test_x)} to test on; "
-        f"{base.steps} steps of {base.batch}; {cpu_name()}, {base.threads} thread"
+        f"{base.steps} steps of {base.batch}; {cpu_name()}, {arguments.workers} runs at a time"
     )
     if arguments.grid:
         print(grid_table(run_grid(base, data)))
         return
-    rows = run_plan(base, data, PLAN, arguments.seeds, arguments.out / "runs")
+    rows = run_plan(base, PLAN, arguments.seeds, arguments.out / "runs", arguments.workers)
     text = f"{table(rows)}\n\n{verdict(rows)}\n"
     print(f"\n{text}")
     write_atomically(arguments.out / "table.txt", lambda file: file.write(text.encode()))

@@ -436,7 +436,7 @@ def test_demo_end_to_end(
     plan = (("SGD", "sgd", ("none", "singh", "layca")), ("Adam", "adam", ("none", "layca")))
     monkeypatch.setattr(demo, "PLAN", plan)
     monkeypatch.setattr(step_time, "quick", lambda: print("micro-benchmark"))
-    demo.main(["--out", str(tmp_path), "--steps", "12", "--seeds", "0", "1"])
+    demo.main(["--out", str(tmp_path), "--steps", "12", "--seeds", "0", "1", "--workers", "2"])
     text = capsys.readouterr().out
     assert text.endswith("micro-benchmark\n")
     for line in ("SGD + singh", "SGD + layca", "Adam + layca"):
@@ -445,9 +445,13 @@ def test_demo_end_to_end(
         assert str(tmp_path / picture) in text
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "runs").glob("*.json"))) == 10
-    # Twins start from the same weights and see the same images.
+    # Twins start from the same weights and see the same images; processes change no bit.
     first = [Result.load(p).losses[0] for p in (tmp_path / "runs").glob("*seed0.json")]
     assert len(set(first)) == 1
+    config = replace(demo.base_config(None, 12), optimizer="adam", rule="layca", seed=1)
+    assert (
+        runner.train(config).losses == Result.load(tmp_path / "runs" / f"{config.name}.json").losses
+    )
 
 
 def test_demo_answers_a_bad_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
