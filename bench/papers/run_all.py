@@ -15,6 +15,7 @@ from . import (
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
+    curvature_line,
     layca_adaptive,
     layca_alpha,
     layca_toy,
@@ -35,6 +36,8 @@ QUEUE = (
     (singh_cifar10, ()),
     (singh_cifar10, ("--step-down", "50000")),
     (curvature_cnn, ()),
+    (curvature_line, ()),
+    (curvature_line, ("--autoencoder",)),
     (char_gpt, ()),
 )
 
