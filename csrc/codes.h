@@ -1,14 +1,19 @@
 // State in codes of 8 bits: one formula for C++ (packs) and CUDA (numbers).
 //
 //   a block is up to 64 elements, as many as divide a row of dimension 0;  M = the largest |x| in
-//   it signed     c = round(127 * |x/M|^(1/2)) with the sign of x       x = c*|c| * M/127^2
-//   unsigned   c = round(255 *  (x/M)^(1/4)), at least 1 for x > 0   x = c^4   * M/255^4
+//   it signed     c = round(127 * |x/M|^(1/2)) with the sign of x       k = M/127^2        x =
+//   c*|c|*k unsigned   c = round(255 *  (x/M)^(1/4)), at least 1 for x > 0   k = M^(1/2)/255^2  x =
+//   (c*c*k)^2
 //
 // so that there are more codes near 0 than near M. To the bit, c is how many of the thresholds
-// (k - 1/2)^2 or (k - 1/2)^4, k = 1, 2, ..., are reached by z = |x| * (127^2/M) or x * (255^4/M):
+// (i - 1/2)^2 or (i - 1/2)^4, i = 1, 2, ..., are reached by z = |x| * (127^2/M) or x * (255^4/M):
 // that needs no exact root, which costs a GPU eleven instructions. What is stored beside a block is
-// its scale, M/127^2 or M/255^4. A block whose M is below 2^-94 is stored as zeros. NaN makes the
-// whole block NaN, an infinity leaves nothing finite in it.
+// its scale k. A block whose M is below 2^-94 is stored as zeros. NaN makes the whole block NaN, an
+// infinity leaves nothing finite in it.
+//
+// Who wants the root of an unsigned x has it: the rounded square of r = c*c*k has the root r, to
+// the bit, as long as it is a normal number (which 2^-94 and `largest_root` see to). So what is
+// decoded is held as c*|c|*k or c*c*k, and `Held` knows whose square is meant.
 #pragma once
 
 #include "core.h"
@@ -21,14 +26,19 @@ constexpr int code_block = 64;
 /// What z of the largest element of a block is.
 constexpr float largest_signed = 16129, largest_unsigned = 4228250625.f;
 
+/// Roots above it count as it: three roundings later the square must not be infinite.
+constexpr float largest_root = 0x1.fffff8p63f;
+
 /// What a block is encoded with, and what lies beside it.
 struct BlockScale {
   float to_z, scale;
 
-  LAYERLR_HD BlockScale(float largest, float z) {
+  BlockScale() = default;
+  LAYERLR_HD BlockScale(float largest, bool nonnegative) {
     const bool counts = largest >= 0x1p-94f, finite = largest - largest == 0;
-    to_z = counts && finite ? z / largest : 0.f;
-    scale = largest < 0x1p-94f ? 0.f : largest * (1.f / z);
+    to_z = counts && finite ? (nonnegative ? largest_unsigned : largest_signed) / largest : 0.f;
+    const float held = nonnegative && finite ? at_most(root(largest), largest_root) : largest;
+    scale = largest < 0x1p-94f ? 0.f : held * (nonnegative ? 1 / 65025.f : 1 / 16129.f);
   }
 };
 
@@ -48,10 +58,6 @@ LAYERLR_HD V encode_signed(V x, float to_z) {
   const V c = code_below(quick_root(z)), half = c + 0.5f;
   return with_sign(add_one_where(z, half * half, c), x);
 }
-template <class V>
-LAYERLR_HD V decode_signed(V c, float scale) {
-  return (c * magnitude(c)) * scale;
-}
 
 template <class V>
 LAYERLR_HD V encode_unsigned(V x, float to_z) {
@@ -60,10 +66,20 @@ LAYERLR_HD V encode_unsigned(V x, float to_z) {
   const V square = half * half;
   return at_least_one_where_positive(x, add_one_where(z, square * square, c));
 }
+
+/// What is held of a code, signed or not: x itself, or its root.
 template <class V>
-LAYERLR_HD V decode_unsigned(V c, float scale) {
-  const V square = c * c;
-  return (square * square) * scale;
+LAYERLR_HD V decode(V c, float scale) {
+  return (c * magnitude(c)) * scale;
 }
+
+/// The states of direction D as `decode` leaves them.
+template <class D, class V>
+struct Held {
+  const V* x;
+
+  LAYERLR_HD V operator[](int k) const { return D::nonnegative(k) ? x[k] * x[k] : x[k]; }
+  LAYERLR_HD V root_of(int k) const { return D::nonnegative(k) ? x[k] : root(x[k]); }
+};
 
 }  // namespace layerlr

@@ -37,6 +37,15 @@ struct LayerScale {
 LAYERLR_HD float root(float x) { return sqrtf(x); }
 LAYERLR_HD double root(double x) { return sqrt(x); }
 
+/// The states of an element as direction() reads them: s[k], and its root.
+template <class V>
+struct States {
+  const V* x;
+
+  LAYERLR_HD V operator[](int k) const { return x[k]; }
+  LAYERLR_HD V root_of(int k) const { return root(x[k]); }
+};
+
 /// x^n for a whole n >= 0 by squaring, in twice the precision (Dekker's product: no fused add), so
 /// that host and device form the same bits: those of the exact power, rounded, but for rare ties.
 struct TwoDoubles {

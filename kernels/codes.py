@@ -8,6 +8,7 @@ from .arithmetic import quotient, root
 BLOCK_OF_CODES = tl.constexpr(64)
 _WHOLE = tl.constexpr(12582912.0)  # 3 * 2^22: what is below 1 is rounded away
 _LEAST = tl.constexpr(2.0**-94)
+_LARGEST_ROOT = tl.constexpr(2.0**64 * (1 - 2.0**-22))
 _SIGNED = tl.constexpr(127.0**2)
 _UNSIGNED = tl.constexpr(255.0**4)
 _JUST_BELOW = tl.constexpr(1 - 2.0**-18)
@@ -53,8 +54,13 @@ def scales(most, NONNEGATIVE: tl.constexpr):
     to_z = tl.where(
         counts & finite, quotient(tl.zeros_like(most) + z, tl.where(counts, most, 1.0)), 0.0
     )
-    one = 1.0 / z
-    return to_z, tl.where(most < _LEAST, 0.0, most * one)
+    held = most
+    one = 1.0 / _SIGNED
+    if NONNEGATIVE:
+        part = root(most)
+        held = tl.where(finite, tl.where(part < _LARGEST_ROOT, part, _LARGEST_ROOT), most)
+        one = 1.0 / 65025.0
+    return to_z, tl.where(most < _LEAST, 0.0, held * one)
 
 
 @triton.jit
@@ -82,9 +88,7 @@ def encode(x, to_z, NONNEGATIVE: tl.constexpr):
 @triton.jit
 def decode(c, scale, NONNEGATIVE: tl.constexpr):
     """The numbers that codes stand for."""
+    x = (c * _magnitude(c)) * scale
     if NONNEGATIVE:
-        square = c * c
-        x = (square * square) * scale
-    else:
-        x = (c * _magnitude(c)) * scale
+        x = x * x
     return x

@@ -6,21 +6,22 @@
 ``"float32"``    ``s``                                 ``s = x``              4
 ``"bfloat16"``   ``s``                                 ``s = round(x)``       2
 ``"8bit"``       ``c*|c|*k``, momenta                  ``c, k = encode(x)``   1 + 1/16
-                 ``c^4*k``, what is never below 0
+                 ``(c*c*k)^2``, what is never below 0
 ===============  ====================================  =====================  =====================
 
 A row is all that one index of dimension 0 selects, in order; a block is up to 64 numbers side by
 side in it, as many as divide the row evenly. With M the largest magnitude in a block,
 
     signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
-    unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M/255^4
+    unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M^(1/2)/255^2
 
-so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(k - 1/2)^2`` or
-``(k - 1/2)^4``, k = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
+so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(i - 1/2)^2`` or
+``(i - 1/2)^4``, i = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
 operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all
-engines store the same bits. The step u is formed from what is stored. A block whose M is below
-2^-94 has k = 0 and stands for zeros. NaN makes its whole block NaN, an infinity leaves nothing
-finite in it.
+engines store the same bits. The step u is formed from what is stored: where it has the root of an
+unsigned x, that is ``c*c*k`` to the bit (the rounded square of a float has that float as its root),
+which native engines take. A block whose M is below 2^-94 has k = 0 and stands for zeros. NaN makes
+its whole block NaN, an infinity leaves nothing finite in it.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
@@ -46,6 +47,7 @@ import torch
 from torch import Tensor
 
 from . import _C, dtensor
+from .directions.base import root
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 #: one tensor of the state as it is stored: its numbers, or their codes and scales
@@ -56,6 +58,7 @@ SMALL, SMALL_BLOCK = 4096, 16
 
 _CODES = (torch.int8, torch.uint8)
 _LEAST = 2.0**-94
+_LARGEST_ROOT = 2.0**64 * (1 - 2.0**-22)  # so that the square of what is decoded is finite
 
 
 def scale_key(key: str) -> str:
@@ -113,9 +116,13 @@ def _blocks(x: Tensor, blocks: int | None = None) -> Tensor:
 def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of float32 numbers; ``of_row``: blocks of a row, where x is a shard."""
     blocks = _blocks(x.contiguous(), of_row)
-    thresholds, most = _thresholds(dtype, x.device)
+    last = 127 if dtype == torch.int8 else 255
+    thresholds, most = _thresholds(dtype, last, x.device)
     largest = blocks.abs().amax(2, keepdim=True)
-    scale = torch.where(largest < _LEAST, 0.0, largest * (1.0 / most))
+    held = largest
+    if dtype == torch.uint8:  # inf and NaN as they are
+        held = torch.where(torch.isfinite(largest), root(largest).clamp(max=_LARGEST_ROOT), largest)
+    scale = torch.where(largest < _LEAST, 0.0, held * (1.0 / last**2))
     counts = (largest >= _LEAST) & torch.isfinite(largest)
     z = blocks.abs() * torch.where(counts, most / largest, 0.0)
     z = torch.where(z < most, z, most)
@@ -127,9 +134,8 @@ def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Te
     return c.to(dtype).reshape(x.shape), scale[..., 0].contiguous()
 
 
-def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _thresholds(dtype: torch.dtype, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """What a number must reach for codes 1, 2, ..., and what the largest of its block is."""
-    last = 127 if dtype == torch.int8 else 255
     halves = torch.arange(1, last + 1, dtype=torch.float32, device=device) - 0.5
     thresholds = halves * halves
     if dtype == torch.int8:
@@ -140,11 +146,8 @@ def _thresholds(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tenso
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The numbers that are stored, in float32."""
     c = _blocks(codes, scale.shape[1]).float()
-    if codes.dtype == torch.int8:
-        x = (c * c.abs()) * scale[..., None]
-    else:
-        square = c * c
-        x = (square * square) * scale[..., None]
+    held = (c * c.abs()) * scale[..., None]
+    x = held if codes.dtype == torch.int8 else held * held
     return x.reshape(codes.shape)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
-from . import measures
+from . import curvature_line, measures
 from .char_gpt import CARRIED, ONE_LINE, PLAIN, REST
 from .evidence import Claim
 
 SINGH = "Singh et al. 2015"
 LAYCA = "Carbonnelle & De Vleeschouwer 2018"
 CURVATURE = "Bahamou & Goldfarb 2023"
+LINE = "The minimum along a step"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 TRANSFORMER = "A transformer"
 README = "README: handwritten digits"
@@ -206,6 +207,22 @@ CLAIMS = (
             measures.generalisation(direction, "hessian"),
         )
         for direction in ("SGD", "AdamW")
+    ),
+    *(
+        Claim(
+            LINE,
+            f"it is farther away than the steps of {arm}: {network}",
+            "where the train loss is least along a step, in steps, less 1",
+            (store,),
+            measures.minimum_along(arm),
+            unit=" steps",
+        )
+        for network, store, arms in (
+            ("convolutional network", "curvature_line_cpu", curvature_line.CNN),
+            ("autoencoder", "curvature_line_autoencoder_cpu", curvature_line.AUTOENCODER),
+        )
+        for title, rates in arms
+        for arm in (f"{title}, rate {rate:g}" for rate in rates)
     ),
     *(
         Claim(

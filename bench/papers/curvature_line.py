@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,16 @@ def minimum(trainer: Trainer, start: Sequence[Tensor]) -> float:
     return float(-slope / (2 * bend)) if bend > 0 else math.nan
 
 
-def second_half(run: dict) -> float:
-    """The median over the tests of a run's second half."""
-    found = [record["minimum"] for record in run["records"]]
-    return statistics.median(x for x in found[len(found) // 2 :] if x is not None)
+def minima(run: dict[str, Any]) -> list[float]:
+    """Of the tests of a run's second half, where there is one."""
+    records = run["records"]
+    found = [record["minimum"] for record in records[len(records) // 2 :]]
+    return [x for x in found if x is not None]
+
+
+def second_half(run: dict[str, Any]) -> float:
+    """Their median."""
+    return statistics.median(minima(run))
 
 
 def arms(scope: Scope) -> list[Arm]:
@@ -108,23 +115,25 @@ def table(store: Store) -> Table:
 
 
 def plot(store: Store, path: Path) -> Path:
-    """The minimum over training, a line a seed; the train loss."""
+    """The minima of the second half of all seeds' runs; the train loss."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     along, losses = figure.subplots(1, 2)
-    for arm, colour in zip(store.arms, report.COLOURS, strict=False):
-        for i, run in enumerate(store.runs(arm)):
-            steps = [record["step"] for record in run["records"]]
-            minima = [record["minimum"] for record in run["records"]]
-            label = arm if i == 0 else None
-            along.plot(steps, minima, ".-", color=colour, linewidth=0.9, label=label)
-            curve = run["losses"]
+    for at, arm in enumerate(store.arms):
+        runs, colour = store.runs(arm), report.COLOURS[at]
+        every = [x for run in runs for x in minima(run)]
+        along.boxplot(every, positions=[at], widths=0.5, showfliers=False, medianprops={"lw": 2})
+        along.plot([at] * len(runs), [second_half(run) for run in runs], "o", color=colour)
+        for run in runs:
+            curve, label = run["losses"], arm if run is runs[0] else None
             losses.plot(curve["step"], curve["loss"], color=colour, linewidth=0.9, label=label)
     along.axhline(1, color="#444444", linewidth=0.8)
-    along.set(xlabel="step", ylabel="minimum along the step (1: its end)", ylim=(-0.5, 2.5))
+    along.axhline(0.5, color="#444444", linewidth=0.8, linestyle=":")
+    along.set_xticks(range(len(store.arms)), [arm.replace(", ", "\n") for arm in store.arms])
+    along.set_ylabel("minimum along a step (1: its end)")
     losses.set(xlabel="step", ylabel="train loss", yscale="log")
+    losses.legend(frameon=False, fontsize="small")
     for axes in (along, losses):
         axes.grid(**report.GRID)
-        axes.legend(frameon=False, fontsize="small")
     return report.saved(figure, path)
 
 

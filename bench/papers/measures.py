@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from . import by_time, layca_toy, singh_mnist
+from . import by_time, curvature_line, layca_toy, singh_mnist
 from . import char_gpt_report as gpt
 from .by_time import Run
 from .evidence import (
@@ -189,6 +189,17 @@ def generalisation(direction: str, kind: str) -> Measure:
         sides = {arm: test_error(store, arm) for arm in arms}
         chosen = least(sides)
         return _finding(chosen, sides[chosen], ruled, test_error(store, ruled))
+
+    return measure
+
+
+def minimum_along(arm: str) -> Measure:
+    """Where the loss is least along the steps of a fixed rate, less where they end."""
+
+    def measure(store: Store) -> Finding:
+        found = store.by_seed(arm, curvature_line.second_half)
+        ends = dict.fromkeys(found, 1.0)
+        return _finding("the minimum at", found, "the step's end at", ends)
 
     return measure
 

@@ -84,7 +84,7 @@ struct Access {
     for (int k = 0; k < states; ++k) {
       if constexpr (coded) {
         if (codes) {
-          load_codes(use, whole, e, n, block, k, x[k]);
+          load_codes(use, codes, whole, e, n, block, k, x[k]);
           continue;
         }
         if (at.narrow) {
@@ -95,17 +95,16 @@ struct Access {
       load(use, whole, s(k) + e, n, x[k]);
     }
   }
-  /// Store the states, and leave in x what a load will find.
+  /// Store the numbers x, and leave in it what a load will find.
   template <class Codes, class Whole>
   LAYERLR_DEVICE void store_states(Use use, Codes codes, Whole whole, int e, int n, int block,
                                    T (*x)[4]) const {
+    if constexpr (coded && states > 0) {
+      if (codes) return store_codes(use, codes, whole, e, n, block, x);
+    }
 #pragma unroll
     for (int k = 0; k < states; ++k) {
       if constexpr (coded) {
-        if (codes) {
-          store_codes(use, whole, e, n, block, k, x[k]);
-          continue;
-        }
         if (at.narrow) {
           store(use, whole, reinterpret_cast<BFloat16*>(at.of[array_state + k]) + e, n, x[k]);
 #pragma unroll
@@ -129,8 +128,21 @@ struct Access {
   LAYERLR_DEVICE float* scale(int k, int block) const {
     return reinterpret_cast<float*>(at.of[array_scales + k]) + block;
   }
-  template <class Whole>
-  LAYERLR_DEVICE void load_codes(Use use, Whole whole, int e, int n, int block, int k, T* x) const {
+  /// How direction() reads them. Where it is not known that they are codes, they are numbers: the
+  /// bits are the same.
+  template <class Codes>
+  using Read =
+      std::conditional_t<std::is_same<Codes, Known<true>>::value, Held<D<T>, T>, States<T>>;
+
+  template <class Codes>
+  LAYERLR_DEVICE static T decoded(Codes, int k, T c, float scale) {
+    const T held = decode(c, scale);
+    const bool square = D<T>::nonnegative(k) && !std::is_same<Codes, Known<true>>::value;
+    return square ? held * held : held;
+  }
+  template <class Codes, class Whole>
+  LAYERLR_DEVICE void load_codes(Use use, Codes codes, Whole whole, int e, int n, int block, int k,
+                                 T* x) const {
     const char* const from = at.of[array_state + k] + e;
     const T scale = device::read(this->scale(k, block));
     if (D<T>::nonnegative(k)) {
@@ -139,35 +151,59 @@ struct Access {
       load(use, whole, reinterpret_cast<const int8_t*>(from), n, x);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[i] = D<T>::nonnegative(k) ? decode_unsigned(x[i], scale) : decode_signed(x[i], scale);
+    for (int i = 0; i < 4; ++i) x[i] = decoded(codes, k, x[i], scale);
+  }
+  template <class Codes, class Whole>
+  LAYERLR_DEVICE void store_codes(Use use, Codes codes, Whole whole, int e, int n, int block,
+                                  T (*x)[4]) const {
+    __syncwarp(lanes(whole));  // all of them have read the scales
+#pragma unroll
+    for (int k = 0; k < states; k += 2) {
+      const int next = k + 1 < states ? k + 1 : k;
+      BlockScale of[2];
+      scale_blocks(lanes(whole), block, k, next, x, of);
+      encode(use, codes, whole, e, n, k, of[0], x[k]);
+      if (next != k) encode(use, codes, whole, e, n, next, of[1], x[next]);
     }
   }
-  template <class Whole>
-  LAYERLR_DEVICE void store_codes(Use use, Whole whole, int e, int n, int block, int k,
-                                  T* x) const {
-    const float z = D<T>::nonnegative(k) ? largest_unsigned : largest_signed;
-    const BlockScale of(largest_of_block(lanes(whole), x), z);
+  template <class Codes, class Whole>
+  LAYERLR_DEVICE void encode(Use use, Codes codes, Whole whole, int e, int n, int k,
+                             const BlockScale& of, T* x) const {
     T c[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], of.to_z) : encode_signed(x[i], of.to_z);
-      x[i] = D<T>::nonnegative(k) ? decode_unsigned(c[i], of.scale) : decode_signed(c[i], of.scale);
+      x[i] = decoded(codes, k, c[i], of.scale);
     }
     store(use, whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
-    __syncwarp(lanes(whole));  // all of them have read the last one
-    if (threadIdx.x % 16 == 0) device::write(scale(k, block), of.scale);
   }
-  /// Of numbers without a sign the bits are in order, NaN last.
-  LAYERLR_DEVICE static float largest_of_block(unsigned lanes, const T* x) {
-    uint32_t most = bit_cast<uint32_t>(device::larger_magnitude(
-        device::larger_magnitude(x[0], x[1]), device::larger_magnitude(x[2], x[3])));
+
+  /// The scales of the blocks of two states, or of one that is named twice: half of the 16 threads
+  /// find each. Of numbers without a sign the bits are in order, NaN last.
+  LAYERLR_DEVICE void scale_blocks(unsigned lanes, int block, int first, int second,
+                                   const T (*x)[4], BlockScale* of) const {
+    const bool upper = threadIdx.x & 8;
+    const uint32_t one = largest_of(x[first]), two = largest_of(x[second]);
+    uint32_t most = larger(upper ? two : one, __shfl_xor_sync(lanes, upper ? one : two, 8));
 #pragma unroll
-    for (int distance = 1; distance < 16; distance *= 2) {
-      const uint32_t other = __shfl_xor_sync(lanes, most, distance);
-      most = other > most ? other : most;
+    for (int distance = 1; distance < 8; distance *= 2) {
+      most = larger(most, __shfl_xor_sync(lanes, most, distance));
     }
-    return bit_cast<float>(most);
+    const bool nonnegative = upper ? D<T>::nonnegative(second) : D<T>::nonnegative(first);
+    const BlockScale mine(bit_cast<float>(most), nonnegative);
+    float* const to = upper ? scale(second, block) : scale(first, block);
+    if (threadIdx.x % 8 == 0) device::write(to, mine.scale);
+    of[0] = of[1] = mine;
+    if (first == second) return;
+    BlockScale theirs;
+    theirs.to_z = __shfl_xor_sync(lanes, mine.to_z, 8);
+    theirs.scale = __shfl_xor_sync(lanes, mine.scale, 8);
+    of[0] = upper ? theirs : mine;
+    of[1] = upper ? mine : theirs;
+  }
+  LAYERLR_DEVICE static uint32_t largest_of(const T* x) {
+    return bit_cast<uint32_t>(device::larger_magnitude(device::larger_magnitude(x[0], x[1]),
+                                                       device::larger_magnitude(x[2], x[3])));
   }
 
   // -- 16-bit weights and what lies beside them: layerlr/precision.py has the formulas ------------

@@ -99,6 +99,7 @@ struct Elements : Access<D, P, coded> {
     const Pass pass = kind;
     const bool steps = pass != Pass::measure, both = advances(pass) && applies(pass);
     const bool weights = steps || how.weights, raw = !steps && how.raw;
+    using Read = typename Base::template Read<Codes>;
     const Use use = pass == Pass::advance_apply ? once : applies(pass) ? last : again;
     T w[many][4] = {}, g[many][4] = {}, s[many][states + 1][4], stored[many][4];
 #pragma unroll
@@ -120,12 +121,14 @@ struct Elements : Access<D, P, coded> {
         if (!raw) g[v][i] = this->decayed(g[v][i], w[v][i]);
         if (pass == Pass::advance_apply_measured) g[v][i] = g[v][i] * by.grad;
         if (advances(pass)) {
-          T now[states + 1];
+          T old[states + 1], now[states + 1];
 #pragma unroll
-          for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
+          for (int k = 0; k < states; ++k) old[k] = s[v][k][i];
+#pragma unroll
+          for (int k = 0; k < states; ++k) now[k] = Read{old}[k];
           d.advance(g[v][i], now);
 #pragma unroll
-          for (int k = 0; k < states; ++k) s[v][k][i] = still ? s[v][k][i] : now[k];
+          for (int k = 0; k < states; ++k) s[v][k][i] = still ? Read{old}[k] : now[k];
         }
       }
       if (advances(pass)) this->store_states(use, codes, whole, e + v * stride, n, block, s[v]);
@@ -136,7 +139,7 @@ struct Elements : Access<D, P, coded> {
           T now[states + 1];
 #pragma unroll
           for (int k = 0; k < states; ++k) now[k] = s[v][k][i];
-          u = i < n ? d.direction(g[v][i], now) : T(0);
+          u = i < n ? d.direction(g[v][i], Read{now}) : T(0);
         }
         if (sums_up(pass)) {
           if (weights) add(sums.ww, w[v][i], w[v][i]);

@@ -22,9 +22,9 @@ struct Adagrad {
   LAYERLR_HD void advance(V g, V* s) const {
     s[0] = s[0] + g * g;
   }
-  template <class V>
-  LAYERLR_HD V direction(V g, const V* s) const {
-    return g / (root(s[0]) + eps);
+  template <class V, class S>
+  LAYERLR_HD V direction(V g, S s) const {
+    return g / (s.root_of(0) + eps);
   }
 };
 

@@ -31,9 +31,9 @@ struct Adam {
     s[0] = s[0] * beta1 + g * gain;
     s[1] = s[1] * beta2 + (g * g) * one_minus_beta2;
   }
-  template <class V>
-  LAYERLR_HD V direction(V, const V* s) const {
-    return (s[0] * unbias1) / (root(s[1]) * unbias2 + eps);
+  template <class V, class S>
+  LAYERLR_HD V direction(V, S s) const {
+    return (s[0] * unbias1) / (s.root_of(1) * unbias2 + eps);
   }
 };
 
@@ -49,9 +49,9 @@ struct AmsGrad : Adam<T> {
     Adam<T>::advance(g, s);
     s[2] = larger(s[2], s[1]);
   }
-  template <class V>
-  LAYERLR_HD V direction(V, const V* s) const {
-    return (s[0] * this->unbias1) / (root(s[2]) * this->unbias2 + this->eps);
+  template <class V, class S>
+  LAYERLR_HD V direction(V, S s) const {
+    return (s[0] * this->unbias1) / (s.root_of(2) * this->unbias2 + this->eps);
   }
 };
 

@@ -28,8 +28,8 @@ struct Lion {
   LAYERLR_HD void advance(V g, V* s) const {
     s[0] = s[0] * beta2 + g * one_minus_beta2;
   }
-  template <class V>
-  LAYERLR_HD V direction(V g, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V g, S s) const {
     return sign(s[0] * alpha + g * one_minus_alpha);
   }
 };

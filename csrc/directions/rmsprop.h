@@ -19,19 +19,19 @@ struct RmspropBase {
   LAYERLR_HD static double rate(const double*, double) { return 1; }
   LAYERLR_HD static constexpr bool nonnegative(int k) { return k == 0; }
 
-  template <class V>
-  LAYERLR_HD V normalised(V g, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V normalised(V g, S s) const {
     if constexpr (centered) return g / (root(s[0] - s[1] * s[1]) + eps);
-    return g / (root(s[0]) + eps);
+    return g / (s.root_of(0) + eps);
   }
   template <class V>
   LAYERLR_HD void advance(V g, V* s) const {
     s[0] = s[0] * alpha + (g * g) * one_minus_alpha;
     if constexpr (centered) s[1] = s[1] * alpha + g * one_minus_alpha;
-    if constexpr (momentum) s[states - 1] = s[states - 1] * mu + normalised(g, s);
+    if constexpr (momentum) s[states - 1] = s[states - 1] * mu + normalised(g, States<V>{s});
   }
-  template <class V>
-  LAYERLR_HD V direction(V g, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V g, S s) const {
     if constexpr (momentum) return s[states - 1];
     return normalised(g, s);
   }

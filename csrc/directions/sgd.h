@@ -19,8 +19,8 @@ struct Sgd {
 
   template <class V>
   LAYERLR_HD void advance(V, V*) const {}
-  template <class V>
-  LAYERLR_HD V direction(V g, const V*) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V g, S) const {
     return g;
   }
 };
@@ -43,8 +43,8 @@ struct Momentum {
   LAYERLR_HD void advance(V g, V* s) const {
     s[0] = s[0] * mu + g * gain;
   }
-  template <class V>
-  LAYERLR_HD V direction(V, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V, S s) const {
     return s[0];
   }
 };
@@ -56,8 +56,8 @@ struct Nesterov : Momentum<T> {
   static constexpr bool needs_grad = true;
   using Momentum<T>::Momentum;
 
-  template <class V>
-  LAYERLR_HD V direction(V g, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V g, S s) const {
     return g + s[0] * this->mu;
   }
 };

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from layerlr import codes
+from layerlr.directions.base import root
 
 BLOCK = 64
 each_signedness = pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=["int8", "uint8"])
@@ -36,7 +37,8 @@ def test_unsigned_vectors():
     """``255*x^(1/4)``: of 1/16 it is 127.5; what is there at all has a code."""
     c, k = codes.encode(block(2.0, 0.125, 2e-8, 1e-30, 0.0), torch.uint8)
     assert c[0, :5].tolist() == [255, 128, 3, 1, 0]
-    assert k.item() == np.float32(2.0) * np.float32(1 / 255**4)
+    assert k.item() == np.sqrt(np.float32(2.0)) * np.float32(1 / 255**2)
+    assert codes.decode(c, k)[0, 1].item() == (np.float32(128**2) * np.float32(k.item())) ** 2
     assert codes.decode(c, k)[0, 1].item() == pytest.approx(2 * (128 / 255) ** 4, rel=1e-6)
 
 
@@ -98,7 +100,23 @@ def by_hand(x: np.ndarray, signed: bool):
         while c < last and z >= threshold(c + 0.5, signed):
             c += 1
         found.append(-c if signed and v < 0 else max(c, int(v > 0) * (not signed)))
-    return found, most * (f(1) / f(last**power))
+    if signed:
+        return found, most * (f(1) / f(last**2))
+    return found, min(np.sqrt(most), f(2.0**64 * (1 - 2.0**-22))) * (f(1) / f(last**2))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(2.0**-94, float(np.finfo(np.float32).max), width=32))
+@example(2.0**-94)
+@example(float(np.finfo(np.float32).max))
+def test_the_root_of_what_is_never_below_zero_is_at_hand(most):
+    """What native engines take in place of a root: ``c*c*k``, for every code."""
+    every = torch.arange(256).to(torch.uint8).view(4, BLOCK)
+    k = codes.encode(block(most), torch.uint8)[1].expand(4, 1)
+    held = (every.float() * every.float()) * k
+    x = codes.decode(every, k)
+    assert torch.equal(root(x), held) and x.isfinite().all()
+    assert x.max().item() == pytest.approx(most, rel=1e-6)
 
 
 def threshold(half: float, signed: bool):

@@ -24,8 +24,8 @@ struct SoftSign {
   LAYERLR_HD void advance(V g, V* s) const {
     s[0] = s[0] * beta + g * one_minus_beta;
   }
-  template <class V>
-  LAYERLR_HD V direction(V, const V* s) const {
+  template <class V, class S>
+  LAYERLR_HD V direction(V, S s) const {
     return s[0] / (root(s[0] * s[0]) + eps);
   }
 };
