@@ -44,6 +44,7 @@ class Family:
     rule: str = "none"
     decay: float = 0.1
     plain: str = ""  # the optimizer whose best rate the rest takes
+    norms: float = 1.0  # how much larger than GPT-2's the blocks' matrices start
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -123,15 +124,15 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def arms(scope: Scope) -> list[Arm]:
     """AdamW and SGD; once they are known what takes their rate; at last the other sizes."""
-    found = [arm for family in (*ADAMW, SGD) for arm in _arms(scope, family)]
+    found = [arm for family in (*ADAMW, SGD) for arm in arms_of(scope, family)]
     for family in (*PLAIN, *ONE_LINE):
         rate = _plain(scope, family)
         if family.known and (rate is not None or not family.plain):
-            found += _arms(scope, family, rate)
+            found += arms_of(scope, family, rate)
     return found + [arm for family in _carried(scope) for arm in _elsewhere(scope, family)]
 
 
-def _arms(scope: Scope, family: Family, plain: float | None = None) -> list[Arm]:
+def arms_of(scope: Scope, family: Family, plain: float | None = None) -> list[Arm]:
     width, depth = _size(scope.options)
     return [_arm(scope, family, rate, plain, width, depth) for rate in family.rates]
 
@@ -152,7 +153,7 @@ def _arm(
     )
     base_width, base_depth = _size(scope.options)
     size = f", width {width}" * (width != base_width) + f", depth {depth}" * (depth != base_depth)
-    build = partial(gpt.GPT, width=width, depth=depth)
+    build = partial(gpt.GPT, width=width, depth=depth, norms=family.norms)
     task = network(build, loss=gpt.loss, error=None, optimizer=optimizer)
     return Arm(family.name(rate, size), config, task)
 

@@ -13,11 +13,18 @@ class GPT(nn.Module):
     """Batches of characters (B, T), as bytes -> logits (B, T, classes).
 
     The head is a matrix of its own. Matrices that add to the residual stream start smaller by
-    ``sqrt(2 * depth)``.
+    ``sqrt(2 * depth)``, those of the blocks larger by `norms`.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], classes: int, *, width: int, depth: int, heads: int = 4
+        self,
+        shape: tuple[int, ...],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int = 4,
+        norms: float = 1.0,
     ) -> None:
         super().__init__()
         (block,) = shape
@@ -30,6 +37,8 @@ class GPT(nn.Module):
             if parameter.ndim == 2:
                 adds = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=DEVIATION / (2 * depth) ** 0.5 * adds or DEVIATION)
+                if matrix(name):
+                    parameter.data *= norms
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
