@@ -76,10 +76,8 @@ def plot(store: Store, path: Path) -> Path:
     by_norms.set(xlabel="initial norms, of GPT-2's", ylabel="validation loss", xscale="log")
     by_norms.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     by_norms.minorticks_off()
-    best_of_all = min(
-        statistics.mean(v.values()) for curve in found.values() for v in curve.values()
-    )
-    by_norms.set_ylim(best_of_all - 0.03, best_of_all + 0.5)
+    lowest = min(statistics.mean(c[best_rate(c)].values()) for c in found.values())
+    by_norms.set_ylim(lowest - 0.03, lowest + 0.5)
     for axes in (by_norms, *valleys):
         axes.grid(**report.GRID)
     figure.legend(loc="outside right center", frameon=False)

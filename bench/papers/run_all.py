@@ -12,6 +12,7 @@ from tqdm import tqdm
 from . import (
     backmatching_vgg,
     char_gpt,
+    char_gpt_norms,
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
@@ -39,6 +40,7 @@ QUEUE = (
     (curvature_line, ()),
     (curvature_line, ("--autoencoder",)),
     (char_gpt, ()),
+    (char_gpt_norms, ()),
 )
 
 
