@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import curvature_line, measures
+from . import char_gpt_norms, curvature_line, measures
 from .char_gpt import CARRIED, ONE_LINE, PLAIN, REST
 from .evidence import Claim
 
@@ -14,6 +14,7 @@ CURVATURE = "Bahamou & Goldfarb 2023"
 LINE = "The minimum along a step"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 TRANSFORMER = "A transformer"
+NORMS = "Larger norms at the start"
 README = "README: handwritten digits"
 ON_LAYCA = ("SGD", "Averaged momentum", "Adagrad", "RMSprop", "Adam")
 CONTROL = "AdamW, two rates"
@@ -68,6 +69,42 @@ def _asked_of_a_transformer() -> list[Claim]:
         arms = (rf"{re.escape(rest)}, rate [^,]*, ", "AdamW, decay [^,]*, rate [^,]*, ", ADAMW_HERE)
         found.append(_about(words, asked, measures.carries_over(rest), NATS, _here(rest), *arms))
     return found
+
+
+def _asked_of_norms() -> list[Claim]:
+    """What the protocol asks of initial norms."""
+
+    def claim(words: str, asked: str, measure: measures.Measure, *titles: str) -> Claim:
+        arms = tuple(rf"{re.escape(title)}, norms " for title in titles)
+        stores = ("char_gpt_norms", "char_gpt_norms_cpu")
+        return Claim(NORMS, words, asked, stores, measure, NATS, arms, 3)
+
+    def short(title: str) -> str:
+        return title.removesuffix(REST).removesuffix(", decay 0.1")
+
+    titles = [family.title for family in char_gpt_norms.NORMS]
+    adamw, _, hyperball, layca, muon, both = titles
+    pairs = [(rule, adamw) for rule in (hyperball, layca, both)] + [(both, muon)]
+    better = [
+        claim(
+            f"{short(rule)} trains a transformer better than {short(of)}",
+            f"validation loss, {short(of)} less the rule, each at its best norms and rate",
+            measures.from_larger_norms(rule, of),
+            rule,
+            of,
+        )
+        for rule, of in pairs
+    ]
+    pays = [
+        claim(
+            f"they pay under {short(title)}",
+            "validation loss at the best rate, norms as GPT-2's less 4 times as large",
+            measures.language_model(f"{title}, norms x4", f"{title}, norms x1"),
+            title,
+        )
+        for title in titles
+    ]
+    return better + pays
 
 
 CLAIMS = (
@@ -249,4 +286,5 @@ CLAIMS = (
         )
     ),
     *_asked_of_a_transformer(),
+    *_asked_of_norms(),
 )

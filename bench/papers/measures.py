@@ -254,6 +254,22 @@ def language_model(title: str, against: str | None = None) -> Measure:
     return measure
 
 
+def from_larger_norms(title: str, against: str) -> Measure:
+    """Loss at the best rate and initial norms: of another family less the title's."""
+
+    def measure(store: Store) -> Finding:
+        found = gpt.families(store)
+        sides = []
+        for family in (against, title):
+            curves = {name: found[name] for name in found if name.startswith(f"{family}, norms")}
+            bests = {name: curve[gpt.best_rate(curve)] for name, curve in curves.items()}
+            chosen = least(bests)
+            sides += [chosen, bests[chosen]]
+        return _finding(*sides)
+
+    return measure
+
+
 def valley(title: str) -> Measure:
     """Octaves of good rates, less AdamW's."""
 

@@ -192,7 +192,7 @@ struct Access {
     const bool nonnegative = upper ? D<T>::nonnegative(second) : D<T>::nonnegative(first);
     const BlockScale mine(bit_cast<float>(most), nonnegative);
     float* const to = upper ? scale(second, block) : scale(first, block);
-    if (threadIdx.x % 8 == 0) device::write(to, mine.scale);
+    if (threadIdx.x % (first == second ? 16 : 8) == 0) device::write(to, mine.scale);
     of[0] = of[1] = mine;
     if (first == second) return;
     BlockScale theirs;
