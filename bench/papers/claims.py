@@ -14,7 +14,7 @@ CURVATURE = "Bahamou & Goldfarb 2023"
 LINE = "The minimum along a step"
 BACKMATCHING = "Zhang, Chen & Liu 2018"
 TRANSFORMER = "A transformer"
-NORMS = "Larger norms at the start"
+NORMS = "Norms at the start"
 README = "README: handwritten digits"
 ON_LAYCA = ("SGD", "Averaged momentum", "Adagrad", "RMSprop", "Adam")
 CONTROL = "AdamW, two rates"
@@ -83,8 +83,9 @@ def _asked_of_norms() -> list[Claim]:
         return title.removesuffix(REST).removesuffix(", decay 0.1")
 
     titles = [family.title for family in char_gpt_norms.NORMS]
-    adamw, _, hyperball, layca, muon, both = titles
-    pairs = [(rule, adamw) for rule in (hyperball, layca, both)] + [(both, muon)]
+    adamw, two, hyperball, layca, muon, both = titles
+    pairs = [(rule, adamw) for rule in (hyperball, layca, both)]
+    pairs += [(both, muon), (hyperball, two), (layca, two)]
     better = [
         claim(
             f"{short(rule)} trains a transformer better than {short(of)}",
@@ -97,7 +98,7 @@ def _asked_of_norms() -> list[Claim]:
     ]
     pays = [
         claim(
-            f"they pay under {short(title)}",
+            f"larger norms pay under {short(title)}",
             "validation loss at the best rate, norms as GPT-2's less 4 times as large",
             measures.language_model(f"{title}, norms x4", f"{title}, norms x1"),
             title,
