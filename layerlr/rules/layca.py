@@ -51,6 +51,9 @@ class Layca(LayerRule):
     2**-6 on Adam (docs/choosing.md). Decoupled weight decay is radial, so the projection removes
     it; L2 decay only enters the buffers.
 
+    The norm that a layer starts with is the one it keeps: leave matrices as torch makes them. From
+    GPT-2's 0.02 a narrow transformer ended 0.19 nats worse (docs/rules/hyperball.md).
+
     A layer of zero norm (a zero-initialised head, the last layer of a residual branch, LoRA's B)
     has no direction to turn. It takes plain steps until its norm reaches R, and turns from there:
     until then the state key ``radius`` holds -R.
