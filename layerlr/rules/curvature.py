@@ -69,8 +69,8 @@ class Curvature(Estimated):
 
     Notes
     -----
-    For large batches: along steps of mini-batches of 64 the loss was least half a step away, whatever
-    the rate, so exact minima would shrink it again and again (``bench/papers/README.md``).
+    For large batches: along steps of mini-batches of 64 the loss was least half a step away,
+    whatever the rate, so exact minima would halve it again and again (``bench/papers/README.md``).
 
     The default lr of the classes is not 1: pass it. ``layers="module"`` takes weight and bias
     together. Parameters that ``adapt`` leaves out would take the plain step at lr = 1, so the rule
