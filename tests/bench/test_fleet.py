@@ -25,7 +25,7 @@ from torch import nn
 from bench.config import Config
 from bench.data import Data, DataError, load
 from bench.fleet import train_together
-from bench.papers import char_gpt, char_gpt_report, gpt, runner, workers
+from bench.papers import char_gpt, char_gpt_norms, char_gpt_report, gpt, runner, workers
 from bench.papers.runner import network
 from bench.papers.store import Store
 from bench.record import Result
@@ -226,6 +226,32 @@ def test_a_job_that_fails_gets_a_second_try(tmp_path: Path, monkeypatch, capsys)
 
 
 # --- the experiment ---
+
+
+def test_initial_norms(tmp_path: Path, monkeypatch) -> None:
+    """The blocks' matrices start as much larger; the rest is left to AdamW's rate from GPT-2's."""
+    torch.manual_seed(0)
+    small = gpt.GPT((4,), 5, width=8, depth=1)
+    torch.manual_seed(0)
+    for (name, p), q in zip(
+        gpt.GPT((4,), 5, width=8, depth=1, norms=4).named_parameters(),
+        small.parameters(),
+        strict=True,
+    ):
+        assert torch.equal(p, 4 * q if gpt.matrix(name) else q)
+    folder = text_folder(tmp_path / "data", copies=80)
+    monkeypatch.setattr(char_gpt, "_size", lambda options: (8, 2))
+    argv = ["--data", str(folder), "--quick", "--iterations", "2", "--seeds", "1"]
+    argv += ["--only", "^(AdamW, decay|Adam . hyper)", "--out", str(tmp_path / "out")]
+    store = char_gpt_norms.run(argv)
+    found = char_gpt_report.families(store)
+    assert set(found) == {
+        *(f"AdamW, decay 0.1, norms x{norms}" for norms in (1, 4)),
+        *(f"Adam + hyperball, plain rest, norms x{norms}" for norms in (1, 2, 4, 8)),
+    }
+    best = char_gpt_report.best_rate(found["AdamW, decay 0.1, norms x1"])
+    plain = {store.settings(arm)["plain_lr"] for arm in store.arms if "hyperball" in arm}
+    assert plain == {best} and (tmp_path / "out/char_gpt_norms.png").exists()
 
 
 def test_the_language_model_in_processes_and_alone(tmp_path: Path, monkeypatch) -> None:

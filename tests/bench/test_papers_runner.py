@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_packages  # noqa: F401
 import pytest
 import torch
+import torch.nn.functional as F
 from data_folders import (
     cifar10_folder,
     cifar100_folder,
@@ -32,6 +35,7 @@ from bench.papers import (
     curvature_autoencoder,
     curvature_cnn,
     curvature_gcn,
+    curvature_line,
     layca_adaptive,
     layca_alpha,
     layca_toy,
@@ -310,6 +314,12 @@ EXPERIMENTS = {
         ("--epochs", "1", "--batch", "8", "--width", "0.25"),
     ),
     "curvature_gcn": (curvature_gcn, cora_folder, ("--epochs", "3")),
+    "curvature_line": (curvature_line, cifar10_folder, ("--iterations", "2", "--batch", "4")),
+    "curvature_line_autoencoder": (
+        curvature_line,
+        mnist_folder,
+        ("--iterations", "2", "--autoencoder"),
+    ),
     "backmatching_vgg_0.0625": (
         backmatching_vgg,
         cifar10_folder,
@@ -365,3 +375,15 @@ def test_every_experiment_rehearses(tmp_path: Path, name: str) -> None:
     # Bare and ruled arms start from the same weights and see the same examples.
     starts = {run["losses"]["loss"][0] for arm in store.arms for run in store.runs(arm)}
     assert max(starts) == pytest.approx(min(starts), rel=1e-4)
+
+
+def test_the_minimum_along_a_step() -> None:
+    """Of a parabola; without one there is none."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 4.0)
+    data = SimpleNamespace(x=torch.ones(7, 1), y=torch.ones(7, 1))
+    trainer = SimpleNamespace(model=model, data=data, task=SimpleNamespace(loss=F.mse_loss))
+    assert curvature_line.minimum(trainer, [torch.zeros(1, 1)]) == pytest.approx(0.25)
+    assert model.weight.item() == 4.0
+    trainer.task.loss = lambda output, y: -F.mse_loss(output, y)
+    assert math.isnan(curvature_line.minimum(trainer, [torch.zeros(1, 1)]))
