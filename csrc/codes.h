@@ -1,9 +1,9 @@
 // State in codes of 8 bits: one formula for C++ (packs) and CUDA (numbers).
 //
-//   a block is up to 64 elements, as many as divide a row of dimension 0;  M = the largest |x| in
-//   it signed     c = round(127 * |x/M|^(1/2)) with the sign of x       k = M/127^2        x =
-//   c*|c|*k unsigned   c = round(255 *  (x/M)^(1/4)), at least 1 for x > 0   k = M^(1/2)/255^2  x =
-//   (c*c*k)^2
+//   a block is up to 64 elements, as many as divide a row of dimension 0; M is its largest |x|
+//
+//   signed    c = round(127 * |x/M|^(1/2)), with the sign of x     k = M/127^2        x = c*|c|*k
+//   unsigned  c = round(255 * (x/M)^(1/4)), at least 1 for x > 0   k = M^(1/2)/255^2  x = (c*c*k)^2
 //
 // so that there are more codes near 0 than near M. To the bit, c is how many of the thresholds
 // (i - 1/2)^2 or (i - 1/2)^4, i = 1, 2, ..., are reached by z = |x| * (127^2/M) or x * (255^4/M):
