@@ -3,7 +3,7 @@
 Layca and Hyperball keep a layer at the norm that it starts with, where AdamW and Muon let it grow.
 The GPT of `char_gpt` starts as GPT-2 does, with a deviation of 0.02, which is little for a narrow
 network: torch's own initialisation gives a layer of 64 inputs 0.072. Here the blocks' matrices
-start that large, or 4 times as large (2 and 8 times under Adam + hyperball), for bare AdamW and
+start as GPT-2's do, or 4 times as large (2 and 8 times under Adam + hyperball), for bare AdamW and
 Muon too. Rules govern the blocks' matrices; the rest takes plain steps at AdamW's best rate.
 """
 

@@ -14,6 +14,7 @@ import copy
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from bench.record import Result
 from bench.train import settings
 from bench.trainer import TEST_BATCH, Trainer
 
-from . import curvature_autoencoder, curvature_cnn, report
+from . import by_time, curvature_autoencoder, curvature_cnn, report
 from .networks import batch_vgg
 from .runner import AfterStep, Arm, Budget, Experiment, Job, Scope, main, network
 from .store import Store
@@ -91,15 +92,8 @@ def arms(scope: Scope) -> list[Arm]:
         module, rates = curvature_cnn, CNN
         task = network(partial(batch_vgg, stages=curvature_cnn.STAGES, scale=1 / 4, shrink=2))
     directions = {direction.title: direction for direction in module.DIRECTIONS}
-    found = []
-    for title, both in rates:
-        direction = directions[title]
-        for rate in both:
-            config = scope.config(
-                optimizer=direction.optimizer, lr=rate, schedule="constant", **direction.settings
-            )
-            found.append(Arm(f"{title}, rate {rate:g}", config, task))
-    return found
+    chosen = [replace(directions[title], rates=both) for title, both in rates]
+    return by_time.arms(scope, task, chosen, {})
 
 
 def table(store: Store) -> Table:

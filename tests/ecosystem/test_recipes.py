@@ -60,7 +60,7 @@ def trained(opt, model):
 
 def test_hydra():
     hydra = pytest.importorskip("hydra", reason="hydra is not installed")
-    omegaconf = pytest.importorskip("omegaconf")
+    omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
     node = omegaconf.OmegaConf.create(configuration("hydra"))
     for late in (False, True):
         model = Net()
@@ -95,10 +95,11 @@ def test_a_mapping_without_a_name_is_refused():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rule", ["lamb", {"name": "lamb", "clip": 10.0}])
 def test_lightning_cli(tmp_path, rule):
-    pytest.importorskip("jsonargparse")
+    pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    cli = pytest.importorskip("lightning.pytorch.cli", exc_type=ImportError)
-    lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+    missing = {"reason": "lightning is not installed", "exc_type": ImportError}
+    cli = pytest.importorskip("lightning.pytorch.cli", **missing)
+    lightning = pytest.importorskip("lightning.pytorch", **missing)
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -153,7 +154,8 @@ def test_nemo_automodel_rule():
 
 @pytest.mark.filterwarnings("ignore")
 def test_nemo_automodel():
-    loader = pytest.importorskip("nemo_automodel.components.config.loader", exc_type=ImportError)
+    name, why = "nemo_automodel.components.config.loader", "NeMo Automodel is not installed"
+    loader = pytest.importorskip(name, reason=why, exc_type=ImportError)
     typed = pytest.importorskip("nemo_automodel.recipes._typed_config", exc_type=ImportError)
     optim = pytest.importorskip("nemo_automodel.components.optim.optimizer", exc_type=ImportError)
     node = loader.ConfigNode(configuration("NeMo Automodel")).optimizer
