@@ -1,8 +1,6 @@
 // bfloat16 and float16 as bits, and their conversions, one element at a time.
 #pragma once
 
-#include <cstring>
-
 #include "core.h"
 
 namespace layerlr {
@@ -13,14 +11,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-template <class To, class From>
-LAYERLR_HD To bit_cast(const From& x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  memcpy(&y, &x, sizeof y);
-  return y;
-}
 
 LAYERLR_HD float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 /// Round to nearest, ties to even; a NaN becomes the quiet NaN that torch stores.

@@ -8,10 +8,9 @@ from .arithmetic import quotient, root
 BLOCK_OF_CODES = tl.constexpr(64)
 _WHOLE = tl.constexpr(12582912.0)  # 3 * 2^22: what is below 1 is rounded away
 _LEAST = tl.constexpr(2.0**-94)
-_LARGEST_ROOT = tl.constexpr(2.0**64 * (1 - 2.0**-22))
+_MOST = tl.constexpr(2.0**128 * (1 - 2.0**-21))
 _SIGNED = tl.constexpr(127.0**2)
 _UNSIGNED = tl.constexpr(255.0**4)
-_JUST_BELOW = tl.constexpr(1 - 2.0**-18)
 
 
 @triton.jit
@@ -48,41 +47,32 @@ def spread(of_blocks):
 @triton.jit
 def scales(most, NONNEGATIVE: tl.constexpr):
     """What a block is encoded with, and the scale that is stored."""
-    z = _UNSIGNED if NONNEGATIVE else _SIGNED
-    counts = most >= _LEAST
-    finite = most - most == 0
-    to_z = tl.where(
-        counts & finite, quotient(tl.zeros_like(most) + z, tl.where(counts, most, 1.0)), 0.0
-    )
-    held = most
-    one = 1.0 / _SIGNED
-    if NONNEGATIVE:
-        part = root(most)
-        held = tl.where(finite, tl.where(part < _LARGEST_ROOT, part, _LARGEST_ROOT), most)
-        one = 1.0 / 65025.0
-    return to_z, tl.where(most < _LEAST, 0.0, held * one)
+    m = tl.where(most > _LEAST, most, _LEAST)
+    m = tl.where(m < _MOST, m, _MOST)
+    to_z = quotient(tl.zeros_like(m) + (_UNSIGNED if NONNEGATIVE else _SIGNED), m)
+    held = root(m) if NONNEGATIVE else m
+    one = 1.0 / 65025.0 if NONNEGATIVE else 1.0 / _SIGNED
+    return to_z, held * one + (most - most)
+
+
+@triton.jit
+def _middle(z, UNIT: tl.constexpr):
+    """The middle of the numbers that differ from z in bits below UNIT only."""
+    return (z.to(tl.int32, bitcast=True) & -UNIT | UNIT // 2).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def encode(x, to_z, NONNEGATIVE: tl.constexpr):
     """Whole numbers, the codes of x."""
-    most = _UNSIGNED if NONNEGATIVE else _SIGNED
     z = _magnitude(x) * to_z
-    z = tl.where(z < most, z, most)
-    part = root(z)
     if NONNEGATIVE:
-        part = root(part)
-    c = (part * _JUST_BELOW + _WHOLE) - _WHOLE
-    half = c + 0.5
-    threshold = half * half
-    if NONNEGATIVE:
-        threshold = threshold * threshold
-    c = tl.where(z >= threshold, c + 1.0, c)
-    if NONNEGATIVE:
-        c = tl.where((x > 0) & (c < 1.0), 1.0, c)
+        c = tl.sqrt(tl.sqrt(_middle(z, 0x10000)))
+        least = (x > 0).to(tl.float32)
+        c = tl.where(c > least, c, least)
     else:
+        c = tl.sqrt(_middle(tl.where(z < _SIGNED, z, _SIGNED), 0x100))
         c = tl.where(x < 0, -c, c)
-    return c
+    return (c + _WHOLE) - _WHOLE
 
 
 @triton.jit

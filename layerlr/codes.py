@@ -15,13 +15,14 @@ side in it, as many as divide the row evenly. With M the largest magnitude in a 
     signed    c = round(127 * |x/M|^(1/2)) with the sign of x          k = M/127^2
     unsigned  c = round(255 *  (x/M)^(1/4)), at least 1 where x > 0    k = M^(1/2)/255^2
 
-so that codes lie closer near zero. To the bit, c is how many of the thresholds ``(i - 1/2)^2`` or
-``(i - 1/2)^4``, i = 1, 2, ..., are reached by ``z = |x| * (127^2/M)`` or ``x * (255^4/M)``; every
-operation is one of float32, rounded once, in the order of `encode` and `decode`, so that all
-engines store the same bits. The step u is formed from what is stored: where it has the root of an
-unsigned x, that is ``c*c*k`` to the bit (the rounded square of a float has that float as its root),
-which native engines take. A block whose M is below 2^-94 has k = 0 and stands for zeros. NaN makes
-its whole block NaN, an infinity leaves nothing finite in it.
+so that codes lie closer near zero; M counts as 2^-94 where it is less. To the bit: ``z = |x| *
+(127^2/M)`` or ``x * (255^4/M)`` is put in the middle of the floats that begin with the same 16 bits
+(unsigned: 8), where no z is near a number at which codes change, so that a root need not be exact
+for all engines to store the same codes. Every operation is one of float32, rounded once, in the
+order of `encode` and `decode`. The step u is formed from what is stored: where it has the root of
+an unsigned x, that is ``c*c*k`` to the bit (the rounded square of a float has that float as its
+root), which native engines take. Where a block has a number that is not finite, k is NaN, and so is
+all of the block.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
@@ -58,7 +59,7 @@ SMALL, SMALL_BLOCK = 4096, 16
 
 _CODES = (torch.int8, torch.uint8)
 _LEAST = 2.0**-94
-_LARGEST_ROOT = 2.0**64 * (1 - 2.0**-22)  # so that the square of what is decoded is finite
+_MOST = 2.0**128 * (1 - 2.0**-21)  # the square of what is decoded from more would not be finite
 
 
 def scale_key(key: str) -> str:
@@ -116,31 +117,26 @@ def _blocks(x: Tensor, blocks: int | None = None) -> Tensor:
 def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of float32 numbers; ``of_row``: blocks of a row, where x is a shard."""
     blocks = _blocks(x.contiguous(), of_row)
-    last = 127 if dtype == torch.int8 else 255
-    thresholds, most = _thresholds(dtype, last, x.device)
     largest = blocks.abs().amax(2, keepdim=True)
-    held = largest
-    if dtype == torch.uint8:  # inf and NaN as they are
-        held = torch.where(torch.isfinite(largest), root(largest).clamp(max=_LARGEST_ROOT), largest)
-    scale = torch.where(largest < _LEAST, 0.0, held * (1.0 / last**2))
-    counts = (largest >= _LEAST) & torch.isfinite(largest)
-    z = blocks.abs() * torch.where(counts, most / largest, 0.0)
-    z = torch.where(z < most, z, most)
-    c = torch.bucketize(z, thresholds, right=True)
-    if dtype == torch.int8:
+    m = torch.where(largest > _LEAST, largest, _LEAST)
+    m = torch.where(m < _MOST, m, _MOST)
+    signed = dtype == torch.int8
+    held, last, most = (m, 127, 127.0**2) if signed else (root(m), 255, 255.0**4)
+    scale = held * (1.0 / last**2) + (largest - largest)  # NaN where it is not finite
+    z = blocks.abs() * (torch.tensor(most, device=x.device) / m)
+    if signed:
+        c = torch.sqrt(_middle(torch.where(z < most, z, most), 0x100))
         c = torch.where(blocks < 0, -c, c)
     else:
-        c = torch.maximum(c, (blocks > 0).to(c))
-    return c.to(dtype).reshape(x.shape), scale[..., 0].contiguous()
+        c = torch.sqrt(torch.sqrt(_middle(z, 0x10000)))
+        least = (blocks > 0).to(c)
+        c = torch.where(c > least, c, least)
+    return c.round().to(dtype).reshape(x.shape), scale[..., 0].contiguous()
 
 
-def _thresholds(dtype: torch.dtype, last: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a number must reach for codes 1, 2, ..., and what the largest of its block is."""
-    halves = torch.arange(1, last + 1, dtype=torch.float32, device=device) - 0.5
-    thresholds = halves * halves
-    if dtype == torch.int8:
-        return thresholds, torch.tensor(float(last**2), device=device)
-    return thresholds * thresholds, torch.tensor(float(last**4), device=device)
+def _middle(z: Tensor, unit: int) -> Tensor:
+    """The middle of the numbers that differ from z in bits below ``unit`` only."""
+    return (z.view(torch.int32) & -unit | unit // 2).view(torch.float32)
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:

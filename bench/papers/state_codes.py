@@ -64,11 +64,18 @@ def small_float(y: Tensor, signed: bool) -> Tensor:
     return rounded.copysign(y) / top
 
 
+def middle(z: Tensor, bits: int) -> Tensor:
+    """The middle of the numbers that begin with the same bits."""
+    mantissa, exponent = torch.frexp(z)
+    return torch.where(z > 0, torch.ldexp((mantissa * 2**bits).floor() + 0.5, exponent - bits), z)
+
+
 def ours(y: Tensor, signed: bool) -> Tensor:
     """The formula of `layerlr.codes`, for blocks of any size."""
     if signed:
-        return ((y.abs().sqrt() * 127).round() / 127).square().copysign(y)
-    c = (y.sqrt().sqrt() * 255).round()
+        c = middle(y.abs() * 127.0**2, 16).sqrt().round()
+        return (c / 127).square().copysign(y)
+    c = middle(y * 255.0**4, 8).sqrt().sqrt().round()
     return (torch.where(y > 0, c.clamp(min=1), c) / 255) ** 4
 
 

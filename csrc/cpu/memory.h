@@ -51,9 +51,9 @@ inline Pack<float> load(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {{_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}};
 }
-/// The low bytes of whole numbers.
-inline void store_code(uint8_t* p, Pack<float> c) {
-  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(c.v[0]));
+/// The last byte of each number.
+inline void store_code(uint8_t* p, Pack<float> x) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(x.v[0]));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 #else
@@ -65,11 +65,11 @@ inline Pack<float> load_code(const Byte* p) {
 }
 inline Pack<float> load(const int8_t* p) { return load_code(p); }
 inline Pack<float> load(const uint8_t* p) { return load_code(p); }
-/// The low bytes of whole numbers.
-inline void store_code(uint8_t* p, Pack<float> c) {
-  float f[16];
-  store(f, c);
-  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(static_cast<int32_t>(f[i]));
+/// The last byte of each number.
+inline void store_code(uint8_t* p, Pack<float> x) {
+  uint32_t bits[16];
+  std::memcpy(bits, x.v, sizeof bits);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(bits[i]);
 }
 #endif
 

@@ -86,7 +86,6 @@ template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
 }
-inline Pack<float> about_sum(Pack<float> x, float y, float z) { return x * y + z; }
 inline Pack<float> at_most(Pack<float> x, float limit) {
   typedef float T;
   const auto most = Pack<T>::fill(limit).v[0];
@@ -95,11 +94,9 @@ inline Pack<float> at_most(Pack<float> x, float limit) {
 inline Pack<float> at_least_one_where_positive(Pack<float> x, Pack<float> c) {
   typedef float T;
   const auto one = Pack<T>::fill(1).v[0], zero = Pack<T>::fill(0).v[0];
-  LAYERLR_EACH((x.v[i] > zero) & (c.v[i] < one) ? one : c.v[i])
-}
-inline Pack<float> add_one_where(Pack<float> z, Pack<float> threshold, Pack<float> c) {
-  typedef float T;
-  LAYERLR_EACH(z.v[i] >= threshold.v[i] ? c.v[i] + 1 : c.v[i])
+  Pack<T> least;
+  for (int i = 0; i < registers; ++i) least.v[i] = x.v[i] > zero ? one : zero;
+  LAYERLR_EACH(c.v[i] > least.v[i] ? c.v[i] : least.v[i])
 }
 /// 1 above 0, -1 below, a zero or NaN as it is.
 template <class T>
@@ -178,6 +175,11 @@ inline Pack<float> with_sign(Pack<float> x, Pack<float> of) {
   for (int i = 0; i < registers; ++i) {
     x.v[i] = (Register<float>::type)((Bits)x.v[i] | ((Bits)of.v[i] & sign_bit));
   }
+  return x;
+}
+template <uint32_t unit>
+inline Pack<float> middle(Pack<float> x) {
+  for (auto& r : x.v) r = (Register<float>::type)(((Bits)r & ~(unit - 1)) | unit / 2);
   return x;
 }
 /// x rounded up or down to bfloat16s, the first of them at a place of its tensor.

@@ -173,7 +173,7 @@ struct Access {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[i] = D<T>::nonnegative(k) ? encode_unsigned(x[i], of.to_z) : encode_signed(x[i], of.to_z);
-      x[i] = decoded(codes, k, c[i], of.scale);
+      x[i] = decoded(codes, k, c[i] - shift_of_codes, of.scale);
     }
     store(use, whole, reinterpret_cast<uint8_t*>(at.of[array_state + k] + e), n, c);
   }

@@ -117,7 +117,8 @@ struct Elements : Access<D, P, coded> {
       T moved[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool still = pass == Pass::advance && skips && !is_finite(g[v][i]);
+        // asked without branches
+        const bool moves = (pass != Pass::advance) | !skips | is_finite(g[v][i]);
         if (!raw) g[v][i] = this->decayed(g[v][i], w[v][i]);
         if (pass == Pass::advance_apply_measured) g[v][i] = g[v][i] * by.grad;
         if (advances(pass)) {
@@ -128,7 +129,7 @@ struct Elements : Access<D, P, coded> {
           for (int k = 0; k < states; ++k) now[k] = Read{old}[k];
           d.advance(g[v][i], now);
 #pragma unroll
-          for (int k = 0; k < states; ++k) s[v][k][i] = still ? Read{old}[k] : now[k];
+          for (int k = 0; k < states; ++k) s[v][k][i] = moves ? now[k] : Read{old}[k];
         }
       }
       if (advances(pass)) this->store_states(use, codes, whole, e + v * stride, n, block, s[v]);

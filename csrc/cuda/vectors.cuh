@@ -33,9 +33,9 @@ LAYERLR_DEVICE float byte_of(uint32_t word, int i, int8_t) {
 }
 LAYERLR_DEVICE float widened(uint8_t c) { return byte_of(c, 0, c); }
 LAYERLR_DEVICE float widened(int8_t c) { return byte_of(static_cast<uint8_t>(c), 0, c); }
-/// The low byte of a whole number.
+/// The last byte of a number.
 LAYERLR_DEVICE void narrowed(float x, uint8_t& to) {
-  to = static_cast<uint8_t>(bit_cast<uint32_t>(x + 12582912.f));
+  to = static_cast<uint8_t>(bit_cast<uint32_t>(x));
 }
 LAYERLR_DEVICE void narrowed(float x, float& to) { to = x; }
 LAYERLR_DEVICE void narrowed(double x, double& to) { to = x; }
