@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import cuda_library  # noqa: E402
+import directions  # noqa: E402
 import nvcc  # noqa: E402
 from cuda_library import stop  # noqa: E402
 
@@ -215,12 +216,13 @@ def build_files(torch, extensions):
         home = shared if extension.name == CUDA_LIBRARY else own
         objects = []
         for source in extension.sources:
-            lines, rule, targets = own, "compile", {f"{source}.o": []}
-            if source.startswith(SHARED):
-                lines = shared
+            lines = shared if source.startswith(SHARED) else own
+            parts, rule, folder = directions.parts(source), "compile", Path()
             if source.endswith(".cu"):
-                rule, targets = "cuda", nvcc.objects(source, architectures)
-            for target, more in targets.items():
+                parts = parts or {Path(source).stem: []}  # --objdir-as-tempdir wants its own folder
+                rule, folder = "cuda", Path("-".join(["sm", *architectures]))
+            for part, more in (parts or {"": []}).items():
+                target = folder / part / f"{source}.o"
                 more = [*isa_flags(source), *told(source, why_not, architectures), *more]
                 lines.append(f"build {path(target)}: {rule} {path(ROOT / source)}")
                 lines.append(f"  more = {words(more)}")

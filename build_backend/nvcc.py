@@ -125,32 +125,6 @@ def library_dirs(nvcc):
     return [word.removeprefix("-L") for word in shlex.split(line)]
 
 
-def direction_groups():
-    """Return the directions that each header defines, as a macro's list: what kernels.cu makes."""
-    listed = re.findall(r"X\((\w+)\)", (ROOT / "csrc/directions/all.h").read_text())
-    groups = {}
-    for header in sorted(ROOT.glob("csrc/directions/*.h")):
-        defined = re.findall(r"^struct (\w+)|^using (\w+)", header.read_text(), re.MULTILINE)
-        names = [name for name in listed if any(name in pair for pair in defined)]
-        if names:
-            groups[header.stem] = " ".join(f"X({name})" for name in names)
-    return groups
-
-
-def objects(source, found):
-    """Return the objects that a .cu file is compiled to, and what each of them is told.
-
-    Each is in a folder of its own, as --objdir-as-tempdir wants it.
-    """
-    folder = "-".join(["sm", *found])
-    if Path(source).name != "kernels.cu":
-        return {f"{folder}/{Path(source).stem}/{source}.o": []}
-    return {
-        f"{folder}/{stem}/{source}.o": [f"-DLAYERLR_KERNELS_OF(X)={names}"]
-        for stem, names in direction_groups().items()
-    }
-
-
 def flags(found, host_flags):
     """Return nvcc's options: a cubin for each architecture, and PTX.
 

@@ -1,13 +1,13 @@
 // State in codes of 8 bits: one formula for C++ (packs) and CUDA (numbers).
 //
-//   a block is up to 64 elements, as many as divide a row of dimension 0; M is its largest |x|, but
-//   at least 2^-94
+//   a block is up to 64 elements, as many as divide a row of dimension 0; M is its largest |x|, or
+//   2^-94 if that is more
 //
 //   signed    c = round(127 * |x/M|^(1/2)), with the sign of x     k = M/127^2        x = c*|c|*k
 //   unsigned  c = round(255 * (x/M)^(1/4)), at least 1 for x > 0   k = M^(1/2)/255^2  x = (c*c*k)^2
 //
 // so that there are more codes near 0 than near M. What is stored beside a block is its scale k. A
-// block with a number that is not finite has NaN there.
+// block with a number of 2^126 or more, or NaN, has NaN there, and its codes mean nothing.
 //
 // To the bit: z = |x| * (127^2/M) or x * (255^4/M) is put in the middle of the numbers that begin
 // with the same 16 bits (unsigned: 8). There it is far enough from every number at which codes
@@ -15,7 +15,7 @@
 // eleven instructions.
 //
 // Who wants the root of an unsigned x has it: the rounded square of r = c*c*k has the root r, to
-// the bit, as long as it is a normal number, which the bounds of M see to. So what is decoded is
+// the bit, as long as it is a normal number, which the least M sees to. So what is decoded is
 // held as c*|c|*k or c*c*k, and `Held` knows whose square is meant.
 #pragma once
 
@@ -26,22 +26,18 @@ namespace layerlr {
 /// Elements of a block at most. Engines count elements with codes as if every block had so many.
 constexpr int code_block = 64;
 
-/// What z of the largest element of a block is.
-constexpr float largest_signed = 16129, largest_unsigned = 4228250625.f;
-
-/// Bounds of M. The square of what is decoded from more would not be finite, three roundings later.
-constexpr float least_largest = 0x1p-94f, most_largest = 0x1.fffffp127f;
-
 /// What a block is encoded with, and what lies beside it.
 struct BlockScale {
   float to_z, scale;
 
   BlockScale() = default;
   LAYERLR_HD BlockScale(float largest, bool nonnegative) {
-    const float m = at_most(largest > least_largest ? largest : least_largest, most_largest);
-    const float whole = root(m), held = nonnegative ? whole : m;
-    to_z = (nonnegative ? largest_unsigned : largest_signed) / m;
-    scale = held * (nonnegative ? 1 / 65025.f : 1 / 16129.f) + (largest - largest);  // NaN, or 0
+    const float m = largest > 0x1p-94f ? largest : 0x1p-94f;
+    const float whole = root_in_range(m), held = nonnegative ? whole : m;
+    // 2^-16 on both: their quotient is the same, and in range
+    to_z = quotient_in_range((nonnegative ? 4228250625.f : 16129.f) * 0x1p-16f, m * 0x1p-16f);
+    const float nothing = largest * 4 - largest * 4;  // NaN from 2^126 on
+    scale = held * (nonnegative ? 1 / 65025.f : 1 / 16129.f) + nothing;
   }
 };
 
@@ -50,8 +46,8 @@ constexpr float shift_of_codes = 12582912;  // 3 * 2^22
 
 template <class V>
 LAYERLR_HD V encode_signed(V x, float to_z) {
-  const V z = at_most(magnitude(x) * to_z, largest_signed);
-  return with_sign(quick_root(middle<0x100>(z)), x) + shift_of_codes;
+  const V c = quick_root(middle<0x100>(magnitude(x) * to_z));
+  return with_sign(c, x) + shift_of_codes;
 }
 
 template <class V>

@@ -88,9 +88,6 @@ LAYERLR_HD T larger(T x, T y) {
 LAYERLR_HD float magnitude(float x) { return fabsf(x); }
 LAYERLR_HD float with_sign(float x, float of) { return copysignf(x, of); }
 
-/// The smaller value; the limit for NaN.
-LAYERLR_HD float at_most(float x, float limit) { return x < limit ? x : limit; }
-
 /// c, or 1 if that is more and x > 0. For a c that is NaN 1, or 0.
 LAYERLR_HD float at_least_one_where_positive(float x, float c) {
   float least = x > 0 ? 1.f : 0.f;
@@ -113,16 +110,42 @@ LAYERLR_HD float middle(float x) {
   return bit_cast<float>(y);
 }
 
+/// The root of x and the quotient x/y, correctly rounded, from guesses of x^(-1/2) and 1/y that are
+/// right to 22 bits. Neither is x below 2^-100, nor y or what is found out of 2^-126 to 2^126.
+LAYERLR_HD float root_by(float guess, float x) {
+  const float near = x * guess;
+  return fmaf(fmaf(-near, near, x), guess * 0.5f, near);
+}
+LAYERLR_HD float quotient_by(float guess, float x, float y) {
+  const float inverse = fmaf(guess, fmaf(-y, guess, 1.f), guess), near = x * inverse;
+  return fmaf(inverse, fmaf(-y, near, x), near);
+}
+
+/// Root and quotient of such numbers: a GPU need not ask whether they are.
+LAYERLR_HD float root_in_range(float x) {
+#if defined(__CUDACC__)
+  float guess;
+  NV_IF_TARGET(NV_IS_DEVICE, (asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(x));
+                              return root_by(guess, x);))
+#endif
+  return sqrtf(x);
+}
+LAYERLR_HD float quotient_in_range(float x, float y) {
+#if defined(__CUDACC__)
+  float guess;
+  NV_IF_TARGET(NV_IS_DEVICE, (asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(y));
+                              return quotient_by(guess, x, y);))
+#endif
+  return x / y;
+}
+
 /// A square root that may be wrong by two ulp.
 LAYERLR_HD float quick_root(float x) {
+  float y = sqrtf(x);
 #if defined(__CUDACC__)
-  float y;
-  NV_IF_TARGET(NV_IS_DEVICE, (asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));),
-               (y = sqrtf(x);))
-  return y;
-#else
-  return sqrtf(x);
+  NV_IF_TARGET(NV_IS_DEVICE, (asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));))
 #endif
+  return y;
 }
 
 /// 1 above 0, -1 below, a zero or NaN as it is.

@@ -8,9 +8,6 @@ from .arithmetic import quotient, root
 BLOCK_OF_CODES = tl.constexpr(64)
 _WHOLE = tl.constexpr(12582912.0)  # 3 * 2^22: what is below 1 is rounded away
 _LEAST = tl.constexpr(2.0**-94)
-_MOST = tl.constexpr(2.0**128 * (1 - 2.0**-21))
-_SIGNED = tl.constexpr(127.0**2)
-_UNSIGNED = tl.constexpr(255.0**4)
 
 
 @triton.jit
@@ -48,11 +45,10 @@ def spread(of_blocks):
 def scales(most, NONNEGATIVE: tl.constexpr):
     """What a block is encoded with, and the scale that is stored."""
     m = tl.where(most > _LEAST, most, _LEAST)
-    m = tl.where(m < _MOST, m, _MOST)
-    to_z = quotient(tl.zeros_like(m) + (_UNSIGNED if NONNEGATIVE else _SIGNED), m)
+    to_z = quotient(tl.zeros_like(m) + (4228250625.0 if NONNEGATIVE else 16129.0), m)
     held = root(m) if NONNEGATIVE else m
-    one = 1.0 / 65025.0 if NONNEGATIVE else 1.0 / _SIGNED
-    return to_z, held * one + (most - most)
+    one = 1.0 / 65025.0 if NONNEGATIVE else 1.0 / 16129.0
+    return to_z, held * one + (most * 4 - most * 4)  # NaN from 2^126 on
 
 
 @triton.jit
@@ -70,7 +66,7 @@ def encode(x, to_z, NONNEGATIVE: tl.constexpr):
         least = (x > 0).to(tl.float32)
         c = tl.where(c > least, c, least)
     else:
-        c = tl.sqrt(_middle(tl.where(z < _SIGNED, z, _SIGNED), 0x100))
+        c = tl.sqrt(_middle(z, 0x100))
         c = tl.where(x < 0, -c, c)
     return (c + _WHOLE) - _WHOLE
 

@@ -21,8 +21,8 @@ so that codes lie closer near zero; M counts as 2^-94 where it is less. To the b
 for all engines to store the same codes. Every operation is one of float32, rounded once, in the
 order of `encode` and `decode`. The step u is formed from what is stored: where it has the root of
 an unsigned x, that is ``c*c*k`` to the bit (the rounded square of a float has that float as its
-root), which native engines take. Where a block has a number that is not finite, k is NaN, and so is
-all of the block.
+root), which native engines take. Where a block has a number of 2^126 or more, or NaN, k is NaN, and
+so is all of the block.
 
 Codes are ``int8`` or ``uint8`` under torch's own key, of the parameter's shape; the ``k`` of each
 block lie beside them under that key with ``_scale``, float32 ``(rows, blocks of a row)``.
@@ -59,7 +59,6 @@ SMALL, SMALL_BLOCK = 4096, 16
 
 _CODES = (torch.int8, torch.uint8)
 _LEAST = 2.0**-94
-_MOST = 2.0**128 * (1 - 2.0**-21)  # the square of what is decoded from more would not be finite
 
 
 def scale_key(key: str) -> str:
@@ -119,13 +118,12 @@ def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Te
     blocks = _blocks(x.contiguous(), of_row)
     largest = blocks.abs().amax(2, keepdim=True)
     m = torch.where(largest > _LEAST, largest, _LEAST)
-    m = torch.where(m < _MOST, m, _MOST)
     signed = dtype == torch.int8
-    held, last, most = (m, 127, 127.0**2) if signed else (root(m), 255, 255.0**4)
-    scale = held * (1.0 / last**2) + (largest - largest)  # NaN where it is not finite
-    z = blocks.abs() * (torch.tensor(most, device=x.device) / m)
+    held, last, top = (m, 127, 127.0**2) if signed else (root(m), 255, 255.0**4)
+    scale = held * (1.0 / last**2) + (largest * 4 - largest * 4)  # NaN from 2^126 on
+    z = blocks.abs() * (torch.tensor(top, device=x.device) / m)
     if signed:
-        c = torch.sqrt(_middle(torch.where(z < most, z, most), 0x100))
+        c = torch.sqrt(_middle(z, 0x100))
         c = torch.where(blocks < 0, -c, c)
     else:
         c = torch.sqrt(torch.sqrt(_middle(z, 0x10000)))

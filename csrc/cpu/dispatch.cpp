@@ -5,32 +5,36 @@
 
 namespace layerlr {
 
-const Kernels* kernels_default(int direction, DType dtype, Coding coding);
-#if defined(LAYERLR_X86)
-const Kernels* kernels_avx2(int direction, DType dtype, Coding coding);
-const Kernels* kernels_avx512(int direction, DType dtype, Coding coding);
-#endif
-
 namespace {
 
 struct InstructionSet {
   const char* name;
-  const Kernels* (*kernels)(int, DType, Coding);
+  const DirectionKernels& (*kernels)(int direction);
   bool here;
 };
+
+template <Isa isa>
+const DirectionKernels& kernels(int direction) {
+  const DirectionKernels& (*const all[])() = {
+#define LAYERLR_ROW(D) kernels_of<isa, D>,
+      LAYERLR_DIRECTIONS(LAYERLR_ROW)
+#undef LAYERLR_ROW
+  };
+  return all[direction]();
+}
 
 /// Best first.
 InstructionSet known(int i) {
   const InstructionSet sets[] = {
 #if defined(LAYERLR_X86)
-      {"avx512", kernels_avx512,
+      {"avx512", kernels<Isa::avx512>,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
-      {"avx2", kernels_avx2,
+      {"avx2", kernels<Isa::avx2>,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c")},
 #endif
-      {"default", kernels_default, true},
+      {"default", kernels<Isa::any>, true},
   };
   return i < static_cast<int>(sizeof sets / sizeof *sets) ? sets[i] : InstructionSet{};
 }
@@ -46,7 +50,7 @@ InstructionSet chosen = best();
 }  // namespace
 
 const Kernels& kernels_for(int direction, DType dtype, Coding coding) {
-  return *chosen.kernels(direction, dtype, coding);
+  return *chosen.kernels(direction).of[static_cast<int>(coding)][static_cast<int>(dtype)];
 }
 
 const char* instruction_set() { return chosen.name; }

@@ -45,6 +45,18 @@ struct Kernels {
 
 constexpr int direction_room = 64;
 
+/// A direction's, by how states are held and by dtype.
+struct DirectionKernels {
+  const Kernels* of[3][4];
+};
+
+/// What the kernels are compiled for: any processor of the architecture, or those that have more.
+enum class Isa { any, avx2, avx512 };
+
+/// Each is in a file of its own.
+template <Isa isa, template <class> class D>
+const DirectionKernels& kernels_of();
+
 /// Kernels of a direction and dtype for the instruction set that was chosen at load.
 const Kernels& kernels_for(int direction, DType dtype, Coding coding);
 

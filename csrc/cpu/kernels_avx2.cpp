@@ -1,2 +1,2 @@
-#define LAYERLR_ISA kernels_avx2
+#define LAYERLR_ISA Isa::avx2
 #include "cpu/kernels.inc"

@@ -1,2 +1,2 @@
-#define LAYERLR_ISA kernels_avx512
+#define LAYERLR_ISA Isa::avx512
 #include "cpu/kernels.inc"

@@ -1,2 +1,2 @@
-#define LAYERLR_ISA kernels_default
+#define LAYERLR_ISA Isa::any
 #include "cpu/kernels.inc"

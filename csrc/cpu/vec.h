@@ -86,11 +86,6 @@ template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
   LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
 }
-inline Pack<float> at_most(Pack<float> x, float limit) {
-  typedef float T;
-  const auto most = Pack<T>::fill(limit).v[0];
-  LAYERLR_EACH(x.v[i] < most ? x.v[i] : most)
-}
 inline Pack<float> at_least_one_where_positive(Pack<float> x, Pack<float> c) {
   typedef float T;
   const auto one = Pack<T>::fill(1).v[0], zero = Pack<T>::fill(0).v[0];

@@ -156,12 +156,17 @@ struct Access {
   template <class Codes, class Whole>
   LAYERLR_DEVICE void store_codes(Use use, Codes codes, Whole whole, int e, int n, int block,
                                   T (*x)[4]) const {
-    __syncwarp(lanes(whole));  // all of them have read the scales
+    const int thread = threadIdx.x % 16;  // of the block
+    __syncwarp(lanes(whole));             // all of them have read the scales
 #pragma unroll
     for (int k = 0; k < states; k += 2) {
       const int next = k + 1 < states ? k + 1 : k;
       BlockScale of[2];
-      scale_blocks(lanes(whole), block, k, next, x, of);
+      find_scales(lanes(whole), thread >= 8, k, next, x, of);
+      if (thread == 0) {
+        device::write(scale(k, block), of[0].scale);
+        if (next != k) device::write(scale(next, block), of[1].scale);
+      }
       encode(use, codes, whole, e, n, k, of[0], x[k]);
       if (next != k) encode(use, codes, whole, e, n, next, of[1], x[next]);
     }
@@ -180,9 +185,8 @@ struct Access {
 
   /// The scales of the blocks of two states, or of one that is named twice: half of the 16 threads
   /// find each. Of numbers without a sign the bits are in order, NaN last.
-  LAYERLR_DEVICE void scale_blocks(unsigned lanes, int block, int first, int second,
-                                   const T (*x)[4], BlockScale* of) const {
-    const bool upper = threadIdx.x & 8;
+  LAYERLR_DEVICE static void find_scales(unsigned lanes, bool upper, int first, int second,
+                                         const T (*x)[4], BlockScale* of) {
     const uint32_t one = largest_of(x[first]), two = largest_of(x[second]);
     uint32_t most = larger(upper ? two : one, __shfl_xor_sync(lanes, upper ? one : two, 8));
 #pragma unroll
@@ -191,15 +195,13 @@ struct Access {
     }
     const bool nonnegative = upper ? D<T>::nonnegative(second) : D<T>::nonnegative(first);
     const BlockScale mine(bit_cast<float>(most), nonnegative);
-    float* const to = upper ? scale(second, block) : scale(first, block);
-    if (threadIdx.x % (first == second ? 16 : 8) == 0) device::write(to, mine.scale);
     of[0] = of[1] = mine;
     if (first == second) return;
-    BlockScale theirs;
-    theirs.to_z = __shfl_xor_sync(lanes, mine.to_z, 8);
-    theirs.scale = __shfl_xor_sync(lanes, mine.scale, 8);
-    of[0] = upper ? theirs : mine;
-    of[1] = upper ? mine : theirs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      of[half].to_z = __shfl_sync(lanes, mine.to_z, 8 * half, 16);
+      of[half].scale = __shfl_sync(lanes, mine.scale, 8 * half, 16);
+    }
   }
   LAYERLR_DEVICE static uint32_t largest_of(const T* x) {
     return bit_cast<uint32_t>(device::larger_magnitude(device::larger_magnitude(x[0], x[1]),
@@ -218,10 +220,10 @@ struct Access {
   /// Four weights, and the nearest 16-bit numbers to them as they are stored.
   template <class Whole>
   LAYERLR_DEVICE void load_weights(Use use, Whole whole, int e, int n, T* x, T* stored) const {
-    load_typed(use, whole, array_w, e, n, stored);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = stored[i];
+    load_typed(use, whole, array_w, e, n, x);
     if constexpr (coded_weights) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) stored[i] = x[i];
       T beside[4];
       if (at.weights == Codec::master) {
         load(use, whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);

@@ -164,14 +164,14 @@ def link(folder: Path) -> None:
         subprocess.run(command, check=True)
 
 
-#: which of its directions setup.py compiles kernels.cu for, by header
+#: the directions of each object of kernels, by header
 GROUPS = """
 import json, setuptools, sys
 setuptools.setup = lambda **keywords: None
 sys.argv[0] = "setup.py"
 setup = {"__file__": sys.argv[1], "__name__": "setup"}
 exec(compile(open(sys.argv[1]).read(), "setup.py", "exec"), setup)
-print(json.dumps(setup["nvcc"].direction_groups()))
+print(json.dumps(setup["directions"].groups()))
 """
 
 

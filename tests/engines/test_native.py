@@ -146,6 +146,14 @@ def test_unknown_instruction_set():
         _C.use_instruction_set("sse9")
 
 
+def test_root_and_quotient_by_a_guess(tmp_path):
+    """What a GPU takes for the scales of codes; two seconds where there is no fused add."""
+    program = tmp_path / "in_range"
+    command = ["c++", "-std=c++17", "-O2", "-Icsrc", "-ffp-contract=off", "-fno-math-errno"]
+    subprocess.run([*command, "tests/native/in_range.cpp", "-o", program], cwd=ROOT, check=True)
+    assert subprocess.check_output([program], text=True) == "0\n"
+
+
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers(sanitizer, tmp_path, proof):
     """Every rule, dtype and instruction set over awkward sizes, on one thread and on three."""

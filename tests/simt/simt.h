@@ -138,8 +138,9 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 inline void __syncwarp(unsigned mask = ~0u) { simt::exchange(mask, 0, true, "__syncwarp"); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T x, int from) {
-  return simt::shuffle(mask, x, from & 31, "__shfl_sync");
+T __shfl_sync(unsigned mask, T x, int from, int width = 32) {
+  const int lane = static_cast<int>(simt::lane());
+  return simt::shuffle(mask, x, (lane & -width) | (from & (width - 1)), "__shfl_sync");
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int bits) {
