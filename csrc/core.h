@@ -55,6 +55,10 @@ struct States {
   LAYERLR_HD V root_of(int k) const { return root(x[k]); }
 };
 
+/// Whether the state of a direction can be in codes of 8 bits (codes.h).
+template <template <class> class D>
+constexpr bool takes_codes = D<float>::states > 0;
+
 /// x^n for a whole n >= 0 by squaring, in twice the precision (Dekker's product: no fused add), so
 /// that host and device form the same bits: those of the exact power, rounded, but for rare ties.
 struct TwoDoubles {

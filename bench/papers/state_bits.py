@@ -89,7 +89,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
             data="mnist",
             scaling="unit",
             network="784-1000-500-250-30 and back: bench.papers.networks.autoencoder",
-            full=Budget(seeds=5, batch=500, iterations=400, items=10000),
+            full=Budget(seeds=3, batch=500, iterations=400, items=10000),
             quick=Budget(seeds=1, batch=100, iterations=4, items=400),
             arms=_of_autoencoder,
             table=table,
@@ -100,7 +100,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
         name="state_bits_gpt",
         data="tiny_shakespeare",
         network="a GPT of 2 layers of 128, 4 heads, 64 characters: bench.papers.gpt",
-        full=Budget(seeds=10, batch=16, iterations=600),
+        full=Budget(seeds=5, batch=16, iterations=600),
         quick=Budget(seeds=1, batch=2, iterations=4, items=16),
         arms=_of_gpt,
         notes="Warm-up over a twentieth of the steps, cosine to a tenth of the rate, gradients "

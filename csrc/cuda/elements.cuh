@@ -37,14 +37,15 @@ struct Elements : Access<D, P, coded> {
   using Base::Access;
   using Base::at, Base::d, Base::how, Base::skips, Base::states;
   static constexpr int stride = 4 * workers;
+  static constexpr bool may_be_codes = coded && takes_codes<D>;
 
   // -- which elements --
 
   /// Full tiles from element e on. Returns where they end.
   LAYERLR_DEVICE int tiles(Pass pass, const Factors<T>& by, int e, LayerStats& sums) const {
     if (!at.aligned || (at.codes && at.block != code_block)) return e;
-    if (coded && at.codes && pass != Pass::measure) {
-      return tiles_with(Known<coded>(), pass, by, e, sums);
+    if constexpr (may_be_codes) {
+      if (at.codes && pass != Pass::measure) return tiles_with(Known<true>(), pass, by, e, sums);
     }
     return tiles_with(Known<false>(), pass, by, e, sums);
   }
@@ -53,7 +54,8 @@ struct Elements : Access<D, P, coded> {
                                 LayerStats& sums) const {
     switch (pass) {
       case Pass::measure:
-        return Codes::value ? e : tiles_of<Pass::measure>(codes, by, e, sums);
+        if constexpr (Codes::value) return e;
+        return tiles_of<Pass::measure>(Known<false>(), by, e, sums);
       case Pass::advance:
         return tiles_of<Pass::advance>(codes, by, e, sums);
       case Pass::apply:
@@ -81,7 +83,15 @@ struct Elements : Access<D, P, coded> {
 
   /// The vector at element e, whichever it is.
   LAYERLR_DEVICE void one(Pass pass, const Factors<T>& by, int e, LayerStats& sums) const {
-    const bool codes = coded && at.codes;
+    if constexpr (may_be_codes) {
+      one_as(at.codes, pass, by, e, sums);
+    } else {
+      one_as(Known<false>(), pass, by, e, sums);
+    }
+  }
+  template <class Codes>
+  LAYERLR_DEVICE void one_as(Codes codes, Pass pass, const Factors<T>& by, int e,
+                             LayerStats& sums) const {
     const int block = this->block_of(e), within = e - block * code_block;
     // 16 threads have a block, which may not fill them
     const int place = codes ? block * at.block + within : e;

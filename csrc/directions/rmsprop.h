@@ -49,6 +49,10 @@ struct RmspropCentered : RmspropBase<T, true, false> {
   using RmspropBase<T, true, false>::RmspropBase;
 };
 
+// What is left of two rounded means may be below zero.
+template <>
+constexpr bool takes_codes<RmspropCentered> = false;
+
 template <class T>
 struct RmspropMomentum : RmspropBase<T, false, true> {
   static constexpr const char* name = "rmsprop_momentum";
@@ -60,5 +64,8 @@ struct RmspropCenteredMomentum : RmspropBase<T, true, true> {
   static constexpr const char* name = "rmsprop_centered_momentum";
   using RmspropBase<T, true, true>::RmspropBase;
 };
+
+template <>
+constexpr bool takes_codes<RmspropCenteredMomentum> = false;
 
 }  // namespace layerlr
