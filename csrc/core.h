@@ -92,7 +92,7 @@ LAYERLR_HD T larger(T x, T y) {
 LAYERLR_HD float magnitude(float x) { return fabsf(x); }
 LAYERLR_HD float with_sign(float x, float of) { return copysignf(x, of); }
 
-/// c, or 1 if that is more and x > 0. For a c that is NaN 1, or 0.
+/// c, or 1 if that is more and x > 0; NaN counts as 0.
 LAYERLR_HD float at_least_one_where_positive(float x, float c) {
   float least = x > 0 ? 1.f : 0.f;
 #if defined(__CUDACC__)  // one instruction in place of two
@@ -114,8 +114,9 @@ LAYERLR_HD float middle(float x) {
   return bit_cast<float>(y);
 }
 
-/// The root of x and the quotient x/y, correctly rounded, from guesses of x^(-1/2) and 1/y that are
-/// right to 22 bits. Neither is x below 2^-100, nor y or what is found out of 2^-126 to 2^126.
+/// The root of x and the quotient x/y, correctly rounded, as a GPU's compiler finds them from the
+/// guesses of its x^(-1/2) and 1/y, once it knows that nothing is tiny or huge: under the root x is
+/// 2^-100 or more; y and the quotient are between 2^-126 and 2^126.
 LAYERLR_HD float root_by(float guess, float x) {
   const float near = x * guess;
   return fmaf(fmaf(-near, near, x), guess * 0.5f, near);
@@ -125,7 +126,7 @@ LAYERLR_HD float quotient_by(float guess, float x, float y) {
   return fmaf(inverse, fmaf(-y, near, x), near);
 }
 
-/// Root and quotient of such numbers: a GPU need not ask whether they are.
+/// Root and quotient of such numbers, which a GPU need not ask about.
 LAYERLR_HD float root_in_range(float x) {
 #if defined(__CUDACC__)
   float guess;
