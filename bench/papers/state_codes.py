@@ -145,7 +145,8 @@ def main() -> None:
             for kind in KINDS:
                 bar.set_description(f"{kind}, seed {seed}")
                 losses[kind].append(train(kind, data, seed, options.steps, bar.update))
-    command = f"python -m bench.papers.state_codes --data FOLDER --steps {options.steps}"
+    command = "python -m bench.papers.state_codes --data FOLDER"
+    command += f" --steps {options.steps} --seeds {options.seeds}"
     facts = report.machine_facts(torch.device("cpu"), "wall", [command])
     write_json(options.out, {"machine": facts, "losses": losses})
     for kind, values in losses.items():
