@@ -48,7 +48,7 @@ def _of_gpt(scope: Scope) -> list[Arm]:
 
 def _of_autoencoder(scope: Scope) -> list[Arm]:
     task, made = partial(curvature_autoencoder.task, False), []
-    for title, name, rate in (("AdamW", "adamw", 3e-3), ("SGD-momentum", "momentum", 3e-3)):
+    for title, name, rate in (("AdamW", "adamw", 3e-3), ("SGD-momentum", "momentum", 1e-3)):
         for kind in KINDS:
             config = scope.config(
                 optimizer=name,

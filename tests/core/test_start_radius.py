@@ -54,6 +54,19 @@ def test_grows_by_plain_steps_to_the_radius(engine, rule):
 
 
 @both
+def test_a_part_at_zero_takes_the_plain_step(engine, rule):
+    """Where a tensor of the layer has no gradient its norm is none of the layer's."""
+    p, q = engine.params([torch.zeros(12, 5), torch.zeros(5)])
+    named = [("block.weight", p), ("block.bias", q)]
+    kwargs = {"layers": "module", "adapt": "all", "backend": engine.backend}
+    opt = layerlr.SGD(named, lr=0.2, rule=rule, **kwargs)
+    p.grad = -torch.ones_like(p)
+    opt.step()
+    assert p.detach().double().norm().item() == pytest.approx(0.2 * math.sqrt(60), rel=1e-6)
+    assert not q.any() and not opt.state[p]["radius"].any()
+
+
+@both
 def test_grows_at_the_plain_rate(engine, rule):
     norms, opt, _ = steps(engine, rule, 1, lr=0.01, plain_lr=0.2)
     assert norms == pytest.approx([0.2 * math.sqrt(60)], rel=1e-6)
