@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 from cuda_library import ROOT, stop
 

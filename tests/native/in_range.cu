@@ -1,4 +1,4 @@
-// Root and quotient of csrc/core.h, and the compiler's: for tests/gpu/test_cuda_build.py to compare.
+// The root and the quotient of csrc/core.h, and the compiler's (tests/gpu/test_cuda_build.py).
 #include "core.h"
 
 extern "C" {
