@@ -6,7 +6,7 @@ So a build takes as many processors as there are, and not the time of the larges
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from cuda_library import ROOT
 
 
 def groups():

@@ -121,7 +121,7 @@ def encode(x: Tensor, dtype: torch.dtype, of_row: int | None = None) -> tuple[Te
     signed = dtype == torch.int8
     held, last, top = (m, 127, 127.0**2) if signed else (root(m), 255, 255.0**4)
     scale = held * (1.0 / last**2) + (largest * 4 - largest * 4)  # NaN from 2^126 on
-    z = blocks.abs() * (torch.tensor(top, device=x.device) / m)
+    z = blocks.abs() * (torch.full_like(m, top) / m)  # top / m would take the inverse first
     if signed:
         c = torch.sqrt(_middle(z, 0x100))
         c = torch.where(blocks < 0, -c, c)

@@ -97,9 +97,9 @@ def test_a_mapping_without_a_name_is_refused():
 def test_lightning_cli(tmp_path, rule):
     pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    missing = {"reason": "lightning is not installed", "exc_type": ImportError}
-    cli = pytest.importorskip("lightning.pytorch.cli", **missing)
-    lightning = pytest.importorskip("lightning.pytorch", **missing)
+    why = "lightning is not installed"
+    cli = pytest.importorskip("lightning.pytorch.cli", reason=why, exc_type=ImportError)
+    lightning = pytest.importorskip("lightning.pytorch", reason=why, exc_type=ImportError)
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -154,10 +154,12 @@ def test_nemo_automodel_rule():
 
 @pytest.mark.filterwarnings("ignore")
 def test_nemo_automodel():
-    name, why = "nemo_automodel.components.config.loader", "NeMo Automodel is not installed"
-    loader = pytest.importorskip(name, reason=why, exc_type=ImportError)
-    typed = pytest.importorskip("nemo_automodel.recipes._typed_config", exc_type=ImportError)
-    optim = pytest.importorskip("nemo_automodel.components.optim.optimizer", exc_type=ImportError)
+    why = "NeMo Automodel is not installed"
+    config, recipes = "nemo_automodel.components.config", "nemo_automodel.recipes"
+    loader = pytest.importorskip(f"{config}.loader", reason=why, exc_type=ImportError)
+    typed = pytest.importorskip(f"{recipes}._typed_config", reason=why, exc_type=ImportError)
+    name = "nemo_automodel.components.optim.optimizer"
+    optim = pytest.importorskip(name, reason=why, exc_type=ImportError)
     node = loader.ConfigNode(configuration("NeMo Automodel")).optimizer
     model = Net()
     (opt,) = optim.build_optimizer_config(*typed._callable_and_kwargs(node)).build(model)
@@ -191,8 +193,9 @@ def test_verl_rule(cls):
 
 def test_hugging_face_learning_rate_does_not_reach_the_class(tmp_path):
     """As docs/loops.md says: lr belongs into the keyword arguments."""
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
-    pytest.importorskip("accelerate", exc_type=ImportError)
+    why = "transformers or accelerate is not installed"
+    transformers = pytest.importorskip("transformers", reason=why, exc_type=ImportError)
+    pytest.importorskip("accelerate", reason=why, exc_type=ImportError)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, learning_rate=0.5, report_to="none"
     )
@@ -293,7 +296,8 @@ def test_nothing_is_imported_until_it_is_asked_for():
 
 
 def test_torchtitan_as_docs_have_it():
-    module = pytest.importorskip("torchtitan.components.optimizer", exc_type=ImportError)
+    why = "torchtitan is not installed"
+    module = pytest.importorskip("torchtitan.components.optimizer", reason=why, exc_type=ImportError)
     names: dict[str, object] = {}
     exec(block("torchtitan"), names)
     config, container = names["config"], names["LayerwiseOptimizers"]

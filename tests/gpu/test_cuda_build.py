@@ -250,7 +250,7 @@ def code_loops(code):
             yield body
 
 
-#: of float32 weights beside codes: 51 and 109.5 when written
+#: of float32 weights beside codes: 50.75 and 109.25 when written
 CODE_BUDGETS = {"Momentum": 56, "Adam": 110}
 
 
