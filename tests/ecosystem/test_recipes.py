@@ -296,8 +296,8 @@ def test_nothing_is_imported_until_it_is_asked_for():
 
 
 def test_torchtitan_as_docs_have_it():
-    why = "torchtitan is not installed"
-    module = pytest.importorskip("torchtitan.components.optimizer", reason=why, exc_type=ImportError)
+    name, why = "torchtitan.components.optimizer", "torchtitan is not installed"
+    module = pytest.importorskip(name, reason=why, exc_type=ImportError)
     names: dict[str, object] = {}
     exec(block("torchtitan"), names)
     config, container = names["config"], names["LayerwiseOptimizers"]
