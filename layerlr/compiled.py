@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +49,7 @@ def step(optimizer: LayerwiseOptimizer) -> None:
 
     comptime(_see_changes)
     cache = optimizer.plans
-    operands = list(_operands(cache))
+    operands = _operands(cache)
     if optimizer.defaults["differentiable"] or any(is_sharded(p) for p, _ in operands):
         torch._dynamo.disable(optimizer.eager_step)()  # a graph break
         return
@@ -72,11 +71,14 @@ def step(optimizer: LayerwiseOptimizer) -> None:
         )
 
 
-def _operands(cache: PlanCache) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
+def _operands(cache: PlanCache) -> list[tuple[Tensor, dict[str, Any] | None]]:
     """Every parameter that takes steps, and its state."""
-    for plans in cache.groups:
-        for of_table in plans.tables:
-            yield from zip(of_table.table.params, of_table.states, strict=True)
+    return [
+        operand
+        for plans in cache.groups
+        for of_table in plans.tables
+        for operand in zip(of_table.table.params, of_table.states, strict=True)
+    ]
 
 
 def _tensor_rates(handle: str) -> list[int]:
@@ -122,7 +124,7 @@ def _run(
     of it, copies; those go in before the step, and out after it.
     """
     optimizer = _live[handle]
-    operands = list(_operands(optimizer.plans))
+    operands = _operands(optimizer.plans)
     own = [operands[k][0] for k in places]
     states = [operands[k][1] or {} for k in places]
     owned = [*own, *[x for values in states for x in values.values() if isinstance(x, Tensor)]]

@@ -57,7 +57,7 @@ def test_library_needs_neither_torch_nor_a_driver(cuda):
     program = (
         f"import ctypes; ctypes.CDLL({str(LIBRARY)!r}).layerlr_cuda_library();"
         "maps = open('/proc/self/maps').read();"
-        "print('torch' in maps, 'libcuda.so' in maps, 'libcudart.so' in maps)"
+        "print('libtorch' in maps, 'libcuda.so' in maps, 'libcudart.so' in maps)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["False"] * 3, done.stderr
