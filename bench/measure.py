@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import memory
-from bench.peers import BASELINES, PEERS, STREAM, Contender, Stream
+from bench.builds import PEERS
+from bench.peers import BASELINES, STREAM, Contender, Stream
 from bench.report import NOT_INSTALLED, Row
 from bench.shapes import MODELS, shapes
 from bench.timing import Lane, Spread, Timer, ratios, run_rounds, timer_for

@@ -12,20 +12,20 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import peers
+from bench import builds, peers
 from bench.measure import Case, make_params
 from bench.shapes import MODELS
 
 
-def contenders(backends: Sequence[str]) -> list[tuple[str, peers.Build]]:
+def contenders(backends: Sequence[str]) -> list[tuple[str, builds.Build]]:
     """Torch's fused steps, and ours under each rule."""
     found = [
-        ("torch SGD fused", peers.torch_sgd(fused=True)),
-        ("torch AdamW fused", peers.torch_adamw(fused=True)),
+        ("torch SGD fused", builds.torch_sgd(fused=True)),
+        ("torch AdamW fused", builds.torch_adamw(fused=True)),
     ]
     for backend in backends:
         for family in peers.OURS.values():
-            found += [(f"{n} {r} {backend}", peers.ours(n, r, backend)) for n, r in family]
+            found += [(f"{n} {r} {backend}", builds.ours(n, r, backend)) for n, r in family]
     return found
 
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import layerlr
-from bench import peers, record, report
+from bench import builds, record, report
 from bench.timing import Spread
 
 SCHEMA = 1
@@ -42,9 +42,9 @@ CONTENDERS: dict[str, Callable[[list[Tensor]], Any]] = {
 }
 if importlib.util.find_spec("timm"):
     CONTENDERS |= {
-        "timm Lars, foreach": peers.timm_lars(True),
-        "timm Lars, loop": peers.timm_lars(False),
-        "timm Lamb, foreach": peers.timm_lamb(True),
+        "timm Lars, foreach": builds.timm_lars(True),
+        "timm Lars, loop": builds.timm_lars(False),
+        "timm Lamb, foreach": builds.timm_lamb(True),
     }
 
 

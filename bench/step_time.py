@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench import goals, memory, peers, report
+from bench import builds, goals, memory, report
 from bench.measure import Case, measure
 from bench.peers import BASELINES, Contender, contenders
 from bench.progress import tqdm
@@ -70,7 +70,7 @@ def run(
         torch.cuda.set_device(where)  # whose stream events are recorded on
     backend = backend or BACKENDS.get(where.type, "reference")
     deadline = time.monotonic() + seconds
-    peers.load()
+    builds.load()
     result = report.Result(report.machine_facts(where, clock, command))
     plan = [
         (

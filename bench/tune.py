@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import memory, peers, record
+from bench import builds, memory, peers, record
 from bench.measure import Case, make_params
 from bench.timing import Lane, Spread, ratios, run_rounds, timer_for
 
@@ -62,7 +62,7 @@ def measure(
             return
         lanes = []
         for label, choice in named.items():
-            optimizer = peers.ours(name, rule, args.backend)(params)
+            optimizer = builds.ours(name, rule, args.backend)(params)
             with held(choice):
                 optimizer.step()  # builds the plan, which keeps what it was built under
             lanes.append(Lane(label, optimizer.step))

@@ -1,4 +1,6 @@
 // layerlr._C: the cached plans of the eager path, and the registries.
+#include <ATen/record_function.h>
+
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -89,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("open_cuda_library", &open_library, py::return_value_policy::reference,
         "The CUDA kernels of the library at a path. Touches no GPU.");
   m.def("same_objects", &same_objects, "Whether two lists hold the same objects.");
+  m.def("is_recorded", &at::hasCallbacks, "Whether a profiler or tracer sees what is called.");
   m.def("is_dense", &is_dense, "Whether kernels take a tensor as it lies in memory.");
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())

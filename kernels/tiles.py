@@ -24,7 +24,6 @@ from .tables import (
     SKIPPED,
     SPAN,
     SUMS,
-    TILE,
     WIDTH,
     is_active,
     nothing,
@@ -39,9 +38,9 @@ def _tiles(t, order, program, TILES: tl.constexpr, BLOCK: tl.constexpr):
     if TILES > 1:
         place += tl.arange(0, TILES)[:, None]
     tile = tl.load(order + place).to(tl.int64)
-    at = t.spans + tl.load(t.tiles + tile * TILE) * SPAN
+    at = t.spans + tl.load(t.tiles + tile) * SPAN
     tensor = tl.load(at)
-    first = tl.load(at + 2) + tl.load(t.tiles + tile * TILE + 1).to(tl.int64) * BLOCK
+    first = tl.load(at + 2) + tile * BLOCK
     count = tl.minimum(tl.load(at + 3) - first, BLOCK)
     count = tl.where(is_active(t, tensor), count, 0)  # else there is nothing to do
     return tile, tensor, tl.load(at + 1), first, count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checks, compiled, names, numbers, options, rules, state, statistics, stepping
+from . import checks, compiled, hooks, names, numbers, options, rules, state, statistics, stepping
 from .backends import StepConfig
 from .directions import Direction
 from .estimation import Estimation
@@ -103,6 +103,8 @@ class LayerwiseOptimizer(Optimizer):
         return all(group.get("fused") for group in self.param_groups)
 
     # -- stepping ------------------------------------------------------------------------------
+
+    profile_hook_step = staticmethod(hooks.around)  # type: ignore[assignment]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform one step; ``closure`` re-evaluates the model and returns the loss.

@@ -174,7 +174,7 @@ def _tables(spec: PlanSpec, block: int, multiple: int) -> dict[str, Tensor]:
     n += -n % multiple
     spans = torch.tensor([*(_span(spec, span) for span in table.spans), [0] * 4])
     tiles = _tiles(spans, block)
-    of_tiles = spans[tiles[:-1, 0].long()]
+    of_tiles = spans[tiles[:-1].long()]
     layers, parts = torch.zeros(n, 8, dtype=torch.int64), torch.zeros(n, 8, dtype=torch.int64)
     for ranges, members in ((layers, of_tiles[:, 1]), (parts, spans[:-1, 0])):
         sizes = members.bincount(minlength=n)
@@ -211,18 +211,16 @@ def _span(spec: PlanSpec, span: Span) -> list[int]:
 
 
 def _tiles(spans: Tensor, block: int) -> Tensor:
-    """Span and number of each tile, by layer, then one of the empty span at the end.
+    """Span of each tile, by layer, then that of the empty span at the end.
 
-    A span without elements has an empty tile, since it takes part too.
+    A span without elements has an empty tile, since it takes part too. Instead of its first element
+    a span says then where tile 0 would begin: each tile begins its number times ``block`` later.
     """
-    order = spans[:-1, 1].argsort(stable=True)
+    order = torch.cat([spans[:-1, 1].argsort(stable=True), torch.tensor([len(spans) - 1])])
     sizes = spans[order, 3] - spans[order, 2]
     counts = ((sizes + block - 1) // block).clamp(min=1)
-    numbers = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
-    tiles = torch.stack([order.repeat_interleave(counts), numbers], 1)
-    return torch.cat([tiles, torch.tensor([[len(spans) - 1, 0]])]).int()
+    spans[order, 2] -= (counts.cumsum(0) - counts) * block
+    return order.repeat_interleave(counts).int()
 
 
 def _kind(spec: PlanSpec, i: int) -> tuple[str, str]:
@@ -240,7 +238,7 @@ def _by_kind(
     """Numbers of the tiles of each kind, filled up with that of the last, which is empty."""
     of_params = [_kind(spec, i) for i in range(len(spec.table.params))]
     kinds = list(dict.fromkeys(of_params))
-    of_tiles = torch.tensor([kinds.index(k) for k in of_params])[spans[tiles[:-1, 0].long(), 0]]
+    of_tiles = torch.tensor([kinds.index(k) for k in of_params])[spans[tiles[:-1].long(), 0]]
     found = {}
     for k, kind in enumerate(kinds):
         numbers = (of_tiles == k).nonzero().flatten()

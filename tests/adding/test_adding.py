@@ -217,5 +217,7 @@ def test_the_build_makes_kernels_of_a_new_direction(tmp_path):
     shutil.copytree(ROOT / "build_backend", tmp_path / "build_backend")
     shutil.copy(ROOT / "setup.py", tmp_path)
     command = [sys.executable, "-c", GROUPS, tmp_path / "setup.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    there = {**os.environ, "LAYERLR_CUDA_LIBRARY": ""}  # a library of other sources would not fit
+    done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["soft_sign"] == "X(SoftSign)"

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from bench import goals, peers, progress, report, shapes, step_time, timing
+from bench import builds, goals, peers, progress, report, shapes, step_time, timing
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_contender_that_fails_is_left_out_with_its_reason(monkeypatch):
         raise ValueError("no such thing")
 
     rows = [
-        peers.Contender("torch SGD fused", "torch", peers.torch_sgd(fused=True)),
+        peers.Contender("torch SGD fused", "torch", builds.torch_sgd(fused=True)),
         peers.Contender("broken", "torch", broken),
         peers.Contender("idle", "torch", lambda params: torch.optim.SGD(params, lr=0.0)),
     ]
@@ -216,7 +216,7 @@ def test_nothing_is_begun_when_time_is_up():
 def test_packages_that_are_not_installed_share_one_line(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in peers.PEERS else find(name)
+        importlib.util, "find_spec", lambda name: None if name in builds.PEERS else find(name)
     )
     result = step_time.run(["tiny128"], repeats=1, only="foreach")
     assert "torch AdamW foreach" in {row.contender for row in result.rows}

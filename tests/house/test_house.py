@@ -26,7 +26,7 @@ FLOORS = (
     "dtensor plain_lr precision",
     "codes",
     "backends",
-    "checks estimators group_key names numbers options sharded_plan",
+    "checks estimators group_key hooks names numbers options sharded_plan",
     "advice state",
     "plans",
     "compiled gradient_factors graphs statistics steppable stepping taken",

@@ -85,6 +85,63 @@ def test_profiler_and_hooks_see_one_step(ours):
     assert names.count(f"Optimizer.zero_grad#{ours.__name__}.zero_grad") == 1
 
 
+@pytest.mark.parametrize("watcher", ["before", "after", "before any", "after any", "profiler"])
+def test_whoever_watches_alone_sees_a_step(watcher):
+    seen = []
+    opt = layerlr.SGD(weights())
+
+    def note(*_):
+        seen.append(watcher)
+
+    if watcher == "profiler":
+        with torch.profiler.profile() as profile:
+            opt.step()
+        assert [e.name for e in profile.events()].count("Optimizer.step#SGD.step") == 1
+        return
+    register = {
+        "before": opt.register_step_pre_hook,
+        "after": opt.register_step_post_hook,
+        "before any": register_optimizer_step_pre_hook,
+        "after any": register_optimizer_step_post_hook,
+    }
+    handle = register[watcher](note)
+    try:
+        opt.step()
+    finally:
+        handle.remove()
+    opt.step()
+    assert seen == [watcher]
+
+
+def test_a_step_that_nobody_watches_is_not_recorded(monkeypatch):
+    opt = layerlr.SGD(weights(), lr=0.5)
+    opened = []
+    before = torch.autograd.profiler.record_function
+    monkeypatch.setattr(
+        torch.autograd.profiler, "record_function", lambda name: opened.append(name) or before(name)
+    )
+    opt.step()
+    assert opened == []
+    opt.register_step_post_hook(lambda *_: None)
+    opt.step()
+    assert opened == ["Optimizer.step#SGD.step"]
+
+
+def test_a_step_of_a_subclass_s_own():
+    """Hooks run around it; with torch's classes a step that it calls runs them again."""
+    seen = []
+
+    class Own(layerlr.SGD):
+        def step(self, closure=None):
+            seen.append("own")
+            return super().step(closure)
+
+    opt = Own(weights())
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.step()
+    assert seen[:2] == ["before", "own"]
+
+
 def test_a_pre_hook_may_change_the_arguments():
     opt = layerlr.SGD(weights())
     opt.register_step_pre_hook(lambda o, args, kwargs: (args, {"closure": lambda: 41}))
