@@ -33,7 +33,7 @@ class Case:
     dtype: torch.dtype
     repeats: int
     clock: str = "wall"
-    flush: bool = True
+    flush: bool | None = None
     deadline: float = math.inf  # of time.monotonic(): nothing is begun after it
     interleaved: bool = True
 

@@ -53,7 +53,7 @@ def run(
     threads: int = 1,
     repeats: int = 15,
     clock: str = "wall",
-    flush: bool = True,
+    flush: bool | None = None,
     backend: str | None = None,
     only: str | None = None,
     seconds: float = math.inf,
@@ -182,10 +182,9 @@ def parser() -> argparse.ArgumentParser:
         help="cpu: the thread's processor time, for a busy machine and one thread",
     )
     p.add_argument(
-        "--no-flush",
-        dest="flush",
-        action="store_false",
-        help="on a GPU, leave in its L2 cache what the step before left there",
+        "--flush",
+        action=argparse.BooleanOptionalAction,
+        help="empty a core's or a GPU's caches before each step (default: a GPU's)",
     )
     p.add_argument(
         "--backend", help=f"of layerlr (default: cpu; on a GPU {BACKENDS['cuda']})", metavar="NAMES"

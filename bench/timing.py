@@ -31,25 +31,41 @@ def _nothing() -> None:
     pass
 
 
-def timer_for(device: torch.device, clock: str = "wall", flush: bool = True) -> Timer:
+#: bytes that are written to flush a core's own caches; what many share may hold more
+CORE_CACHES = 64 << 20
+
+
+def timer_for(device: torch.device, clock: str = "wall", flush: bool | None = None) -> Timer:
     """A function ``(step, n) -> Sample`` over n steps on ``device``.
 
     ``clock="cpu"`` counts the calling thread's processor time instead: for one thread on a
-    machine that is busy with other work. ``flush``: see `EventTimer`.
+    machine that is busy with other work. ``flush``: empty the caches before each step, those of the
+    core or a GPU's L2 (see `EventTimer`); by default on a GPU.
     """
     if device.type == "cuda":
-        return EventTimer.cuda(device, flush)
+        return EventTimer.cuda(device, flush is not False)
     if device.type != "cpu":
         raise NotImplementedError(f"step_time has no timer for {device.type!r}")
     now = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}[clock]
 
-    def host(step: Step, n: int) -> Sample:
+    def warm(step: Step, n: int) -> Sample:
         start = now()
         for _ in range(n):
             step()
         return Sample((now() - start) * 1e-9 / n)
 
-    return host
+    if not flush:
+        return warm
+    buffer = torch.zeros(CORE_CACHES, dtype=torch.uint8)
+
+    def cold(step: Step, n: int) -> Sample:
+        seconds = 0.0
+        for _ in range(n):
+            buffer.add_(1)
+            seconds += warm(step, 1).seconds
+        return Sample(seconds / n)
+
+    return cold
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,13 @@ def around(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(_GLOBAL)
-        if hooks or torch.compiler.is_compiling() or _C.is_recorded():
+        if (
+            torch.compiler.is_compiling()  # which leaves records out itself
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or any(_GLOBAL)
+            or _C.is_recorded()
+        ):
             return seen(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 

@@ -109,6 +109,26 @@ def test_a_device_without_a_timer_is_refused():
         timing.timer_for(torch.device("meta"))
 
 
+def test_caches_are_emptied_before_each_step_and_off_the_clock(monkeypatch):
+    clock, log = [0], []
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: clock[0])
+
+    class Buffer:
+        def add_(self, _):
+            clock[0] += 1000
+            log.append("flush")
+
+    monkeypatch.setattr(timing.torch, "zeros", lambda size, dtype: Buffer())
+
+    def step():
+        clock[0] += 5
+        log.append("step")
+
+    sample = timing.timer_for(torch.device("cpu"), flush=True)(step, 3)
+    assert sample.seconds == pytest.approx(5e-9)
+    assert log == ["flush", "step"] * 3
+
+
 def test_small_run_from_end_to_end(tmp_path, capsys):
     arguments = ["--models", "tiny300", "--families", "sgd", "--repeats", "2"]
     arguments += ["--backend", "reference", "--only", "foreach|singh|in place"]
