@@ -217,24 +217,21 @@ struct Access {
     });
     return x;
   }
-  /// Four weights, and the nearest 16-bit numbers to them as they are stored.
+  /// From four weights as they are stored to those that are held.
   template <class Whole>
-  LAYERLR_DEVICE void load_weights(Use use, Whole whole, int e, int n, T* x, T* stored) const {
-    load_typed(use, whole, array_w, e, n, x);
-    if constexpr (coded_weights) {
+  LAYERLR_DEVICE void hold_weights(Use use, Whole whole, int e, int n, T* x, T* stored) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) stored[i] = x[i];
-      T beside[4];
-      if (at.weights == Codec::master) {
-        load(use, whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
+    for (int i = 0; i < 4; ++i) stored[i] = x[i];
+    T beside[4];
+    if (at.weights == Codec::master) {
+      load(use, whole, reinterpret_cast<const T*>(at.of[array_aux]) + e, n, beside);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
-      } else if (at.weights == Codec::kahan) {
-        load_typed(use, whole, array_aux, e, n, beside);
+      for (int i = 0; i < 4; ++i) x[i] = nearest(beside[i]) == x[i] ? beside[i] : x[i];
+    } else if (at.weights == Codec::kahan) {
+      load_typed(use, whole, array_aux, e, n, beside);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
-        }
+      for (int i = 0; i < 4; ++i) {
+        x[i] = nearest(x[i] + beside[i] * T(0.5)) == x[i] ? x[i] + beside[i] : x[i];
       }
     }
   }

@@ -115,12 +115,19 @@ struct Elements : Access<D, P, coded> {
 #pragma unroll
     for (int v = 0; v < many; ++v) {
       const int from = e + v * stride;
-      if (weights) this->load_weights(use, whole, from, n, w[v], stored[v]);
+      if (weights) this->load_typed(use, whole, array_w, from, n, w[v]);
       if (pass != Pass::apply || D<T>::needs_grad) {
         const bool ends = pass == Pass::advance && !D<T>::needs_grad;
         this->load_gradient(ends ? last : use, whole, from, n, g[v]);
       }
       if (steps) this->load_states(use, codes, whole, from, n, block, s[v]);
+    }
+    // Asked for when everything else is on its way: a question about weights waits for them.
+    if constexpr (Base::coded_weights) {
+#pragma unroll
+      for (int v = 0; v < many; ++v) {
+        if (weights) this->hold_weights(use, whole, e + v * stride, n, w[v], stored[v]);
+      }
     }
 #pragma unroll
     for (int v = 0; v < many; ++v) {

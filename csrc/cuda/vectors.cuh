@@ -111,8 +111,11 @@ LAYERLR_DEVICE void load(Use use, Whole whole, const P* p, int n, T* x) {
       }
     }
   } else {
+    P narrow[4];  // all four, before any is waited for
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = i < n ? widened(device::read(p + i)) : T(0);
+    for (int i = 0; i < 4; ++i) narrow[i] = i < n ? device::read(p + i) : P();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = widened(narrow[i]);
   }
 }
 template <class Whole, class P, class T>

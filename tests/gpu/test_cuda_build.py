@@ -250,7 +250,7 @@ def code_loops(code):
             yield body
 
 
-#: of float32 weights beside codes: 50.75 and 109.25 when written
+#: of float32 weights beside codes: 50.75 and 109.75 when written
 CODE_BUDGETS = {"Momentum": 56, "Adam": 110}
 
 
@@ -267,6 +267,18 @@ def test_instructions_of_an_element_with_codes(direction, listings):
     count = sum(executed(loops[name]) for name in ORDERS["update_rule"]) / 4
     print(f"{key.name}: {count} instructions an element")
     assert count <= CODE_BUDGETS[direction]
+
+
+@each_kernel(kernel="step", family="coded", arch="90")
+def test_loads_come_before_questions(key, listings):
+    """What lies beside 16-bit weights is asked for when weights, gradient and states are on their
+    way: a question about weights waits for them. The longest loop asks more."""
+    *bodies, _ = sorted(innermost_loops(listings[key]), key=len)
+    bodies = [body for body in bodies if matching(body, "STG.*") and matching(body, "LDG.*")]
+    assert bodies
+    for body in bodies:
+        before = itertools.takewhile(lambda i: not i.name.startswith("BRA"), body)
+        assert len(matching(before, "LDG.*")) >= 2
 
 
 @pytest.mark.skipif(NVCC is None or sass.cuobjdump() is None, reason="needs nvcc and cuobjdump")
