@@ -107,7 +107,7 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     const at::Tensor& p = THPVariable_Unpack(t.param);
     t.dense = is_dense(p, parts[tensor] > 1);
     if (!t.scale_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
-    t.plain = t.dense && p.layout() == at::kStrided && !p.is_conj() && !p.is_neg();
+    t.plain = t.dense && p.layout() == at::kStrided && holds_elements(p);
     t.keys = p.key_set();
     t.dtype = p.dtype();
     t.sizes.assign(p.sizes().begin(), p.sizes().end());
@@ -171,7 +171,7 @@ int BoundPlan::look_up(size_t i) {
     }
   }
   if (!point(row.grad.data, g, t.dtype, false)) return static_cast<int>(i);
-  if (!row.grad.data) row.grad.data = row.step;  // an empty gradient has no memory, but it is one
+  if (g.numel() == 0) row.grad.data = row.step;  // it has no memory, but it is one
   return ready;
 }
 

@@ -26,7 +26,7 @@ int64_t elements(const at::Tensor& t) { return t.numel() * (t.is_complex() ? 2 :
 
 bool is_dense(const at::Tensor& t, bool split) {
   if (t.is_contiguous()) return true;
-  if (!t.is_non_overlapping_and_dense() || t.is_conj() || t.is_neg()) return false;
+  if (!t.is_non_overlapping_and_dense() || !holds_elements(t)) return false;
   return !split || t.dim() == 0 || t.stride(0) * t.size(0) == t.numel();
 }
 

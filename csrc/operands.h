@@ -17,6 +17,12 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
+/// Whether memory holds the elements as they are: those of a conjugate are the others', and zeros
+/// that autograd makes (of sgn, say) have no memory.
+inline bool holds_elements(const at::Tensor& t) {
+  return !t.is_conj() && !t.is_neg() && !t._is_zerotensor();
+}
+
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.
 inline bool same(at::IntArrayRef x, at::IntArrayRef y) {
   if (x.size() != y.size()) return false;
@@ -32,7 +38,7 @@ class Staging {
   /// Memory of t in the order of `like` (a dense tensor of the same shape), and whether the
   /// kernels write it: then a copy is copied back by finish().
   void* pointer(const at::Tensor& t, const at::Tensor& like, bool written) {
-    if (same(t.strides(), like.strides()) && !t.is_conj() && !t.is_neg()) return t.data_ptr();
+    if (same(t.strides(), like.strides()) && holds_elements(t)) return t.data_ptr();
     return staged(t, like, written);
   }
   void finish();

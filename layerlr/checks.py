@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -66,6 +67,11 @@ def betas(
 def params(group: dict[str, Any], index: int) -> None:
     """Refuse parameters that no backend can step, naming them."""
     for name, p in zip(names_of(group, index), group["params"], strict=True):
+        if is_lazy(p):
+            raise ValueError(
+                f"parameter {name!r} is of a lazy module, which gives it its shape at its first "
+                "forward pass: run one before the optimizer is made"
+            )
         if group.get("fused") and not p.is_meta:  # what meta tensors become is seen later
             _device_dtype_check_for_fused(p)
         if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:

@@ -28,12 +28,13 @@ class LayerwiseOptimizer(Optimizer):
 
     Under ``torch.compile`` a step is one op without a graph break that reads lr, weight decay,
     momentum, betas and the like when it runs: schedules do not recompile. Sharded parameters and
-    ``differentiable=True`` take the step outside of the graph. Steps on a GPU can be captured in
-    CUDA graphs: see `refresh`.
+    ``differentiable=True`` take the step outside of the graph. CUDA graphs: see `refresh`.
     """
 
+    profile_hook_step = staticmethod(hooks.around)  # type: ignore[assignment]
     _grad_norm: Tensor | None = None
 
+    @torch._disable_dynamo
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], layerwise: LayerwiseOptions
     ) -> None:
@@ -76,6 +77,7 @@ class LayerwiseOptimizer(Optimizer):
 
     # -- param groups --------------------------------------------------------------------------
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and create its state; a group that is refused leaves nothing behind."""
         own = list(param_group) if isinstance(param_group, dict) else []
@@ -103,8 +105,6 @@ class LayerwiseOptimizer(Optimizer):
         return all(group.get("fused") for group in self.param_groups)
 
     # -- stepping ------------------------------------------------------------------------------
-
-    profile_hook_step = staticmethod(hooks.around)  # type: ignore[assignment]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform one step; ``closure`` re-evaluates the model and returns the loss.

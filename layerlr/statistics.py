@@ -15,6 +15,7 @@ from .rules import LayerRule
 _STEP = ("ww", "uu", "wu", "a", "b")
 
 
+@torch._disable_dynamo
 def layer_stats(cache: PlanCache) -> dict[str, Any]:
     """Statistics of the layers of all groups; see `LayerwiseOptimizer.layer_stats`."""
     names, column = _table(cache)

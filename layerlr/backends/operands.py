@@ -32,7 +32,8 @@ class Operands:
             if precision
             else _own(_real(p).to(dtype))
         )
-        g = _own(_real(p.grad).to(dtype))  # type: ignore[arg-type]
+        assert p.grad is not None
+        g = _own(_real(p.grad.resolve_conj()).to(dtype))
         factor, l2 = config.get(GRAD_FACTOR), config.values[L2]
         if isinstance(factor, Tensor):
             g = g * factor.to(g)

@@ -287,3 +287,30 @@ def test_layouts(engine, case, dtype):
         if LAYOUTS[name][1] in (strided, columns):  # what lies between is not ours
             assert (room == 7).sum() == room.numel() - p.numel(), name
         assert array(p).shape == LAYOUTS[name][0]
+
+
+#: gradients whose memory does not hold their elements as they are, from others
+FORMS = {
+    "zero": lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device),
+    "negated": torch._neg_view,
+    "conjugate": torch.conj,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", [None, "layca"])
+def test_gradients_that_memory_does_not_hold(engine, rule, form):
+    """Autograd makes the first itself, of ``sgn`` for one: it has no memory at all."""
+    dtype = torch.complex64 if form == "conjugate" else torch.float32
+    values = random([(300, 40)] * 4, dtype, seed=3)
+    params = [*engine.params(values[:1]), *engine.params(values[:1])]
+    clip = 1.0 if rule is None else None
+    opts = [
+        layerlr.Adam([p], rule=rule, backend=engine.backend, max_grad_norm=clip) for p in params
+    ]
+    for number, g in enumerate(values[1:]):
+        g = FORMS[form](g.to(engine.device)) if number == 1 else g.to(engine.device)
+        params[0].grad, params[1].grad = g, torch.empty(g.shape).to(params[1]).copy_(g)
+        for opt in opts:
+            opt.step()
+    assert same_bits(params[:1], params[1:])

@@ -290,3 +290,9 @@ def test_wrapped_parameters_are_refused_by_name():
     p = torch.nn.Parameter(TwoTensor(torch.ones(4, 3), torch.ones(4, 3)))
     with pytest.raises(ValueError, match="parameter 'w' is a TwoTensor"):
         layerlr.SGD([("w", p)], rule="layca")
+
+
+@pytest.mark.parametrize("make", [layerlr.SGD, lambda p: layerlr.wrap(torch.optim.SGD(p), "singh")])
+def test_lazy_parameters_are_refused_by_name(make):
+    with pytest.raises(ValueError, match=r"parameter 'weight' is of a lazy module.*forward pass"):
+        make(torch.nn.LazyLinear(3).named_parameters())

@@ -70,7 +70,7 @@ def sanitize(tool):
 
 def compile(source, folder, tool, directions, *flags):
     """The object; where another process may compile the same, there is one when it is whole."""
-    target = folder / f"{Path(source).name}-{tool}-{len(directions)}.o"
+    target = folder / f"{Path(source).name}-{tool}-{proofs.digest(directions)}.o"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}")
         flags = [*flags, *FLAGS, *sanitize(tool), *directions]

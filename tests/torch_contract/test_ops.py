@@ -371,3 +371,20 @@ def test_the_op_refuses_what_does_not_fit():
         with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
             torch.ops.layerlr.step(*changed)
         assert all(map(torch.equal, before, model.parameters())), change.keys()
+
+
+@pytest.mark.parametrize("cls, rule", [(layerlr.SGD, "singh"), (layerlr.AdamW, "lamb")])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_made_in_a_compiled_function(cls, rule):
+    def train(w):
+        w = w.detach().clone().requires_grad_(True)
+        opt = cls([w], lr=0.1, rule=rule)
+        opt.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+        w.grad = torch.ones_like(w)
+        opt.step()
+        return w.detach(), opt.layer_stats()["lr"]
+
+    torch._dynamo.reset()
+    start = torch.arange(1.0, 13.0).view(3, 4)
+    for x, y in zip(train(start), torch.compile(train, backend="eager")(start), strict=True):
+        assert torch.equal(x, y)

@@ -122,9 +122,21 @@ def test_a_step_that_nobody_watches_is_not_recorded(monkeypatch):
     )
     opt.step()
     assert opened == []
-    opt.register_step_post_hook(lambda *_: None)
+    opt.register_step_pre_hook(lambda *_: None)
     opt.step()
     assert opened == ["Optimizer.step#SGD.step"]
+
+
+@pytest.mark.parametrize("of", ["torch", "layerlr"])
+def test_a_hook_that_the_closure_registers_runs_after_the_same_step(of):
+    opt, seen = {"torch": torch.optim.SGD, "layerlr": layerlr.SGD}[of](weights(), lr=0.5), []
+
+    def closure():
+        if not seen:
+            opt.register_step_post_hook(lambda o, args, kwargs: seen.append((args, kwargs)))
+
+    opt.step(closure=closure)
+    assert seen == [((opt,), {"closure": closure})]
 
 
 def test_a_step_of_a_subclass_s_own():
