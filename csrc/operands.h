@@ -17,10 +17,10 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
-/// Whether memory holds the elements as they are: those of a conjugate are the others', and zeros
-/// that autograd makes (of sgn, say) have no memory.
+/// Whether memory holds the elements as they are. A conjugate's holds others; zeros that autograd
+/// makes (of sgn, say) and tensors that wrap others have no memory.
 inline bool holds_elements(const at::Tensor& t) {
-  return !t.is_conj() && !t.is_neg() && !t._is_zerotensor();
+  return !t.is_conj() && !t.is_neg() && (t.data_ptr() || t.numel() == 0);
 }
 
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.

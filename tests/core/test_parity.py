@@ -23,6 +23,7 @@ from layouts import channels_last, columns, plain, shifted, strided, transposed
 from selection import DTYPE_ROWS, EDGES, EVERY
 from spec import Spec, array
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 import layerlr
 from layerlr.directions import DIRECTIONS
@@ -294,6 +295,7 @@ FORMS = {
     "zero": lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device),
     "negated": torch._neg_view,
     "conjugate": torch.conj,
+    "wrapped": lambda g: TwoTensor(g, g.clone()),
 }
 
 
@@ -301,6 +303,8 @@ FORMS = {
 @pytest.mark.parametrize("rule", [None, "layca"])
 def test_gradients_that_memory_does_not_hold(engine, rule, form):
     """Autograd makes the first itself, of ``sgn`` for one: it has no memory at all."""
+    if form == "wrapped" and engine.backend == "reference":
+        pytest.skip(reason="the reference computes with gradients as their class does")
     dtype = torch.complex64 if form == "conjugate" else torch.float32
     values = random([(300, 40)] * 4, dtype, seed=3)
     params = [*engine.params(values[:1]), *engine.params(values[:1])]
