@@ -172,7 +172,9 @@ int BoundPlan::look_up(size_t i) {
   }
   if (!point(row.grad.data, g, t.dtype, false)) return static_cast<int>(i);
   if (g.numel() == 0) row.grad.data = row.step;  // it has no memory, but it is one
-  return ready;
+  bool there = row.param.data && row.grad.data;
+  for (int k = 0; k < n_states_; ++k) there = there && row.state[k].data;
+  return there || p.numel() == 0 || p.is_meta() ? int(ready) : static_cast<int>(i);
 }
 
 void BoundPlan::finish() {

@@ -17,10 +17,11 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
-/// Whether memory holds the elements as they are. A conjugate's holds others; zeros that autograd
-/// makes (of sgn, say) and tensors that wrap others have no memory.
+/// Whether memory holds the elements as they are, if it holds any. A conjugate's holds others;
+/// zeros that autograd makes (of sgn, say) and tensors that wrap others have none.
 inline bool holds_elements(const at::Tensor& t) {
-  return !t.is_conj() && !t.is_neg() && (t.data_ptr() || t.numel() == 0);
+  const bool wraps = t.key_set().has(c10::DispatchKey::Python) && !t.data_ptr();
+  return !t.is_conj() && !t.is_neg() && !t._is_zerotensor() && !wraps;
 }
 
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.

@@ -296,3 +296,17 @@ def test_wrapped_parameters_are_refused_by_name():
 def test_lazy_parameters_are_refused_by_name(make):
     with pytest.raises(ValueError, match=r"parameter 'weight' is of a lazy module.*forward pass"):
         make(torch.nn.LazyLinear(3).named_parameters())
+
+
+@pytest.mark.parametrize("what", ["weights", "gradient", "exp_avg"])
+def test_freed_memory_is_named(engine, what):
+    if engine.backend == "reference":
+        pytest.skip(reason="torch's own operations read what they are given")
+    p = engine.params([torch.ones(40, 30)])[0]
+    opt = layerlr.Adam([("w", p)], rule="layca", backend=engine.backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    freed = {"weights": p, "gradient": p.grad, "exp_avg": opt.state[p]["exp_avg"]}[what]
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"'w', its {what}, was freed"):
+        opt.step()
