@@ -69,8 +69,8 @@ def params(group: dict[str, Any], index: int) -> None:
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         if is_lazy(p):
             raise ValueError(
-                f"parameter {name!r} is of a lazy module, which gives it its shape at its first "
-                "forward pass: run one before the optimizer is made"
+                f"Attempted to use an uninitialized parameter: {name!r} is of a lazy module, which "
+                "gives it its shape at its first forward pass: run one before the optimizer is made"
             )
         if group.get("fused") and not p.is_meta:  # what meta tensors become is seen later
             _device_dtype_check_for_fused(p)

@@ -294,7 +294,7 @@ def test_wrapped_parameters_are_refused_by_name():
 
 @pytest.mark.parametrize("make", [layerlr.SGD, lambda p: layerlr.wrap(torch.optim.SGD(p), "singh")])
 def test_lazy_parameters_are_refused_by_name(make):
-    with pytest.raises(ValueError, match=r"parameter 'weight' is of a lazy module.*forward pass"):
+    with pytest.raises(ValueError, match="parameter: 'weight' is of a lazy module"):
         make(torch.nn.LazyLinear(3).named_parameters())
 
 
