@@ -48,18 +48,40 @@ BoundPlan::BoundPlan(const PlanSpec& spec)
   read_layouts(spec.spans);
 }
 
+namespace {
+
+constexpr const char* two_threads =
+    "layerlr: two threads step one optimizer at once: give each an optimizer of its own, or a lock";
+
+}  // namespace
+
+BoundPlan::Use::Use(BoundPlan& plan) : plan_(plan) {
+  TORCH_CHECK(plan.prepared_ && !plan.used_, two_threads);
+  plan.used_ = true;
+}
+
 int BoundPlan::prepare() {
+  TORCH_CHECK(!used_, two_threads);
+  prepared_ = false;
   staging_ = {};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const int answer = look_up(i);
     if (answer != ready) return answer;
   }
   for (const Leader& r : leaders_) {
-    PyObject* value = tensors_[r.tensor].memory;
-    if (value && THPVariable_Unpack(value).numel() <= r.place) return stale;
-    plan_.layers[r.layer].memory =
-        value ? THPVariable_Unpack(value).data_ptr<double>() + r.place : nullptr;
+    double*& memory = plan_.layers[r.layer].memory = nullptr;
+    if (!tensors_[r.tensor].memory) continue;
+    const at::Tensor& x = THPVariable_Unpack(tensors_[r.tensor].memory);
+    const bool fits = x.numel() > r.place && x.scalar_type() == at::kDouble;
+    if (!fits || !x.is_contiguous() || !holds_elements(x)) return stale;
+    memory = static_cast<double*>(x.data_ptr());
+    if (memory) {
+      memory += r.place;
+    } else if (plan_.tensors[r.tensor].active() && !x.is_meta()) {
+      return r.tensor;
+    }
   }
+  prepared_ = true;
   return ready;
 }
 
@@ -124,7 +146,7 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
 bool BoundPlan::holds_scales(const Tensor& t, int k) const {
   const at::Tensor &codes = THPVariable_Unpack(t.values[k]), &x = THPVariable_Unpack(t.scales[k]);
   return codes.is_contiguous() && x.is_contiguous() && x.device() == device_ &&
-         x.scalar_type() == at::kFloat && same(x.sizes(), t.scale_sizes);
+         x.scalar_type() == at::kFloat && same(x.sizes(), t.scale_sizes) && holds_elements(x);
 }
 
 int BoundPlan::look_up(size_t i) {
@@ -150,7 +172,10 @@ int BoundPlan::look_up(size_t i) {
   if (!point(row.param.data, p, t.dtype, true)) return stale;
   if (like.defined() && !same(p.strides(), t.strides)) return stale;
   const at::Tensor& step = THPVariable_Unpack(t.step);
-  if (step.numel() != 1 || step.dtype() != t.step_dtype || step.device() != device_) return stale;
+  if (step.numel() != 1 || step.dtype() != t.step_dtype || step.device() != device_ ||
+      !holds_elements(step)) {
+    return stale;
+  }
   row.step = step.data_ptr();
   for (int k = 0; k < n_states_; ++k) {
     const at::Tensor& x = THPVariable_Unpack(t.values[k]);
@@ -172,12 +197,16 @@ int BoundPlan::look_up(size_t i) {
   }
   if (!point(row.grad.data, g, t.dtype, false)) return static_cast<int>(i);
   if (g.numel() == 0) row.grad.data = row.step;  // it has no memory, but it is one
-  bool there = row.param.data && row.grad.data;
-  for (int k = 0; k < n_states_; ++k) there = there && row.state[k].data;
+  bool there = row.param.data && row.grad.data && row.step &&
+               (row.param.aux || !t.weights_aux || weights_ == Codec::stochastic);
+  for (int k = 0; k < n_states_; ++k) {
+    there = there && row.state[k].data && (row.state[k].aux || !t.scales[k]);
+  }
   return there || p.numel() == 0 || p.is_meta() ? int(ready) : static_cast<int>(i);
 }
 
 void BoundPlan::finish() {
+  prepared_ = false;
   staging_.finish();
   const auto bump = [](PyObject* value) {
     const at::Tensor& t = THPVariable_Unpack(value);

@@ -77,6 +77,18 @@ class BoundPlan {
   /// After the step: copy staged tensors back, tell autograd what was written.
   void finish();
 
+  /// As long as it lives, what prepare() has found is in use, and another thread's prepare() or use
+  /// is an error: the interpreter's lock may be let go.
+  class Use {
+   public:
+    explicit Use(BoundPlan& plan);
+    ~Use() { plan_.used_ = false; }
+    Use(const Use&) = delete;
+
+   private:
+    BoundPlan& plan_;
+  };
+
   Plan& plan() { return plan_; }
   at::Device device() const { return stats_.device(); }
 
@@ -135,6 +147,7 @@ class BoundPlan {
   std::vector<Tensor> tensors_;
   std::vector<Leader> leaders_;
   Staging staging_;
+  bool prepared_ = false, used_ = false;
 };
 
 }  // namespace layerlr

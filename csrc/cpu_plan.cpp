@@ -16,35 +16,28 @@ CpuPlan::CpuPlan(const PlanSpec& spec) : BoundPlan(spec) { plan().finish(); }
 
 void CpuPlan::step(const StepConfig& config) {
   if (config.found_inf != 0) return;
-  {
-    py::gil_scoped_release release;
-    layerlr::step(plan(), config, torch_threads());
-  }
+  run([&] { layerlr::step(plan(), config, torch_threads()); });
   finish();
 }
 
 at::Tensor CpuPlan::measure(const StepConfig& config) {
-  py::gil_scoped_release release;
-  if (config.found_inf != 0) return at::zeros({layers(), 4}, at::kDouble);
-  const at::Tensor sums = at::empty({layers(), 4}, at::kDouble);
-  layerlr::measure(plan(), config, torch_threads(), rows_of(sums));
+  const at::Tensor sums = at::zeros({layers(), 4}, at::kDouble);
+  if (config.found_inf == 0) {
+    run([&] { layerlr::measure(plan(), config, torch_threads(), rows_of(sums)); });
+  }
   return sums;
 }
 
 void CpuPlan::apply(const StepConfig& config, const at::Tensor& sums) {
   if (config.found_inf != 0) return;
   TORCH_CHECK(sums.sizes() == at::IntArrayRef({layers(), 4}) && sums.is_contiguous());
-  {
-    py::gil_scoped_release release;
-    layerlr::apply(plan(), config, torch_threads(), rows_of(sums));
-  }
+  run([&] { layerlr::apply(plan(), config, torch_threads(), rows_of(sums)); });
   finish();
 }
 
 at::Tensor CpuPlan::norms(const StepConfig& config) {
-  py::gil_scoped_release release;
   const at::Tensor sums = at::empty({layers()}, at::kDouble);
-  layerlr::norms(plan(), config, torch_threads(), sums.data_ptr<double>());
+  run([&] { layerlr::norms(plan(), config, torch_threads(), sums.data_ptr<double>()); });
   return sums;
 }
 

@@ -20,6 +20,13 @@ class CpuPlan : public BoundPlan {
 
  private:
   int64_t layers() { return plan().layers.size(); }
+  /// Without the interpreter's lock.
+  template <class Body>
+  void run(Body body) {
+    const Use use(*this);
+    py::gil_scoped_release release;
+    body();
+  }
 };
 
 }  // namespace layerlr

@@ -222,6 +222,7 @@ bool DevicePlan::ready(const StepConfig& config, const OnDevice& on_device) {
 }
 
 void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
+  const Use use(*this);
   const c10::DeviceGuard guard(device());
   if (ready(config, on_device)) {
     check(engine_.step(args_, device().index(), stream()));
@@ -230,6 +231,7 @@ void DevicePlan::step(const StepConfig& config, const OnDevice& on_device) {
 }
 
 at::Tensor DevicePlan::measure(const StepConfig& config, const OnDevice& on_device) {
+  const Use use(*this);
   const c10::DeviceGuard guard(device());
   if (!ready(config, on_device)) return no_sums();
   check(engine_.measure(args_, device().index(), stream()));
@@ -238,6 +240,7 @@ at::Tensor DevicePlan::measure(const StepConfig& config, const OnDevice& on_devi
 
 void DevicePlan::apply(const StepConfig& config, const OnDevice& on_device,
                        const at::Tensor& sums) {
+  const Use use(*this);
   const c10::DeviceGuard guard(device());
   if (ready(config, on_device)) {
     layer_sums_.copy_(sums);
@@ -247,6 +250,7 @@ void DevicePlan::apply(const StepConfig& config, const OnDevice& on_device,
 }
 
 at::Tensor DevicePlan::norms(const StepConfig& config, const OnDevice& on_device) {
+  const Use use(*this);
   const c10::DeviceGuard guard(device());
   if (!ready(config, on_device)) return no_sums().select(1, 0).contiguous();
   StepArgs args = args_;  // whose rule and decay look at the gradients alone

@@ -95,7 +95,11 @@ def store(
 ) -> None:
     """Store x where w was loaded from; ``skip``: leave these elements alone."""
     if precision == "stochastic":
-        x = _random(x, splitmix64(state["rounding_seed"], torch.as_tensor(t).long()), place)
+        x = _random(
+            x,
+            splitmix64(state["rounding_seed"], torch.as_tensor(t, dtype=torch.float64).long()),
+            place,
+        )
     elif precision == "master":
         _put(state["master"], x, skip)
     elif precision == "kahan":
@@ -106,10 +110,13 @@ def store(
     _put(p, x, skip)
 
 
-def places(p: Tensor, split: bool) -> Tensor:
-    """Place of each element in memory; ``split``: rows of p belong to several layers."""
+def places(p: Tensor, split: bool, codes: bool) -> Tensor:
+    """Place of each element in memory; ``split``: rows of p belong to several layers.
+
+    ``codes``: its state is in codes of 8 bits, which have one order whatever that of the weights.
+    """
     count = torch.arange(p.numel(), device=p.device)
-    if _C.is_dense(p, split):
+    if _C.is_dense(p, split) and not codes:
         return count.as_strided(p.shape, p.stride())
     return count.view(p.shape)
 

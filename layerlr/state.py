@@ -76,7 +76,7 @@ def complete(
         stored = state.get(key)
         if stored is None or stored.numel() != parts:
             stored = torch.full((parts,), initial, dtype=torch.float64)
-        state[key] = stored.to(p.device, torch.float64)
+        state[key] = stored.to(p.device, torch.float64).resolve_neg().contiguous()
     if group["precision"] is not None and precision.applies(p):
         key, value = precision.complete(state, p, group["precision"], group.get("seed"), number)
         if key == "rounding_seed":
@@ -89,8 +89,8 @@ def complete(
 
 def _never_used(state: dict[str, Any], value: Tensor, p: Tensor) -> bool:
     """Whether the parameter changed its dtype before its first step: its state follows."""
-    step = state.get("step")
-    return value.dtype != state_dtype(p) and step is not None and float(step) == 0.0
+    step, changed = state.get("step"), value.dtype != state_dtype(p) and not codes.is_coded(value)
+    return changed and step is not None and float(step) == 0.0
 
 
 def _check_shape(key: str, value: Tensor, wanted: tuple[int, ...], name: str) -> None:

@@ -83,8 +83,10 @@ class Operands:
         moved, step = w * self.spec.table.spread(i, a, w), u * self.spec.table.spread(i, b, w)
         moved = torch.where(step == 0, moved, moved + step)
         if precision := self.precision(i):
-            places = precisions.places(p, len(self.spec.table.parts[i]) > 1)
-            precisions.store(p, self.state_dict(i), precision, w, moved, t, places, skip)
+            state, split = self.state_dict(i), len(self.spec.table.parts[i]) > 1
+            coded = any(codes.is_codes(state[key]) for key in self.spec.direction.states)
+            places = precisions.places(p, split, coded)
+            precisions.store(p, state, precision, w, moved, t, places, skip)
             return
         target = _real(p)
         target.copy_(torch.where(skip, target, moved.to(target.dtype)))

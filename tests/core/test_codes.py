@@ -402,3 +402,17 @@ def test_a_rule_can_keep_its_radius_to_the_last_bit(engine):
     radius = p.detach().double().norm().item()
     train(opt, [p], 3)
     assert p.detach().double().norm().item() == pytest.approx(radius, rel=3e-7)
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
+def test_state_of_a_layer_that_was_skipped_is_kept(state_dtype):
+    """Its count is still 0, but momenta of elements with sound gradients have moved."""
+    p = Parameter(torch.randn(64, 128))
+    opt = layerlr.AdamW([p], rule="lamb", state_dtype=state_dtype)
+    p.grad = torch.ones_like(p)
+    p.grad[0, 0] = torch.nan
+    opt.step()
+    assert opt.state[p]["step"] == 0 and opt.state[p]["exp_avg"].any()
+    other = copy.deepcopy(opt)
+    (q,) = other.param_groups[0]["params"]
+    assert same_state(opt.state[p], other.state[q])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import Counter
 
 import pytest
@@ -141,3 +142,39 @@ def test_advice_reads_a_signature_once(monkeypatch):
     for _ in range(3):
         layerlr.SGD([Parameter(torch.ones(2, 2))], lr=0.1)
     assert read == [layerlr.SGD]
+
+
+def test_a_step_takes_what_was_found_for_it():
+    """A second thread's step may have come between, and what it had staged is gone then."""
+    params = [Parameter(v) for v in random(SHAPES, torch.float32)]
+    opt = layerlr.Adam(params, rule="lamb", backend="cpu")
+    train(opt, params, 1)
+    (plans,) = opt.plans.prepared()
+    (plan,), numbers = plans.plans, opt.plans.config(plans)
+    plan.step(numbers)
+    with pytest.raises(RuntimeError, match="two threads step one optimizer at once"):
+        plan.step(numbers)
+
+
+def test_threads_that_share_an_optimizer_are_told():
+    """Or they are lucky and take turns; nothing is corrupted."""
+    params = [Parameter(v) for v in random([(128, 256)] * 4, torch.float32)]
+    params += [Parameter(v.t()[::2]) for v in random([(64, 128)] * 2, torch.float32)]
+    opt = layerlr.Adam(params, rule="lamb", backend="cpu")
+    set_grads(params, 0)
+    said = []
+
+    def run():
+        for _ in range(50):
+            try:
+                opt.step()
+            except RuntimeError as error:
+                said.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("two threads step one optimizer at once" in words for words in said)
+    assert all(p.isfinite().all() for p in params)

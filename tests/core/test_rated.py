@@ -80,3 +80,23 @@ def test_state_dict_holds_the_rates():
     again = layerlr.SGD([p], lr=0.1, rule="rated")
     again.load_state_dict(opt.state_dict())
     assert again.state[p]["rate"].tolist() == [3.0]
+
+
+FORMS = {
+    "a column": lambda x: torch.stack([x, x - 9], 1)[:, 0],
+    "one number": lambda x: x[:1].expand(4),
+    "negated": lambda x: torch._neg_view(-x),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rates_in_whatever_form(engine, form):
+    """They are the user's to set; engines read them one after another."""
+    (p,) = fixed(engine.device, (4, 3))
+    before = p.detach().clone()
+    group = {"params": [p], "split": 4}
+    opt = layerlr.SGD([group], lr=0.1, rule="rated", backend=engine.backend)
+    rates = FORMS[form](torch.arange(1.0, 5.0, dtype=torch.float64, device=engine.device))
+    opt.state[p]["rate"] = rates
+    opt.step()
+    torch.testing.assert_close(p.detach(), before - 0.1 * rates[:, None] * p.grad)

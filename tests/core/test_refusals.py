@@ -298,15 +298,28 @@ def test_lazy_parameters_are_refused_by_name(make):
         make(torch.nn.LazyLinear(3).named_parameters())
 
 
-@pytest.mark.parametrize("what", ["weights", "gradient", "exp_avg"])
+#: what may be freed of a parameter, and the options under which it has that
+FREED = {
+    "weights": {},
+    "gradient": {},
+    "exp_avg": {},
+    "step": {},
+    "radius": {},
+    "exp_avg_scale": {"state_dtype": "8bit"},
+    "master": {"precision": "master"},
+    "compensation": {"precision": "kahan"},
+}
+
+
+@pytest.mark.parametrize("what", FREED)
 def test_freed_memory_is_named(engine, what):
     if engine.backend == "reference":
         pytest.skip(reason="torch's own operations read what they are given")
-    p = engine.params([torch.ones(40, 30)])[0]
-    opt = layerlr.Adam([("w", p)], rule="layca", backend=engine.backend)
+    p = engine.params([torch.ones(64, 128, dtype=torch.bfloat16)])[0]
+    opt = layerlr.Adam([("w", p)], rule="layca", backend=engine.backend, **FREED[what])
     p.grad = torch.ones_like(p)
     opt.step()
-    freed = {"weights": p, "gradient": p.grad, "exp_avg": opt.state[p]["exp_avg"]}[what]
+    freed = {"weights": p, "gradient": p.grad, **opt.state[p]}[what]
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"'w', its {what}, was freed"):
         opt.step()
