@@ -261,6 +261,7 @@ def test_found_inf_that_the_host_does_not_know(case):
     native = plans.plans[0]._native
     before = photograph(opt), bits(plans.tables[0].stats)
     native.step(*numbers)
+    native.prepare()
     native.apply(*numbers, native.measure(*numbers))
     assert same_photograph((photograph(opt), bits(plans.tables[0].stats)), before)
 
