@@ -72,8 +72,7 @@ int BoundPlan::prepare() {
     double*& memory = plan_.layers[r.layer].memory = nullptr;
     if (!tensors_[r.tensor].memory) continue;
     const at::Tensor& x = THPVariable_Unpack(tensors_[r.tensor].memory);
-    const bool fits = x.numel() > r.place && x.scalar_type() == at::kDouble;
-    if (!fits || !x.is_contiguous() || !holds_elements(x)) return stale;
+    if (x.numel() <= r.place || !holds_numbers(x, at::kDouble)) return stale;
     memory = static_cast<double*>(x.data_ptr());
     if (memory) {
       memory += r.place;
@@ -145,8 +144,7 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
 
 bool BoundPlan::holds_scales(const Tensor& t, int k) const {
   const at::Tensor &codes = THPVariable_Unpack(t.values[k]), &x = THPVariable_Unpack(t.scales[k]);
-  return codes.is_contiguous() && x.is_contiguous() && x.device() == device_ &&
-         x.scalar_type() == at::kFloat && same(x.sizes(), t.scale_sizes) && holds_elements(x);
+  return codes.is_contiguous() && holds_numbers(x, at::kFloat) && same(x.sizes(), t.scale_sizes);
 }
 
 int BoundPlan::look_up(size_t i) {

@@ -133,6 +133,11 @@ class BoundPlan {
     }
     return same(x.sizes(), t.sizes) && same(x.strides(), t.strides);
   }
+  /// Whether x is numbers of that type, one after another in memory.
+  bool holds_numbers(const at::Tensor& x, at::ScalarType type) const {
+    return x.is_contiguous() && x.device() == device_ && x.scalar_type() == type &&
+           holds_elements(x);
+  }
   void find_values(size_t i, const PlanSpec& spec);
   void read_layouts(const std::vector<std::array<int64_t, 4>>& spans);
   bool holds_scales(const Tensor& t, int k) const;

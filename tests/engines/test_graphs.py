@@ -301,7 +301,7 @@ def test_refresh_outside_of_graphs_changes_nothing():
 
 def test_triton_keeps_the_tables_of_graphs_apart(capture):
     """Its launches run here, captured or not: which memory they read is what can be seen."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip(reason="Triton runs on the GPU here, and not on tensors of the host")
     (opt, params), _ = two("mom-singh", backends=("triton", "triton"))

@@ -67,7 +67,7 @@ def test_capability(gpu, capability, architectures, words):
 
 def test_an_old_driver(gpu):
     """Auto goes to Triton; who asked for CUDA is told why, and the device is asked once."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     asked = gpu((9, 0), ["80", "90"], "CUDA driver version is insufficient")
     table = types.SimpleNamespace(device=GPU, params=[], names=[])
     direction = types.SimpleNamespace(name="sgd")

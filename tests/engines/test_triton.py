@@ -23,7 +23,7 @@ from layerlr import _C
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = triton.language
-kernels = pytest.importorskip("layerlr.kernels")
+kernels = pytest.importorskip("layerlr.kernels", reason="layerlr came without its kernels")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
