@@ -168,7 +168,7 @@ check() {
   beside=$!
   tests tests-first 110 "${first[@]}" -k "$on_gpu"
   tests tests-rest 80 tests -k "$on_gpu or test_parts" --ignore tests/gpu/test_cuda_build.py \
-    --ignore tests/engines/test_triton.py --ignore tests/house/test_packaging.py --ignore tests/bench/test_bench_gpu.py \
+    --ignore tests/engines/test_triton.py --ignore tests/house/test_packaging.py --ignore tests/bench \
     $(printf ' --ignore %s' "${first[@]}")
   pack
   wait $beside

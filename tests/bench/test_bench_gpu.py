@@ -1,14 +1,8 @@
-"""The benchmarks on a GPU, as far as they can be seen without one: timer, goals, script."""
+"""The benchmarks on a GPU, as far as they can be seen without one: timer, memory, checks."""
 
 import importlib
-import os
-import re
 import shutil
-import subprocess
-import sys
 import weakref
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,24 +10,19 @@ import torch
 import layerlr.backends.cuda
 from bench import (
     agree,
-    goals,
     measure,
     memory,
-    merge,
     peers,
     repeat,
     report,
     sanitize_step,
-    shapes,
     small,
     step_time,
-    summary,
     timing,
     tune,
 )
 from layerlr import agreement
 
-ROOT = Path(__file__).resolve().parents[2]
 N = len(small.CASES)
 
 
@@ -107,101 +96,6 @@ def test_contenders_of_a_gpu():
             name for name in chosen if name.endswith("reference")
         }
         assert "layerlr AdamW lamb" in chosen
-
-
-def gpu_rows(slower=1.0, host_us=0.2, extra=0, leave_out=()):
-    """A made-up run on a GPU that copies 4 TB/s and where ours reach 95% of it, over `slower`."""
-    rows = []
-    for model in shapes.DEFAULTS["cuda"]:
-        _, tensors, count = shapes.MODELS[model]
-        for family in peers.BASELINES:
-            for c in peers.contenders(family, ["cuda"], "cuda"):
-                if c.name in leave_out or model in leave_out:
-                    continue
-                once, two = (
-                    c.once_bytes_per_param(torch.float32),
-                    c.bytes_per_param(torch.float32),
-                )
-                moved = (once if model in goals.GPU_ONCE else two) or once or 100
-                seconds = moved * count / (0.95 * 4e12)
-                base = (20 if family == "sgd" else 28) * count / (0.95 * 4e12)
-                if c.package == "layerlr":
-                    seconds *= 20 if c.backend == "reference" else slower
-                speed = 4000.0 if c.name == "memory copy" else None
-                spread = timing.Spread(seconds, seconds, seconds)
-                ratio = timing.Spread(*[seconds / base] * 3)
-                host = timing.Spread(*[host_us * 1e-6 * tensors] * 3)
-                rows.append(
-                    report.Row(
-                        *(model, tensors, count, "float32", family, c.name, c.package, c.rule),
-                        *(spread, None if c.package == "memory" else ratio, two, speed, None),
-                        *(None, 9, 1, c.backend, once, host, extra),
-                    )
-                )
-    return rows
-
-
-def parts(rows):
-    """The word of each part's line."""
-    found = goals.gpu_verdicts(rows)
-    lines = [goals.summary(part, found) for part in goals.GPU_PARTS]
-    assert all(line.startswith(f"goal ({part})") for part, line in zip("abcde", lines))
-    return [line[9:].partition("  ")[0].strip() for line in lines]
-
-
-def test_gpu_goals_met():
-    assert parts(gpu_rows()) == ["met"] * 5
-    found = goals.gpu_verdicts(gpu_rows())
-    assert goals.lines(found) == [goals.summary(part, found) for part in goals.GPU_PARTS]
-    # all are equally far from their bound
-    assert re.search(r"40 met; worst: \w+ layerlr \w+ \w+, of the copy", goals.summary("a", found))
-
-
-def test_gpu_goals_missed():
-    assert parts(gpu_rows(slower=1.04)) == ["met", "MISSED", "met", "met", "met"]
-    assert parts(gpu_rows(slower=1.5))[:3] == ["MISSED"] * 3
-    assert parts(gpu_rows(host_us=0.31)) == ["met"] * 3 + ["MISSED", "met"]
-    assert parts(gpu_rows(extra=2 << 20)) == ["met"] * 4 + ["MISSED"]
-    found = goals.gpu_verdicts(gpu_rows(host_us=0.31))
-    missed = [line for line in goals.lines(found) if line.startswith("MISSED")]
-    assert len(missed) == 3 * len(goals.GPU_OURS)
-    assert "0.310 <= 0.30" in missed[0]
-
-
-def test_gpu_goals_not_measured():
-    assert parts([]) == ["not measured"] * 5
-    assert parts(gpu_rows(leave_out=goals.GPU_OURS)) == ["not measured"] * 5
-    half = [replace(row, dtype="bfloat16") for row in gpu_rows()]
-    assert parts(half) == ["not measured"] * 5, "the goals are stated for float32"
-    assert parts(gpu_rows(leave_out=["llama3_8b_16of32"])) == ["met so far"] * 3 + [
-        "met",
-        "met so far",
-    ]
-    # A peer that is not there takes its comparison along, no more.
-    found = goals.gpu_verdicts(gpu_rows(leave_out=["timm Lars foreach"]))
-    assert goals.summary("c", found).startswith("goal (c) met so far")
-    assert "27 met, 5 not measured" in goals.summary("c", found)
-
-
-def test_gpu_limits_follow_the_bytes():
-    limits = goals.GPU_RATIO_LIMITS
-    assert limits["vit_b"]["layerlr SGD layca"] == 1.0
-    assert limits["gpt2_xl"]["layerlr SGD layca"] == pytest.approx(1.05 * 1.4)
-    assert limits["llama3_8b_16of32"]["layerlr AdamW lamb"] == pytest.approx(1.5)
-
-
-def test_verdicts_from_a_file(tmp_path, capsys):
-    out = tmp_path / "run.json"
-    report.write(out, report.Result({"gpu": "a GPU", "cpu": "a CPU", "torch": "2"}, gpu_rows()))
-    assert len(report.read(out).rows) == len(gpu_rows())
-    goals.main([str(out)])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line[:13] for line in printed] == [f"goal ({part}) met " for part in "abcde"]
-    goals.main([str(tmp_path / "missing.json")])
-    assert capsys.readouterr().out.count("not measured") >= 5
-    summary.main([str(out), str(tmp_path / "run.md")])
-    page = (tmp_path / "run.md").read_text()
-    assert "### llama3_8b_16of32, float32" in page and "The copy moves 4,000 GB/s." in page
 
 
 def test_models_too_large_run_one_after_the_other(monkeypatch, capsys):
@@ -295,24 +189,6 @@ def test_units_in_the_last_place():
     assert agreement.worst(one, one, torch.tensor([1, float("nan"), 1])) == float("inf")
 
 
-def test_runs_merge(tmp_path, capsys):
-    rows, paths = gpu_rows(), []
-    for model in shapes.DEFAULTS["cuda"]:
-        paths.append(tmp_path / f"{model}.json")
-        mine = [row for row in rows if row.model == model]
-        report.write(paths[-1], report.Result({"gpu": "a GPU", "command": model}, mine))
-    merge.main([*map(str, paths), "--out", str(tmp_path / "all.json")])
-    result = report.read(tmp_path / "all.json")
-    assert len(result.rows) == len(rows)
-    assert result.machine["command"].startswith("resnet50; vit_b; ")
-    printed = capsys.readouterr().out
-    assert printed.count("goal (") == printed.count(" met ") == 5
-    (line,) = [x for x in printed.splitlines() if x.startswith("layerlr SGD layca  ")]
-    assert line.split()[3:6] == ["0.135", "1.00", "95%"]
-    again = merge.merge([result, replace(result, rows=[replace(rows[0], rounds=77)])])
-    assert len(again.rows) == len(rows) and again.rows[0].rounds == 77
-
-
 def test_choices_of_the_cuda_engine_take_turns(tmp_path, capsys):
     for choice in tune.choices(132).values():
         with tune.held(choice):  # the engine knows every choice
@@ -347,137 +223,6 @@ def test_small_tensors_lie_back_to_back():
     assert [p.storage_offset() for p in params] == [1, *ends[:-1]]
     plain = buffer.params()
     assert all(torch.equal(a, b) and torch.equal(a.grad, b.grad) for a, b in zip(params, plain))
-
-
-def bash(*arguments, **environment):
-    if shutil.which("bash") is None:
-        pytest.skip(reason="there is no bash")
-    command = ["bash", *arguments]
-    # The package under test may be an installed one, beside which there is no bench folder.
-    where = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
-
-
-def test_gpu_script_is_bash():
-    assert bash("-n", "bench/gpu.sh").returncode == 0
-
-
-@pytest.mark.full("the script for a GPU")
-def test_gpu_script_s_dry_run(tmp_path):
-    done = bash("bench/gpu.sh", "--dry-run", CUDA_VISIBLE_DEVICES="", OUT=str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    for module in ("agree", "step_time", "repeat", "sanitize_step", "profile_step", "tune"):
-        assert f"bench.{module} imports and reads its arguments" in done.stdout
-    stages = [line[1:].partition(",")[0] for line in done.stdout.splitlines() if line[0] == "["]
-    assert stages[0] == "self-check" and set(stages[1:3]) == {"agree-triton", "agree-cuda"}
-    assert stages[3:5] == ["steps-float32-resnet50", "steps-float32-vit_b"]
-    assert {"memcheck", "racecheck", "repeat", "tests-first", "tests-rest"} == set(stages[5:10])
-    assert stages[10] == "counters" and stages[-7:-5] == ["tune", "stalls"]
-    papers = {"agree-cuda", "char_gpt", "unpack", "singh_cifar10-60", "singh_cifar10-50"}
-    assert set(stages[-5:]) == papers
-    assert "bench.papers.char_gpt imports and reads its arguments" in done.stdout
-    assert "--dist worksteal --timeout 20 --timeout-method thread" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-FAKE = """\
-#!/usr/bin/env bash
-# Python on a machine with a GPU
-echo "$*" >>"$ASKED"
-case "$*" in
-*"-m bench.agree --backend triton"*) echo "52 of 52 agree" ;;
-*"-m bench.agree"*) echo "$AGREE of 78 agree"; [ "$AGREE" -eq 78 ] || exit 2 ;;
-*"-m pytest"*)
-  echo '["tests/test_a.py::test_a", "passed", 0.1]' >>"$TEST_LOG"
-  echo '["tests/test_a.py::test_b", "failed", 0.1, "why"]' >>"$TEST_LOG"
-  exit 1 ;;
-*"-m bench.step_time"*" $HANGS "*) (trap "" TERM; sleep 300) ;;
-*"-m bench.step_time"*) for last; do :; done; echo {} >"$last" ;;
-*"-m bench.papers.$HANGS "*) (trap "" TERM; sleep 300) ;;
-*"-m bench.papers."*)
-  case "$*" in *--step-down*) name=singh_cifar10_50000 ;; *) name="${2##*.}" ;; esac
-  for kind in json md png; do echo {} >"$OUT/$name.$kind"; done; echo "trained $name" ;;
-*"-m bench.merge"*) for last; do :; done; echo {} >"$last"; echo the table ;;
-*"-m "*|*setup.py*|-c*) echo ran ;;
-*) exec "$REAL" "$@" ;;
-esac
-"""
-
-
-@pytest.fixture
-def gpu_script(tmp_path):
-    """Run the script with a Python that says it has a GPU, and does nothing."""
-    fake, root = tmp_path / "python", tmp_path / "root"
-    fake.write_text(FAKE)
-    fake.chmod(0o755)
-    for folder in ("bench", "tests", "layerlr", ".gpu/data/text"):
-        (root / folder).mkdir(parents=True)
-    shutil.copy(ROOT / "bench/gpu.sh", root / "bench")
-
-    def run(call="check", **environment):
-        where = {"AGREE": "78", "HANGS": "none", "OUT": str(root / "out"), "TOTAL": "60"}
-        where |= {"PYTHON": str(fake), "REAL": sys.executable, "ASKED": str(tmp_path / "asked")}
-        done = bash(str(root / "bench/gpu.sh"), call, **where | environment)
-        lines = (root / "out/verdicts.txt").read_text().splitlines()
-        found = dict(line.partition(" s: ")[2].split(": ", 1) for line in lines)
-        return done, found, (tmp_path / "asked").read_text()
-
-    return run
-
-
-@pytest.mark.full("the script for a GPU")
-def test_gpu_script_s_verdicts(gpu_script, tmp_path):
-    done, found, asked = gpu_script()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert found["agree-cuda"].endswith("78 of 78 agree")
-    assert found["tests-rest"].startswith("exit 1 ")
-    assert found["tests so far"] == "2 passed, 2 failed, 0 skipped"
-    assert "steps-bfloat16-llama3_8b_16of32" in found and "--backend cuda,triton" in asked
-    last = done.stdout[done.stdout.index("of the tests that failed") :]
-    assert '::test_b", "failed", 0.1, "why"]' in last and "the table" in last
-    assert "agree-cuda" in last[last.index("verdicts:") :]
-    assert len(list((tmp_path / "root/out").iterdir())) <= 8
-
-
-@pytest.mark.full("the script for a GPU")
-def test_gpu_script_without_an_engine(gpu_script):
-    done, found, asked = gpu_script(AGREE="0")
-    assert done.returncode == 0 and found["agree-cuda"].startswith("exit 2 ")
-    assert "--backend triton --out" in asked and "-k triton and" in asked
-    assert "cuda does not agree at all" in found
-    done, found, _ = gpu_script(AGREE="0", STOP="1")
-    assert done.returncode == 1 and not any(name.startswith("steps") for name in found)
-    assert "verdicts:" in done.stdout
-
-
-@pytest.mark.full("the script for a GPU")
-def test_gpu_script_ends_what_hangs(gpu_script):
-    done, found, _ = gpu_script(HANGS="resnet50", TOTAL="8")
-    assert "(over" in found["steps-float32-resnet50"]
-    assert found["steps-float32-vit_b"] == "no time left"
-    assert "the table" not in done.stdout and "verdicts:" in done.stdout
-
-
-@pytest.mark.full("the script for a GPU")
-def test_gpu_script_s_papers(gpu_script, tmp_path):
-    """The language model and CIFAR-10 run beside each other; a hang costs one of them."""
-    done, found, asked = gpu_script("papers")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert found["char_gpt"].endswith("trained char_gpt") and "unpack" in found
-    assert found["singh_cifar10-50"].endswith("trained singh_cifar10_50000")
-    out = tmp_path / "root/out"
-    kept = {"char_gpt.json", "singh_cifar10.json", "singh_cifar10_50000.json"}
-    assert kept <= {path.name for path in out.iterdir()} and len(list(out.iterdir())) <= 8
-    assert "unpack.py build/gpu-data" in asked and "--data build/gpu-data" in asked
-    done, found, asked = gpu_script("papers", HANGS="char_gpt", TOTAL="16", DATA="there")
-    assert "(over" in found["char_gpt"] and found["singh_cifar10-60"].startswith("exit 0")
-    assert "--data there" in asked and "unpack" not in found
-    assert not (out / "char_gpt.json").exists() and (out / "singh_cifar10.json").exists()
-
-
-def test_gpu_script_refuses_what_it_does_not_know():
-    done = bash("bench/gpu.sh", "--fast")
-    assert done.returncode == 2 and "--dry-run" in done.stdout
 
 
 def test_variants_of_the_engine_fit_its_sources(tmp_path):

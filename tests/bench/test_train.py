@@ -1,9 +1,7 @@
-"""The training runner and the demo: data read right, runs reproducible, resumes bit for bit."""
+"""The training runner: models, runs reproducible, resumes bit for bit."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +9,15 @@ from pathlib import Path
 import bench_packages  # noqa: F401
 import pytest
 import torch
-from data_folders import idx, mnist_folder
 from torch import nn
 
 from bench import config as configs
-from bench import demo, models, step_time
+from bench import models
 from bench import train as runner
 from bench.config import Config
-from bench.data import Data, DataError, load, read_idx
+from bench.data import Data, load
 from bench.record import Result, write_atomically
-from bench.trainer import Batches, Task
+from bench.trainer import Task
 
 QUICK = Config(steps=20, batch=16, model="mlp", eval_every=5, monitor_every=4)
 
@@ -38,101 +35,6 @@ def same_bits(a: object, b: object) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same_bits, a, b))
     return a == b
-
-
-# --- data ---
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("below", ["MNIST/raw", "raw", "."])
-def test_mnist_is_read_from_each_layout(tmp_path: Path, below: str, zipped: bool) -> None:
-    mnist_folder(tmp_path / below, zipped)
-    data = load("mnist", tmp_path, scaling="unit")
-    assert data.shape == (1, 28, 28) and len(data.x) == 6 and len(data.test_x) == 4
-    assert data.y.tolist() == [0, 1, 2, 3, 4, 5]
-    # Item 1, row 0, column 2 is byte 786 of the file: row-major, images one after another.
-    assert data.x[1, 0, 0, 2].item() == (786 % 251) / 256
-    standard = load("mnist", tmp_path)
-    assert standard.x.mean().abs() < 1e-5 and abs(standard.x.std(correction=0) - 1) < 1e-5
-    # The test set is scaled by the train set's figures.
-    expected = (data.test_x * 256 - standard.meta["mean"]) / standard.meta["std"]
-    torch.testing.assert_close(standard.test_x, expected)
-
-
-GOOD = idx((6, 28, 28), bytes(6 * 784))
-BAD_FILES = {
-    "magic": ("train_images", idx((6, 28, 28), bytes(6 * 784), b"\x00\x00\x0d\x03"), "begins"),
-    "not idx": ("train_images", b"<html>not found</html>", "not an idx file"),
-    "empty": ("train_labels", b"", "not an idx file"),
-    "header": ("train_images", GOOD[:9], "truncated within the header"),
-    "truncated": ("train_images", GOOD[:-1], "promises 4704 bytes, the file holds 4703"),
-    "too long": ("train_images", GOOD + b"\x00", "too long"),
-    "giant": ("t10k_images", idx((2**32 - 1, 2**32 - 1, 28), bytes(99)), "holds 99"),
-    "no items": ("t10k_labels", idx((0,), b""), "no items"),
-    "shape": ("train_images", idx((6, 14, 14), bytes(6 * 196)), r"\(14, 14\)"),
-    "counts": ("train_labels", idx((5,), bytes(5)), "5 labels for 6 images"),
-    "label": ("t10k_labels", idx((4,), bytes((1, 2, 10, 3))), "label 10 at item 2"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_bad_file_is_named(tmp_path: Path, case: str, zipped: bool) -> None:
-    which, content, message = BAD_FILES[case]
-    mnist_folder(tmp_path, zipped, **{which: content})
-    with pytest.raises(DataError, match=message) as caught:
-        load("mnist", tmp_path)
-    assert which.replace("_", "-") in str(caught.value)
-
-
-def test_a_damaged_gzip_is_named(tmp_path: Path) -> None:
-    whole = gzip.compress(GOOD)
-    flipped = whole[:14] + bytes((whole[14] ^ 0xFF,)) + whole[15:]
-    for content in (whole[:-12], flipped, b"plain text"):
-        path = tmp_path / "train-images-idx3-ubyte.gz"
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
-            read_idx(path, 3)
-
-
-def test_folders_and_names_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no train-images-idx3-ubyte\[.gz\] in .*MNIST/raw"):
-        load("mnist", tmp_path)
-    with pytest.raises(DataError, match="needs a folder"):
-        load("mnist")
-    with pytest.raises(DataError, match="take no folder"):
-        load("digits", tmp_path)
-    with pytest.raises(DataError, match="there are: digits, mnist"):
-        load("letters")
-
-
-def test_digits_split_is_fixed() -> None:
-    data = load("digits")
-    assert data.x.shape == (1200, 1, 8, 8) and data.test_x.shape == (597, 1, 8, 8)
-    assert data.x.mean().abs() < 1e-6 and abs(data.x.std(correction=0) - 1) < 1e-6
-    assert data.y[:10].tolist() == list(range(10))
-    assert data.test_y[-5:].tolist() == [9, 0, 8, 9, 8]
-    assert data.y.bincount().tolist() == [119, 121, 117, 121, 120, 123, 120, 118, 119, 122]
-    unit = load("digits", scaling="unit")
-    assert unit.x.min() == 0 and unit.x.max() == 1
-
-
-def test_holdout_is_taken_from_the_train_set() -> None:
-    data = load("digits")
-    held = data.holdout(0.25)
-    assert torch.equal(torch.cat([held.x, held.test_x]), data.x)
-    assert torch.equal(torch.cat([held.y, held.test_y]), data.y)
-    assert len(held.test_x) == 300
-
-
-def test_batches_visit_every_item_once_an_epoch() -> None:
-    batches = Batches(10, 3, seed=1, device=torch.device("cpu"))
-    epoch = torch.cat([batches(step) for step in range(3)])
-    assert epoch.unique().numel() == 9
-    assert not torch.equal(epoch, torch.cat([batches(step) for step in range(3, 6)]))
-    assert torch.equal(epoch[:3], batches(0))  # back again: no hidden state
-    assert not torch.equal(batches(0), Batches(10, 3, 2, torch.device("cpu"))(0))
-    assert len(Batches(10, 64, 0, torch.device("cpu"))(5)) == 10  # a small set is one batch
 
 
 # --- models and optimizers ---
@@ -338,134 +240,3 @@ def test_a_task_of_its_own_and_the_callers_settings() -> None:
     result = runner.train(replace(QUICK, lr=0.3, steps=60, threads=2), task)
     assert result.final["test_loss"] < 1e-4 and "test_error" not in result.final
     assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
-
-
-# --- command lines ---
-
-TINY = ["--steps", "6", "--model", "mlp", "--optimizer", "adam", "--rule", "layca"]
-
-
-def test_help_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        runner.main(["--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    for flag in (
-        "data",
-        "folder",
-        "model",
-        "optimizer",
-        "rule",
-        "alpha",
-        "schedule",
-        "steps",
-        "seeds",
-        "device",
-        "out",
-        "resume",
-        "weight-decay",
-        "backend",
-    ):
-        assert f"--{flag} " in text
-
-
-def test_command_line_run_stop_and_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = ["--out", str(tmp_path)]
-    (straight,) = runner.main([*TINY, "--out", str(tmp_path / "straight")])
-    stopped = runner.main([*TINY, *out, "--seeds", "0", "1", "--stop", "3"])
-    assert [r.final["steps"] for r in stopped] == [3, 3]
-    resumed = runner.main([*TINY, *out, "--seeds", "0", "1", "--resume"])
-    assert [r.final["steps"] for r in resumed] == [6, 6]
-    assert resumed[0].losses == straight.losses != resumed[1].losses
-    written = json.loads((tmp_path / f"{straight.name}.json").read_text())
-    assert written["config"]["lr"] == 3.0**-5 and written["machine"]["torch"] == torch.__version__
-    assert (tmp_path / f"{straight.name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "over 2 seeds" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "alexnet"], "invalid choice"),
-        (["--rule", "larks", "--lr", "0.1"], "larks"),
-        (["--data", "mnist"], "needs a folder"),
-        (["--resume", "nowhere.pt"], "nowhere.pt"),
-        (["--batch", "0"], "batch must be at least 1"),
-        (["--device", "abacus"], "device 'abacus' cannot be used"),
-    ],
-)
-def test_wrong_arguments_end_in_one_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        runner.main([*arguments, "--out", str(tmp_path)])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-# --- the demo ---
-
-
-def made(error: float, rule: str, lr: float = 0.1) -> Result:
-    final = {"test_error": error, "diverged": False, "train_loss": 0.5, "step_ms": 1.0}
-    return Result(rule, {"lr": lr}, final | {"optimizer_ms": 0.25})
-
-
-def test_table_and_verdict() -> None:
-    rows = [
-        (
-            "SGD",
-            [
-                ("none", [made(0.02, "none"), made(0.04, "none")]),
-                ("layca", [made(0.01, "layca"), made(0.02, "layca")]),
-            ],
-        ),
-        ("Adam", [("none", [made(0.01, "none")]), ("layca", [made(0.03, "layca")])]),
-    ]
-    text = demo.table(rows)
-    assert "3.00 ± 1.41" in text and "SGD + layca" in text and "0.250" in text
-    said = demo.verdict(rows)
-    assert "on 1 of 2 directions" in said and "SGD -1.50" in said and "Adam +2.00" in said
-
-
-def test_demo_end_to_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = (("SGD", "sgd", ("none", "singh", "layca")), ("Adam", "adam", ("none", "layca")))
-    monkeypatch.setattr(demo, "PLAN", plan)
-    monkeypatch.setattr(step_time, "quick", lambda: print("micro-benchmark"))
-    demo.main(["--out", str(tmp_path), "--steps", "12", "--seeds", "0", "1", "--workers", "2"])
-    text = capsys.readouterr().out
-    assert text.endswith("micro-benchmark\n")
-    for line in ("SGD + singh", "SGD + layca", "Adam + layca"):
-        assert line in text
-    for picture in ("loss.png", "rotation.png"):
-        assert str(tmp_path / picture) in text
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 10
-    # Twins start from the same weights and see the same images; processes change no bit.
-    first = [Result.load(p).losses[0] for p in (tmp_path / "runs").glob("*seed0.json")]
-    assert len(set(first)) == 1
-    config = replace(demo.base_config(None, 12), optimizer="adam", rule="layca", seed=1)
-    assert (
-        runner.train(config).losses == Result.load(tmp_path / "runs" / f"{config.name}.json").losses
-    )
-
-
-def test_demo_answers_a_bad_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        demo.main(["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
-    assert ended.value.code == 2 and "nowhere" in capsys.readouterr().err
-
-
-def test_grid_looks_at_the_train_set_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "BARE_RATES", {"sgd": 0.1})
-    monkeypatch.setattr(demo, "GRID", (1e-6, 0.1))
-    data = load("digits")
-    spoilt = replace(data, test_y=(data.test_y + 1) % 10)
-    base = replace(demo.base_config(None, 60), model="mlp")
-    found = demo.run_grid(base, spoilt, seeds=(0,))
-    assert found["sgd"][0.1] < 20 < found["sgd"][1e-6]
-    assert "sgd" in demo.grid_table(found)
