@@ -51,7 +51,7 @@ ISA_FLAGS = {
         *"-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c".split(),
         "-mprefer-vector-width=512",
         # GCC 12 takes its own intrinsics for uses of uninitialised registers.
-        *"-Wno-maybe-uninitialized -Wno-uninitialized".split(),
+        *"-Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option".split(),
     ],
 }
 #: sources that know neither Python nor torch

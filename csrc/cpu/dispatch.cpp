@@ -2,10 +2,21 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#if defined(LAYERLR_X86)
+#include <cpuid.h>
+#endif
 
 namespace layerlr {
 
 namespace {
+
+#if defined(LAYERLR_X86)
+/// Whether halves are converted by instructions; clang's __builtin_cpu_supports does not know.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct InstructionSet {
   const char* name;
@@ -31,8 +42,7 @@ InstructionSet known(int i) {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")},
       {"avx2", kernels<Isa::avx2>,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
 #endif
       {"default", kernels<Isa::any>, true},
   };

@@ -84,7 +84,7 @@ inline Pack<T> operator*(Pack<T> x, T y) {
 }
 template <class T>
 inline Pack<T> larger(Pack<T> x, Pack<T> y) {
-  LAYERLR_EACH((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i]) ? x.v[i] : y.v[i])
+  LAYERLR_EACH(((x.v[i] >= y.v[i]) | (x.v[i] != x.v[i])) ? x.v[i] : y.v[i])
 }
 inline Pack<float> at_least_one_where_positive(Pack<float> x, Pack<float> c) {
   typedef float T;

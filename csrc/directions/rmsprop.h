@@ -51,7 +51,7 @@ struct RmspropCentered : RmspropBase<T, true, false> {
 
 // What is left of two rounded means may be below zero.
 template <>
-constexpr bool takes_codes<RmspropCentered> = false;
+inline constexpr bool takes_codes<RmspropCentered> = false;
 
 template <class T>
 struct RmspropMomentum : RmspropBase<T, false, true> {
@@ -66,6 +66,6 @@ struct RmspropCenteredMomentum : RmspropBase<T, true, true> {
 };
 
 template <>
-constexpr bool takes_codes<RmspropCenteredMomentum> = false;
+inline constexpr bool takes_codes<RmspropCenteredMomentum> = false;
 
 }  // namespace layerlr

