@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _C, advice, backends, checks, devices, options, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
+from .backends.known import Known
 from .directions import Direction
 from .dtensor import is_sharded
 from .group_key import GroupKey, group_key
@@ -39,6 +40,13 @@ class TablePlan:
     stats: Tensor
     plan: Plan | None  # None: released
     view: Layers | None  # of a rule that looks at the model
+
+    def __post_init__(self) -> None:
+        self.known = list(map(Known, self.table.params, self.states))
+
+    def fits(self) -> bool:
+        """Whether parameters and state are what the plan was built from."""
+        return all(known.fits() for known in self.known)
 
 
 @dataclasses.dataclass(eq=False)
@@ -197,7 +205,8 @@ class PlanCache:
         if self._fits(optimizer, index):
             return old
         group = optimizer.param_groups[index]
-        if old.fits_but_for_rates(group_key(optimizer, group), group["params"]):
+        key = group_key(optimizer, group)
+        if old.fits_but_for_rates(key, group["params"]) and all(t.fits() for t in old.tables):
             return self._rescale(old, index)
         new = self.rebuild(index)
         if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from layerlr import codes, devices
 from layerlr.directions.base import Scalar
-from layerlr.precision import KEYS
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import PlanSpec, check_gradient
 from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, StepConfig
 from .decide import Layers, decide
+from .known import Known
 from .operands import Operands
 
 
@@ -39,7 +39,7 @@ class ReferencePlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.spec, self.operands = spec, Operands(spec)
         self.active: list[int] = []
-        self.kinds = [(p.dtype, p.shape, p.device) for p in spec.table.params]
+        self.known = list(map(Known, spec.table.params, spec.states))
         self.update = (spec.rule or Plain()).order == "update"
         self.steps: dict[int, Scalar] = {}
         self.before: list[tuple[Tensor, Tensor]] | None = None
@@ -55,21 +55,11 @@ class ReferencePlan:
         for i, p in enumerate(spec.table.params):
             if p.grad is None:
                 continue
-            state = spec.states[i]
-            if state is None or (p.dtype, p.shape, p.device) != self.kinds[i]:
-                return False
-            keys = spec.direction.states
-            values = [state.get(key) for key in keys]
-            if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
-                return False
-            if any(codes.is_codes(state[k]) and codes.scale_key(k) not in state for k in keys):
-                return False
-            precision = self.operands.precision(i)
-            if precision and KEYS[precision] not in state:
+            if spec.states[i] is None or not self.known[i].fits():
                 return False
             check_gradient(spec.table.names[i], p, p.grad)
             self.active.append(i)
-        return True
+        return all(self.known[i].fits() for _, i, _ in self._leaders(spec.rule))
 
     def step(self, config: StepConfig) -> None:
         self.apply(config, self.measure(config))
@@ -259,8 +249,9 @@ class ReferencePlan:
             return torch.zeros_like(sums[0], dtype=torch.bool)
         return ~torch.stack([torch.isfinite(s) for s in sums]).all(0)
 
-    def _leaders(self, rule: LayerRule) -> list[tuple[int, int, int]]:
-        return self.spec.table.leaders(self.spec.states) if rule.memory_key else []
+    def _leaders(self, rule: LayerRule | None) -> list[tuple[int, int, int]]:
+        has_memory = rule is not None and rule.memory_key is not None
+        return self.spec.table.leaders(self.spec.states) if has_memory else []
 
     def _memory(self, rule: LayerRule, like: Tensor) -> tuple[Tensor, Tensor]:
         """Memory of each layer (0: none), and whether all of the layer takes part."""
