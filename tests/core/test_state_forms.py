@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import cases
 import layouts
 import pytest
 import torch
 from cases import BY_ID, copies, random, same_bits, set_grads, train
-from contract_helpers import photograph, same
+from contract_helpers import CLASSES, TWINS, assert_close, photograph, same
 from selection import NONE
+from torch.nn import Parameter
 
 # Look-up and state are shared by all engines that are not the reference.
 pytestmark = pytest.mark.asked(triton=NONE, simt=NONE)
@@ -236,6 +238,19 @@ def test_weights_that_cannot_be_written(engine, form):
     with pytest.raises(ValueError, match=r"'layer\.2' holds several elements in one place"):
         opt.step()
     assert same_bits(params[:2], before)
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+@pytest.mark.parametrize("ours", CLASSES)
+@pytest.mark.parametrize("layout", [layouts.plain, layouts.strided])
+def test_a_parameter_that_is_listed_twice_steps_twice(engine, ours, layout):
+    runs = []
+    for cls, options in ((ours, {"backend": engine.backend}), (TWINS[ours], {})):
+        a, b = (Parameter(layout(v.to(engine.device))) for v in random(((4, 3), (5,))))
+        opt = cls([a, b, a], lr=0.1, **options)
+        cases.train(opt, [a, b], 3)
+        runs.append([a.cpu(), b.cpu()])
+    assert_close(*runs)
 
 
 def test_zero_gradients_under_a_norm_that_is_nan(engine):
