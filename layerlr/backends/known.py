@@ -17,11 +17,13 @@ class Known:
         self._snapshot = None if state is None else _C.Snapshot(state)
         self._forms = self._forms_now()
 
+    def is_same(self) -> bool:
+        """Whether the state holds the same objects."""
+        return self._snapshot is None or self._snapshot.matches(self._state or {})
+
     def fits(self) -> bool:
         """Whether they are the same objects, of the same form."""
-        if self._snapshot is not None and not self._snapshot.matches(self._state or {}):
-            return False
-        return self._forms == self._forms_now()
+        return self.is_same() and self._forms == self._forms_now()
 
     def _forms_now(self) -> list[tuple[Any, ...]]:
         tensors = [x for x in (self._state or {}).values() if isinstance(x, Tensor)]

@@ -59,7 +59,15 @@ class ReferencePlan:
                 return False
             check_gradient(spec.table.names[i], p, p.grad)
             self.active.append(i)
-        return all(self.known[i].fits() for _, i, _ in self._leaders(spec.rule))
+        rule = spec.rule
+        return rule is None or all(self._holds_memory(rule, i) for _, i, _ in self._leaders(rule))
+
+    def _holds_memory(self, rule: LayerRule, i: int) -> bool:
+        """Whether the state of tensor i, which may have no gradient, has its layers' numbers."""
+        if not self.known[i].is_same():
+            return False
+        memory: Tensor = self.operands.state_dict(i)[str(rule.memory_key)]
+        return memory.dtype == torch.float64
 
     def step(self, config: StepConfig) -> None:
         self.apply(config, self.measure(config))
@@ -249,9 +257,8 @@ class ReferencePlan:
             return torch.zeros_like(sums[0], dtype=torch.bool)
         return ~torch.stack([torch.isfinite(s) for s in sums]).all(0)
 
-    def _leaders(self, rule: LayerRule | None) -> list[tuple[int, int, int]]:
-        has_memory = rule is not None and rule.memory_key is not None
-        return self.spec.table.leaders(self.spec.states) if has_memory else []
+    def _leaders(self, rule: LayerRule) -> list[tuple[int, int, int]]:
+        return self.spec.table.leaders(self.spec.states) if rule.memory_key else []
 
     def _memory(self, rule: LayerRule, like: Tensor) -> tuple[Tensor, Tensor]:
         """Memory of each layer (0: none), and whether all of the layer takes part."""
