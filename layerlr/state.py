@@ -80,11 +80,11 @@ def complete(
             stored = torch.full((parts,), float(stored), dtype=torch.float64)
         state[key] = memory.writable(stored.to(p.device, torch.float64).contiguous())
     if group["precision"] is not None and precision.applies(p):
-        key, value = precision.complete(state, p, group["precision"], group.get("seed"), number)
-        if key == "rounding_seed":
-            _check_shape(key, value, (), name)
-        else:
-            _check_shape(key, value, tuple(p.shape), name)
+        key = precision.KEYS[group["precision"]]
+        if state.get(key) is not None:
+            _check_shape(key, state[key], () if key == "rounding_seed" else tuple(p.shape), name)
+        value = precision.complete(state, p, group["precision"], group.get("seed"), number)
+        if key != "rounding_seed":
             value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = memory.writable(value)
 

@@ -110,14 +110,14 @@ def test_what_is_no_count_of_steps(engine, count):
     assert same_bits(params, before)
 
 
-@pytest.mark.parametrize("value", [0.5, "much"])
-def test_state_that_is_no_tensor_is_named(engine, value):
-    opt, params = pair(engine, BY_ID["adamw-none"])[0]
+@pytest.mark.parametrize(("key", "value"), [("exp_avg", 0.5), ("exp_avg", "much"), ("master", 0.5)])
+def test_state_that_is_no_tensor_is_named(engine, key, value):
+    opt, params = pair(engine, BY_ID["adamw-none"], torch.bfloat16, precision="master")[0]
     train(opt, params, 1)
-    opt.state[params[1]]["exp_avg"] = value
+    opt.state[params[1]][key] = value
     before = copies(params)
     set_grads(params, 1)
-    with pytest.raises(RuntimeError, match=f"'exp_avg' of parameter 'layer.1' is {value!r}"):
+    with pytest.raises(RuntimeError, match=f"{key!r} of parameter 'layer.1' is {value!r}"):
         opt.step()
     assert same_bits(params, before)
 
