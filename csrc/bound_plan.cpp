@@ -25,6 +25,26 @@ bool Snapshot::holds_the_same(PyObject* dict) const {
   return true;
 }
 
+Known::Known(const py::object& param, const py::object& state) : param_(param), state_(state) {
+  if (!state.is_none()) snapshot_.emplace(py::reinterpret_borrow<py::dict>(state));
+  forms_ = forms();
+}
+
+std::vector<Known::Form> Known::forms() const {
+  std::vector<Form> found;
+  const auto add = [&](PyObject* x) {
+    if (!THPVariable_Check(x)) return;
+    const at::Tensor& t = THPVariable_Unpack(x);
+    found.push_back({t.dtype(), at::DimVector(t.sizes().begin(), t.sizes().end()), t.device(),
+                     t.key_set(), is_writable(t)});
+  };
+  add(param_.ptr());
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (snapshot_ && PyDict_Next(state_.ptr(), &at, &key, &value)) add(value);
+  return found;
+}
+
 bool same_objects(const py::list& x, const py::list& y) {
   if (x.size() != y.size()) return false;
   for (size_t i = 0; i < x.size(); ++i) {

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import _C, advice, backends, checks, devices, options, rules, state
 from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
-from .backends.known import Known
 from .directions import Direction
 from .dtensor import is_sharded
 from .group_key import GroupKey, group_key
@@ -40,9 +39,7 @@ class TablePlan:
     stats: Tensor
     plan: Plan | None  # None: released
     view: Layers | None  # of a rule that looks at the model
-
-    def __post_init__(self) -> None:
-        self.known = list(map(Known, self.table.params, self.states))
+    known: list[_C.Known]  # what the plan was built from
 
     def fits(self) -> bool:
         """Whether parameters and state are what the plan was built from."""
@@ -263,7 +260,8 @@ class PlanCache:
             )
             backend = backends.choose(optimizer.backend, spec)
             plan, view = make_plan(backend, spec), _view(spec)
-            tables.append(TablePlan(table, states, backend.name, stats, plan, view))
+            known = list(map(_C.Known, table.params, states))
+            tables.append(TablePlan(table, states, backend.name, stats, plan, view, known))
         self._snapshot = _C.Snapshot(optimizer.state)
         governed = any(any(t.table.ruled) for t in tables)
         advice.give(self._said, type(optimizer), group, direction, governed)

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import codes, devices
+from layerlr import _C, codes, devices
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import PlanSpec, check_gradient
 from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, StepConfig
 from .decide import Layers, decide
-from .known import Known
 from .operands import Operands
 
 
@@ -39,7 +38,7 @@ class ReferencePlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.spec, self.operands = spec, Operands(spec)
         self.active: list[int] = []
-        self.known = list(map(Known, spec.table.params, spec.states))
+        self.known = list(map(_C.Known, spec.table.params, spec.states))
         self.update = (spec.rule or Plain()).order == "update"
         self.steps: dict[int, Scalar] = {}
         self.before: list[tuple[Tensor, Tensor]] | None = None
