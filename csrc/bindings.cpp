@@ -96,6 +96,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Snapshot>(m, "Snapshot", "Recognises a dict that still holds the same objects.")
       .def(py::init<py::dict>())
       .def("matches", [](Snapshot& s, const py::dict& dict) { return s.matches(dict.ptr()); });
+  py::class_<Known>(m, "Known", "Recognises a parameter and its state, in the same form.")
+      .def(py::init<py::object, py::object>())
+      .def("is_same", &Known::is_same)
+      .def("fits", &Known::fits);
   py::class_<PlanSpec>(m, "PlanSpec")
       .def(py::init<>())
 #define LAYERLR_FIELD(name) .def_readwrite(#name, &PlanSpec::name)

@@ -25,6 +25,26 @@ bool Snapshot::holds_the_same(PyObject* dict) const {
   return true;
 }
 
+Known::Known(const py::object& param, const py::object& state) : param_(param), state_(state) {
+  if (!state.is_none()) snapshot_.emplace(py::reinterpret_borrow<py::dict>(state));
+  forms_ = forms();
+}
+
+std::vector<Known::Form> Known::forms() const {
+  std::vector<Form> found;
+  const auto add = [&](PyObject* x) {
+    if (!THPVariable_Check(x)) return;
+    const at::Tensor& t = THPVariable_Unpack(x);
+    found.push_back({t.dtype(), at::DimVector(t.sizes().begin(), t.sizes().end()), t.device(),
+                     t.key_set(), is_writable(t)});
+  };
+  add(param_.ptr());
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (snapshot_ && PyDict_Next(state_.ptr(), &at, &key, &value)) add(value);
+  return found;
+}
+
 bool same_objects(const py::list& x, const py::list& y) {
   if (x.size() != y.size()) return false;
   for (size_t i = 0; i < x.size(); ++i) {
@@ -70,8 +90,10 @@ int BoundPlan::prepare() {
   }
   for (const Leader& r : leaders_) {
     double*& memory = plan_.layers[r.layer].memory = nullptr;
-    if (!tensors_[r.tensor].memory) continue;
-    const at::Tensor& x = THPVariable_Unpack(tensors_[r.tensor].memory);
+    Tensor& t = tensors_[r.tensor];
+    if (!t.memory) continue;
+    if (!t.snapshot->matches(t.state)) return stale;  // though it may have no gradient
+    const at::Tensor& x = THPVariable_Unpack(t.memory);
     if (x.numel() <= r.place || !holds_numbers(x, at::kDouble)) return stale;
     memory = static_cast<double*>(x.data_ptr());
     if (memory) {
@@ -136,7 +158,7 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
     plan_.tensors[tensor].dtype = dtype_of(p);
     plan_.spans.push_back(span_of_rows(p, tensor, begin, end, layer));
     const int at = place[tensor]++;
-    if (led[layer] || !t.state) continue;
+    if (led[layer] || !t.state || !plan_.layers[layer].ruled) continue;
     leaders_.push_back({int(layer), int(tensor), at});
     led[layer] = 1;
   }
@@ -162,7 +184,7 @@ int BoundPlan::look_up(size_t i) {
       to = x.data_ptr();
       return true;
     }
-    if (!holds(t, x, wanted)) return false;
+    if (!holds(t, x, wanted) || (written && !is_writable(x))) return false;
     if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
     to = staging_.pointer(x, like, written);
     return true;
@@ -186,6 +208,8 @@ int BoundPlan::look_up(size_t i) {
     const at::Tensor& x = THPVariable_Unpack(t.weights_aux);
     if (weights_ == Codec::stochastic) {
       if (x.scalar_type() != at::kLong || x.numel() != 1 || !x.is_cpu()) return stale;
+      if (!is_writable(x)) return stale;
+      if (!x.data_ptr()) return static_cast<int>(i);
       row.seed = *x.data_ptr<int64_t>();
     } else {
       const bool wide = weights_ == Codec::master;

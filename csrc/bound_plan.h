@@ -47,6 +47,32 @@ inline uint64_t Snapshot::version_of([[maybe_unused]] PyObject* dict) {
 #endif
 }
 
+/// A parameter and its state (None: it has none), to be recognised: users replace both, or change
+/// them in place.
+class Known {
+ public:
+  Known(const py::object& param, const py::object& state);
+  /// Whether the state holds the same objects.
+  bool is_same() { return !snapshot_ || snapshot_->matches(state_.ptr()); }
+  /// Whether they are the same objects, of the same form.
+  bool fits() { return is_same() && forms() == forms_; }
+
+ private:
+  struct Form {
+    caffe2::TypeMeta dtype;
+    at::DimVector sizes;
+    at::Device device;
+    c10::DispatchKeySet keys;
+    bool writable;
+    bool operator==(const Form& other) const = default;
+  };
+  std::vector<Form> forms() const;
+
+  py::object param_, state_;
+  std::optional<Snapshot> snapshot_;
+  std::vector<Form> forms_;
+};
+
 /// Whether two lists hold the same objects: tensors must not be compared by value.
 bool same_objects(const py::list& x, const py::list& y);
 

@@ -2,7 +2,9 @@
 // walk, the numbers of a plan.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 
 #include "cpu/engine.h"
 
@@ -22,6 +24,12 @@ bool is_dense(const at::Tensor& t, bool split);
 inline bool holds_elements(const at::Tensor& t) {
   const bool wraps = t.key_set().has(c10::DispatchKey::Python) && !t.data_ptr();
   return !t.is_conj() && !t.is_neg() && !t._is_zerotensor() && !wraps;
+}
+
+/// Whether a step can write into a tensor: layerlr/memory.py.
+inline bool is_writable(const at::Tensor& t) {
+  return !t._is_zerotensor() && at::has_internal_overlap(t) != at::MemOverlap::Yes &&
+         (!t.is_inference() || c10::InferenceMode::is_enabled());
 }
 
 /// Elementwise equality. A loop, since these are one to four numbers and std::equal calls memcmp.

@@ -92,7 +92,8 @@ def params(group: dict[str, Any], index: int) -> None:
                 "layers cannot be had: shard with torch.distributed.fsdp.fully_shard, or use "
                 "rule=None"
             )
-        if torch._debug_has_internal_overlap(dtensor.local_part(p)) == 1:
+        local = dtensor.local_part(p)
+        if torch._debug_has_internal_overlap(local) == 1 or local._is_zerotensor():
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "
                 "be stepped one by one: make it contiguous (an expanded tensor's .clone())"

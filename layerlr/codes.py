@@ -47,7 +47,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _C, dtensor
+from . import _C, dtensor, memory
 from .directions.base import root
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
@@ -58,6 +58,8 @@ Packed = tuple[Tensor] | tuple[Tensor, Tensor]
 SMALL, SMALL_BLOCK = 4096, 16
 
 _CODES = (torch.int8, torch.uint8)
+#: dtypes of parameters with arithmetic in float32, whose state can have fewer bits
+_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 2.0**-94
 
 
@@ -76,9 +78,14 @@ def is_coded(x: Tensor) -> bool:
     return x.dtype in (*_CODES, torch.bfloat16)
 
 
+def is_coded_of(p: Tensor, x: Tensor) -> bool:
+    """Whether a state tensor has fewer bits, as that of such a parameter may."""
+    return p.dtype in _SINGLE and is_coded(x)
+
+
 def dtype_of(p: Tensor, state_dtype: str, governed: bool, nonnegative: bool) -> torch.dtype | None:
     """Dtype of a state tensor in fewer bits; None: that of the arithmetic."""
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or state_dtype == "float32":
+    if p.dtype not in _SINGLE or state_dtype == "float32":
         return None
     if state_dtype == "bfloat16":
         return torch.bfloat16
@@ -185,7 +192,9 @@ def store(state: Mapping[str, Any], key: str, new: Packed, skip: Tensor | None =
 def convert(
     state: dict[str, Any], key: str, p: Tensor, wanted: torch.dtype | None, name: str
 ) -> None:
-    """Bring one tensor of the state of p into the wanted bits (None: float32), where it is not.
+    """Bring one tensor of the state of p into the wanted bits, where it is not.
+
+    None: those of the arithmetic.
 
     Raises
     ------
@@ -202,14 +211,16 @@ def convert(
                 "start afresh"
             )
         state[key] = value.contiguous()
-        state[scale_key(key)] = _placed_scale(p, scale.to(p.device).contiguous(), name)
+        scale = memory.writable(scale.to(p.device, torch.float32).contiguous())
+        state[scale_key(key)] = _placed_scale(p, scale, name)
     if value.dtype == wanted or (wanted is None and not is_codes(value)):
         return
     local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}
     x = load(local, key).float()
     state.pop(scale_key(key), None)
     if wanted not in _CODES:
-        state[key] = dtensor.like(p, x if wanted is None else x.to(wanted))
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state[key] = dtensor.like(p, x.to(wanted or wide))
         return
     codes, scale = encode(x, wanted, _blocks_here(p, name))
     state[key] = dtensor.like(p, codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,8 @@ class LayerTable:
         of its weights under a rule that averages; 0 under others.
     places
         The layer's place in a list of ``lr_factor``; None outside every layer.
+    again
+        Whether tables before it have the same parameters, listed twice in their group.
     """
 
     params: list[Tensor]
@@ -60,6 +63,7 @@ class LayerTable:
     lr_scale: list[float]
     start_radius: list[float]
     places: list[int | None] = dataclasses.field(default_factory=list)
+    again: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +157,7 @@ def adapted(group: dict[str, Any], without_rule: str) -> Any:
 def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list[LayerTable]:
     """Tables of a validated param group, one for each device.
 
+    A parameter that is listed twice steps twice, as in torch: it is in a second table.
     ``plain``: factor on lr of what the rule does not govern; None leaves that out.
 
     Raises
@@ -164,14 +169,18 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
     rule, layers, split = group["rule"], group["layers"], group.get("split")
     adapt = adapted(group, "all")
     frozen = plain is None or (rule is not None and rule.freezes)
-    tables: dict[torch.device, LayerTable] = {}
+    tables: dict[tuple[torch.device, int], LayerTable] = {}
     place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table
+    times: Counter[int] = Counter()
     governed = 0
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         inside = governs(adapt, name, p)
         if not inside and frozen:
             continue
-        table = tables.setdefault(p.device, LayerTable([], [], [], [], [], [], []))
+        time = times[id(p)]
+        times[id(p)] += 1
+        empty = LayerTable([], [], [], [], [], [], [], again=time > 0)
+        table = tables.setdefault((p.device, time), empty)
         tensor = len(table.params)
         table.params.append(p)
         table.names.append(name)
@@ -179,7 +188,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
         key, title = layer_key(layers, name, p) if inside else (None, name)
         begin = 0
         for block, size in enumerate(sizes):
-            where = (inside, key if inside else name, block)
+            where = (time, inside, key if inside else name, block)
             if where not in place:
                 place[where] = p.device, len(table.layers)
                 table.layers.append(title if len(sizes) == 1 else f"{title}[{block}]")

@@ -39,6 +39,11 @@ class TablePlan:
     stats: Tensor
     plan: Plan | None  # None: released
     view: Layers | None  # of a rule that looks at the model
+    known: list[_C.Known]  # what the plan was built from
+
+    def fits(self) -> bool:
+        """Whether parameters and state are what the plan was built from."""
+        return all(known.fits() for known in self.known)
 
 
 @dataclasses.dataclass(eq=False)
@@ -197,7 +202,8 @@ class PlanCache:
         if self._fits(optimizer, index):
             return old
         group = optimizer.param_groups[index]
-        if old.fits_but_for_rates(group_key(optimizer, group), group["params"]):
+        key = group_key(optimizer, group)
+        if old.fits_but_for_rates(key, group["params"]) and all(t.fits() for t in old.tables):
             return self._rescale(old, index)
         new = self.rebuild(index)
         if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
@@ -254,7 +260,8 @@ class PlanCache:
             )
             backend = backends.choose(optimizer.backend, spec)
             plan, view = make_plan(backend, spec), _view(spec)
-            tables.append(TablePlan(table, states, backend.name, stats, plan, view))
+            known = list(map(_C.Known, table.params, states))
+            tables.append(TablePlan(table, states, backend.name, stats, plan, view, known))
         self._snapshot = _C.Snapshot(optimizer.state)
         governed = any(any(t.table.ruled) for t in tables)
         advice.give(self._said, type(optimizer), group, direction, governed)

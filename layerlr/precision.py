@@ -52,8 +52,8 @@ def of(params: Iterable[Tensor], precision: Precision) -> Precision:
 
 def complete(
     state: dict[str, Any], p: Tensor, precision: str, seed: int | None, number: int
-) -> tuple[str, Tensor]:
-    """What the state of p holds, or else its first value: key and tensor.
+) -> Tensor:
+    """What the state of p holds, or else its first value.
 
     The seed of the optimizer's parameter ``number`` is the number-th that splitmix64 draws from
     ``seed``, or from `torch.initial_seed`.
@@ -64,11 +64,11 @@ def complete(
         if value is None:
             first = torch.initial_seed() if seed is None else seed
             value = splitmix64(torch.tensor(_signed(first)), torch.tensor(number))
-        return key, value.to("cpu", torch.int64)
+        return value.to("cpu", torch.int64)
     dtype = torch.float32 if precision == "master" else p.dtype
     if value is None:
         value = p.detach().clone() if precision == "master" else torch.zeros_like(p.detach())
-    return key, value.to(p.device, dtype)
+    return value.to(p.device, dtype)
 
 
 def load(p: Tensor, state: dict[str, Any], precision: Precision) -> Tensor:

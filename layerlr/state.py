@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import codes, dtensor, layers, options, precision, rules
+from . import codes, dtensor, layers, memory, options, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -26,13 +26,13 @@ def complete(
     name: str,
     group: dict[str, Any],
     direction: Direction,
-    memory: Mapping[str, float],
+    of_layers: Mapping[str, float],
     parts: int,
     number: int,
 ) -> None:
     """Create what is missing in one parameter's state, and check what is there.
 
-    ``memory``: keys and first values of the numbers that the rule stores for each of the
+    ``of_layers``: keys and first values of the numbers that the rule stores for each of the
     parameter's ``parts`` that it governs; ``number``: the parameter's in the optimizer. State moves
     to its parameter's device, or is made anew where it was on ``meta``, and into the bits that
     ``state_dtype`` says; other dtypes are left alone once a step was taken.
@@ -41,8 +41,9 @@ def complete(
     ------
     RuntimeError
         Where a state tensor has another shape than its parameter, or is sharded over other
-        processes.
+        processes; where the count of steps is none.
     """
+    _check_count(state.get("step"), name)
     if not p.is_meta:  # of a parameter that was materialised: its state held nothing yet
         for key in [k for k, x in state.items() if isinstance(x, Tensor) and x.is_meta]:
             del state[key]
@@ -56,7 +57,8 @@ def complete(
             value = _new(p, direction.initial(group, key))
         else:
             _check_shape(key, value, tuple(p.shape), name)
-            value = dtensor.placed_as(p, value.to(p.device), f"state {key!r} of parameter {name!r}")
+            value = memory.writable(value.to(p.device))
+            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = value
         nonnegative = key in direction.nonnegative
         codes.convert(
@@ -68,35 +70,52 @@ def complete(
         count = float(bool(present)) if step is None else float(step)
         # on the device: whether a step is skipped is decided there
         state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=p.device)
-    elif step.numel() != 1:
-        _check_shape("step", step, (), name)
-    elif step.device != p.device:
-        state["step"] = step.to(p.device)
-    for key, initial in memory.items() if parts else ():
+    else:
+        state["step"] = memory.writable(step.to(p.device))
+    for key, initial in of_layers.items() if parts else ():
         stored = state.get(key)
-        if stored is None or stored.numel() != parts:
-            stored = torch.full((parts,), initial, dtype=torch.float64)
-        state[key] = stored.to(p.device, torch.float64).resolve_neg().contiguous()
+        if stored is None or (isinstance(stored, Tensor) and stored.numel() != parts):
+            stored = initial
+        if not isinstance(stored, Tensor):
+            stored = torch.full((parts,), float(stored), dtype=torch.float64)
+        state[key] = memory.writable(stored.to(p.device, torch.float64).contiguous())
     if group["precision"] is not None and precision.applies(p):
-        key, value = precision.complete(state, p, group["precision"], group.get("seed"), number)
-        if key == "rounding_seed":
-            _check_shape(key, value, (), name)
-        else:
-            _check_shape(key, value, tuple(p.shape), name)
+        key = precision.KEYS[group["precision"]]
+        if state.get(key) is not None:
+            _check_shape(key, state[key], () if key == "rounding_seed" else tuple(p.shape), name)
+        value = precision.complete(state, p, group["precision"], group.get("seed"), number)
+        if key != "rounding_seed":
             value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
-        state[key] = value
+        state[key] = memory.writable(value)
 
 
-def _never_used(state: dict[str, Any], value: Tensor, p: Tensor) -> bool:
+def _never_used(state: dict[str, Any], value: Any, p: Tensor) -> bool:
     """Whether the parameter changed its dtype before its first step: its state follows."""
-    step, changed = state.get("step"), value.dtype != state_dtype(p) and not codes.is_coded(value)
-    return changed and step is not None and float(step) == 0.0
+    if not isinstance(value, Tensor) or value.dtype == state_dtype(p):
+        return False
+    step = state.get("step")
+    return not codes.is_coded_of(p, value) and step is not None and float(step) == 0.0
 
 
-def _check_shape(key: str, value: Tensor, wanted: tuple[int, ...], name: str) -> None:
-    if tuple(value.shape) != wanted:
+def _check_count(step: Any, name: str) -> None:
+    """Refuse what is no count of steps, where the host can tell."""
+    if isinstance(step, Tensor) and step.numel() != 1:
+        _check_shape("step", step, (), name)
+    if step is None or (isinstance(step, Tensor) and step.device.type != "cpu"):
+        return
+    if not (0.0 <= float(step) < 2.0**53 and float(step).is_integer()):
         raise RuntimeError(
-            f"state {key!r} of parameter {name!r} has shape {tuple(value.shape)}, wanted is "
+            f"state 'step' of parameter {name!r} is {float(step)}, wanted is the number of steps "
+            "taken: set it right, or delete optimizer.state[param] to start afresh"
+        )
+
+
+def _check_shape(key: str, value: Any, wanted: tuple[int, ...], name: str) -> None:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    if shape != wanted:
+        found = f"is {value!r}" if shape is None else f"has shape {shape}"
+        raise RuntimeError(
+            f"state {key!r} of parameter {name!r} {found}, wanted is a tensor of shape "
             f"{wanted}: load a state dict of the same model, or delete optimizer.state[param] to "
             "start afresh"
         )
@@ -123,7 +142,7 @@ def complete_table(
     ``first``: number of the group's first parameter in the optimizer.
     """
     numbers = {id(p): first + k for k, p in enumerate(group["params"])}
-    memory: Mapping[str, float] = {} if group["rule"] is None else group["rule"].memory
+    of_layers: Mapping[str, float] = {} if group["rule"] is None else group["rule"].memory
     parts = [0] * len(table.params)
     for span in table.spans:
         parts[span.tensor] += table.ruled[span.layer]
@@ -132,7 +151,7 @@ def complete_table(
         if not p.requires_grad and p.grad is None and not optimizer_state.get(p):
             states.append(None)
             continue
-        complete(optimizer_state[p], p, name, group, direction, memory, n, numbers[id(p)])
+        complete(optimizer_state[p], p, name, group, direction, of_layers, n, numbers[id(p)])
         states.append(optimizer_state[p])
     return states
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import BACKENDS, Plan, PlanSpec, StepConfig
 from .layers import LayerTable, Span
-from .plans import GroupPlans, make_plan
+from .plans import GroupPlans, TablePlan, make_plan
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,7 +22,7 @@ class Unit:
     """
 
     group: int
-    backend: str
+    of_table: TablePlan
     spec: PlanSpec
     layers: list[int]  # rows of the group's statistics, of which spec.stats is a view
     plan: Plan | None = None  # from the first step on
@@ -44,7 +44,9 @@ class Unit:
     def prepare(self) -> bool:
         """Read the gradients and check them; False: the group's plans are out of date."""
         if self.plan is None:
-            self.plan = make_plan(BACKENDS[self.backend], self.spec)
+            if not self.of_table.fits():
+                return False
+            self.plan = make_plan(BACKENDS[self.of_table.backend], self.spec)
         return self.plan.prepare()
 
     def step(self, config: StepConfig) -> None:
@@ -76,7 +78,7 @@ def units(group: int, plans: GroupPlans) -> Iterator[Unit]:
             assert len(rows) == len(layers), "blocks of a key are layers in a row"
             table = _part(whole.table, tensors, layers)
             spec = whole._replace(table=table, states=states, stats=rows)
-            yield Unit(group, of_table.backend, spec, layers)
+            yield Unit(group, of_table, spec, layers)
 
 
 def _components(table: LayerTable) -> list[tuple[list[int], list[int]]]:

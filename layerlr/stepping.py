@@ -40,6 +40,8 @@ def step(steps: Sequence[Step], bounds: Mapping[int, float]) -> Tensor | None:
         if isinstance(plan, ShardedPlan) and plan.measures(config):
             halved.append((plan, config, plan.measure(config)))
         else:
+            if plan.spec.table.again:  # what it has read was written since
+                plan.prepare()
             plan.step(config)
     if halved:
         reduce([(plan, sums) for plan, _, sums in halved])

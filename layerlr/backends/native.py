@@ -39,7 +39,7 @@ def unsupported(spec: PlanSpec) -> str | None:
             return f"does not support parameter {name!r} of dtype {p.dtype}"
         for key in spec.direction.states if state else ():
             dtype = state[key].dtype  # type: ignore[index]
-            if dtype != state_dtype(p) and not codes.is_coded(state[key]):  # type: ignore[index]
+            if dtype != state_dtype(p) and not codes.is_coded_of(p, state[key]):  # type: ignore[index]
                 return f"keeps state in {accumulator(p.dtype)}, {name!r} has {key} in {dtype}"
         if state and state["step"].dtype not in (torch.float32, torch.float64):
             return f"counts steps in floating point, {name!r} in {state['step'].dtype}"

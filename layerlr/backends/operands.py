@@ -33,7 +33,7 @@ class Operands:
             else _own(_real(p).to(dtype))
         )
         assert p.grad is not None
-        g = _own(_real(p.grad.resolve_conj()).to(dtype))
+        g = _own(_real(p.grad).to(dtype))
         factor, l2 = config.get(GRAD_FACTOR), config.values[L2]
         if isinstance(factor, Tensor):
             g = g * factor.to(g)
@@ -88,8 +88,9 @@ class Operands:
             places = precisions.places(p, split, coded)
             precisions.store(p, state, precision, w, moved, t, places, skip)
             return
-        target = _real(p)
-        target.copy_(torch.where(skip, target, moved.to(target.dtype)))
+        old = _real(p)
+        new = torch.where(skip, old, moved.to(old.dtype))
+        p.copy_(torch.view_as_complex(new) if p.is_complex() else new)
 
     def coming_step(self, i: int) -> Scalar:
         """Number of the coming step: a host number, or a device scalar under capture."""
@@ -98,7 +99,9 @@ class Operands:
 
 
 def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
+    if x._is_zerotensor():  # which stays zero whatever it is multiplied by, NaN too
+        x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _own(x: Tensor) -> Tensor:

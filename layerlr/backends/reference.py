@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import codes, devices
+from layerlr import _C, codes, devices
 from layerlr.directions.base import Scalar
-from layerlr.precision import KEYS
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import PlanSpec, check_gradient
@@ -39,7 +38,7 @@ class ReferencePlan:
     def __init__(self, spec: PlanSpec) -> None:
         self.spec, self.operands = spec, Operands(spec)
         self.active: list[int] = []
-        self.kinds = [(p.dtype, p.shape, p.device) for p in spec.table.params]
+        self.known = list(map(_C.Known, spec.table.params, spec.states))
         self.update = (spec.rule or Plain()).order == "update"
         self.steps: dict[int, Scalar] = {}
         self.before: list[tuple[Tensor, Tensor]] | None = None
@@ -55,21 +54,19 @@ class ReferencePlan:
         for i, p in enumerate(spec.table.params):
             if p.grad is None:
                 continue
-            state = spec.states[i]
-            if state is None or (p.dtype, p.shape, p.device) != self.kinds[i]:
-                return False
-            keys = spec.direction.states
-            values = [state.get(key) for key in keys]
-            if any(v is None or v.shape != p.shape for v in values) or "step" not in state:
-                return False
-            if any(codes.is_codes(state[k]) and codes.scale_key(k) not in state for k in keys):
-                return False
-            precision = self.operands.precision(i)
-            if precision and KEYS[precision] not in state:
+            if spec.states[i] is None or not self.known[i].fits():
                 return False
             check_gradient(spec.table.names[i], p, p.grad)
             self.active.append(i)
-        return True
+        rule = spec.rule
+        return rule is None or all(self._holds_memory(rule, i) for _, i, _ in self._leaders(rule))
+
+    def _holds_memory(self, rule: LayerRule, i: int) -> bool:
+        """Whether the state of tensor i, which may have no gradient, has its layers' numbers."""
+        if not self.known[i].is_same():
+            return False
+        memory: Tensor = self.operands.state_dict(i)[str(rule.memory_key)]
+        return memory.dtype == torch.float64
 
     def step(self, config: StepConfig) -> None:
         self.apply(config, self.measure(config))

@@ -24,6 +24,7 @@ MODULES = [path for path in SOURCES if path.suffix == ".py" and "layerlr" in pat
 FLOORS = (
     "_C devices directions layers rules",
     "dtensor plain_lr precision",
+    "memory",
     "codes",
     "backends",
     "checks estimators group_key hooks names numbers options sharded_plan",

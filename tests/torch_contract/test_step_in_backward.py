@@ -50,6 +50,17 @@ def test_other_dtypes(engine, case, dtype):
     assert equal(nets, opts)
 
 
+def test_state_that_is_cleared_before_the_first_pass(engine):
+    """The units' plans are built at their first step, over the state that there is then."""
+    nets, opts, _ = pair(engine, BY_ID["adamw-lamb"])
+    for net, opt in zip(nets, opts):
+        opt.state[net.out.weight].clear()
+        opt.state[net.out.bias]["exp_avg"] = None
+    for seed in range(2):
+        both(nets, opts, seed, engine.device)
+    assert equal(nets, opts)
+
+
 @pytest.mark.parametrize("case", ROWS, ids=ids(ROWS))
 @pytest.mark.parametrize("layers", ["tensor", "module"])
 @pytest.mark.parametrize("split", [3, [5, 13], [1] * 18], ids=str)
