@@ -27,6 +27,17 @@ def copies(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
+def put_back(before: Copies) -> Iterator[None]:
+    """Where what is within fails, the weights are as they were; the base's state may have moved."""
+    try:
+        yield
+    except BaseException:
+        for p, v in before:
+            p.detach().copy_(v)
+        raise
+
+
+@contextmanager
 def as_gradients(before: Copies) -> Iterator[None]:
     """Within, the gradient of each parameter is its weights before the step."""
     gradients = [(p, p.grad) for p, _ in before]

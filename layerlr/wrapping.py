@@ -220,15 +220,16 @@ class Wrapped(LayerwiseOptimizer):
         """The base's step between the two halves of the rule's."""
         wrapped_checks.capture(self.param_groups)
         every = self.plans.every()
-        with (
-            base_lr.written(self.param_groups, self.base.param_groups),
-            scaled_gradients(self._prepared("gradient", every), self.numbers),
-        ):
-            before = taken.copies(p for p in _under_update_rules(every) if p.grad is not None)
-            self.base.step()
-        with taken.as_gradients(before):
-            plans = self._prepared("update", every) if before else []
-            stepping.step([(plan, self.plans.config(p)) for p in plans for plan in p.plans], {})
+        before = taken.copies(p for p in _under_update_rules(every) if p.grad is not None)
+        with taken.put_back(before):
+            with (
+                base_lr.written(self.param_groups, self.base.param_groups),
+                scaled_gradients(self._prepared("gradient", every), self.numbers),
+            ):
+                self.base.step()
+            with taken.as_gradients(before):
+                plans = self._prepared("update", every) if before else []
+                stepping.step([(plan, self.plans.config(p)) for p in plans for plan in p.plans], {})
 
     def _prepared(self, order: str, among: list[GroupPlans]) -> list[GroupPlans]:
         return self._graphs.prepared(lambda plans: _order(plans) == order, among)

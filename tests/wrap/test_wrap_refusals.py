@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import random, set_grads, train
+from cases import copies, random, same_bits, set_grads, train
 from torch import nn
 from torch.nn import Parameter
 
@@ -64,6 +64,23 @@ def test_refuses(name):
     make, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("rule", ["layca", "lamb", "brake"])
+def test_a_step_that_the_base_gives_up(rule):
+    """It has stepped the first group by then, at a length that is not the rule's."""
+    params = [Parameter(v) for v in random(((7, 5), (6, 4)))]
+    base = torch.optim.RMSprop([{"params": [p]} for p in params], lr=0.1)
+    opt = layerlr.wrap(base, rule, lr=0.1)
+    train(opt, params, 1)
+    set_grads(params, 1)
+    params[1].grad = params[1].grad.to_sparse()
+    before = copies(params)
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert same_bits(params, before)
+    train(opt, params, 1)
+    assert not same_bits(params, before)
 
 
 def test_steps_that_would_leave_the_base_out(monkeypatch):
