@@ -159,11 +159,12 @@ class ShardedPlan:
         for p, local, state, known in zip(
             table.params, self.layout.table.params, self.spec.states, self._known, strict=True
         ):
+            if not (state is None or known is None or known.matches(state)):
+                return False
             if p is local:
                 continue
             now: Tensor = p._local_tensor  # type: ignore[attr-defined]
-            moved = now.data_ptr() != local.data_ptr() or now.shape != local.shape
-            if moved or not (state is None or known is None or known.matches(state)):
+            if now.data_ptr() != local.data_ptr() or now.shape != local.shape:
                 return False
             local.grad = dtensor.local_gradient(p)
         active = [p.grad is not None for p in table.params]

@@ -295,3 +295,27 @@ def _single():
         opt.step()
     assert seen.get_total_counts() == 0
     assert not torch.equal(full(p.detach()), torch.ones(4, 2))
+
+
+def _beside_shards():
+    mesh = init_device_mesh("cpu", (1,))
+    values = torch.ones(4, 2), torch.ones(3)
+    ours = [torch.nn.Parameter(v.clone()) for v in values]
+    theirs = [distribute_tensor(values[0].clone(), mesh, [S0]), values[1].clone()]
+    theirs = [torch.nn.Parameter(p) for p in theirs]
+    opts = [layerlr.Adam(params, lr=0.1, rule="layca") for params in (ours, theirs)]
+    for step in range(3):
+        for params, opt in zip((ours, theirs), opts, strict=True):
+            for p, v in zip(params, values, strict=True):
+                g = v + step * torch.arange(v.numel()).reshape(v.shape)
+                p.grad = distribute_tensor(g, mesh, [S0]) if isinstance(p, DTensor) else g
+            if step == 1:
+                opt.state[params[1]].clear()
+            opt.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(q, p)
+    assert opts[1].state[theirs[1]]["step"] == 2
+
+
+def test_state_of_a_plain_tensor_beside_shards_is_looked_up():
+    run(1, _beside_shards)
