@@ -28,7 +28,7 @@ _handles = itertools.count()
 _library = torch.library.Library("layerlr", "FRAGMENT")
 _library.define(
     "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, Tensor[] rates, "
-    "Tensor? grad_scale, Tensor? found_inf, int[] places, str handle) -> ()",
+    "Tensor? grad_scale, Tensor? found_inf, int[] places, int[] rated, str handle) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),  # captures must be noticed: layerlr/graphs.py
 )
 
@@ -57,7 +57,8 @@ def step(optimizer: LayerwiseOptimizer) -> None:
     params = [operands[k][0] for k in places]
     states = [operands[k][1] or {} for k in places]
     state = [x for values in states for x in values.values() if isinstance(x, Tensor)]
-    rates = [cache.groups[k].group["lr"].detach() for k in _tensor_rates(optimizer.handle)]
+    rated = _tensor_rates(optimizer.handle)
+    rates = [cache.groups[k].group["lr"].detach() for k in rated]
     with torch.no_grad():
         torch.ops.layerlr.step(
             params,
@@ -67,6 +68,7 @@ def step(optimizer: LayerwiseOptimizer) -> None:
             getattr(optimizer, "grad_scale", None),
             getattr(optimizer, "found_inf", None),
             places,
+            rated,
             optimizer.handle,
         )
 
@@ -116,6 +118,7 @@ def _run(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     places: list[int],
+    rated: list[int],
     handle: str,
 ) -> None:
     """Step the live optimizer with the values that are given.
@@ -140,7 +143,7 @@ def _run(
             if p.grad is not grad:
                 back.callback(setattr, p, "grad", p.grad)
                 p.grad = grad
-        for k, lr in zip(_tensor_rates(handle), rates, strict=True):
+        for k, lr in zip(rated, rates, strict=True):  # of other groups it is read as it is now
             group = optimizer.plans.groups[k].group
             back.callback(group.__setitem__, "lr", group["lr"])
             group["lr"] = lr

@@ -244,7 +244,7 @@ def test_copies_have_handles_of_their_own():
     with pytest.raises(KeyError):  # nothing is kept alive
         handle = other.handle
         del other
-        torch.ops.layerlr.step([], [], [], [], None, None, [], handle)
+        torch.ops.layerlr.step([], [], [], [], None, None, [], [], handle)
 
 
 def test_group_that_changed_goes_on():
@@ -275,6 +275,23 @@ def test_tensor_lr_does_not_recompile():
         lr.fill_(value)
         step()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_lr_that_becomes_a_tensor_and_a_number_again(backend):
+    torch._dynamo.reset()
+    models = make_model(), make_model()
+    one, two = (
+        layerlr.SGD([{"params": [p]} for p in m.parameters()], lr=0.1, rule="layca") for m in models
+    )
+    step = torch.compile(two.step, backend=backend, fullgraph=True)
+    for lr in (0.1, torch.tensor(0.2), torch.tensor(0.3), 0.4):
+        for model, opt in zip(models, (one, two), strict=True):
+            opt.param_groups[1]["lr"] = lr
+            backward(model, torch.ones(3, 4))
+        one.step()
+        step()
+        assert all(map(torch.equal, *(m.parameters() for m in models))), lr
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -309,7 +326,7 @@ def operands(opt):
     params = [p for group in opt.param_groups for p in group["params"]]
     state = [x for p in params for x in opt.state[p].values()]
     grads = [p.grad for p in params]
-    return params, grads, state, [], None, None, list(range(len(params))), opt.handle
+    return params, grads, state, [], None, None, list(range(len(params))), [], opt.handle
 
 
 def clones(args):
