@@ -148,6 +148,7 @@ class ShardedPlan:
         self._plan = backend.plan(
             spec._replace(table=self.layout.table, states=states, stats=self._stats)
         )
+        self._radii = self._places_of_radii(states)
 
     def measures(self, config: StepConfig) -> bool:
         """Whether there are sums to take."""
@@ -187,7 +188,12 @@ class ShardedPlan:
     def apply(self, config: StepConfig, sums: Tensor) -> None:
         """The second pass, with the sums of whole layers."""
         whole, of_last = sums[:, :4].contiguous(), sums[:, 4:]
+        hidden = [(x, x.clone()) for x in self._radii_of_parts()]
+        for x, _ in hidden:
+            x.zero_()
         self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
+        for x, radius in hidden:
+            x.copy_(radius)
         self.finish()
         if self._own:
             rows = self._stats[self.layout.first_row]
@@ -209,6 +215,26 @@ class ShardedPlan:
     def refresh(self, config: StepConfig) -> None:
         """Bring the numbers to where captured steps of this process's shards read them."""
         self._plan.refresh(config)
+
+    def _places_of_radii(self, states: Sequence[dict[str, Any] | None]) -> list[list[Tensor]]:
+        """Where rows keep the radii of each layer, if layers have several rows and a radius."""
+        rule = self.spec.rule
+        found: list[list[Tensor]] = []
+        if self.layout.mixed and rule is not None and rule.latches:
+            found = [[] for _ in self.spec.table.layers]
+            for state, spans in zip(states, self.spec.table.parts, strict=True):
+                for place, span in enumerate(spans):
+                    if state is not None and self.spec.table.ruled[span.layer]:
+                        found[span.layer].append(state[str(rule.memory_key)][place : place + 1])
+        return found
+
+    def _radii_of_parts(self) -> list[Tensor]:
+        """Those of layers that lack a gradient: of a part no radius is kept, and a row is one."""
+        if not self._radii:
+            return []
+        table = self.spec.table
+        lacking = {s.layer for s in table.spans if table.params[s.tensor].grad is None}
+        return [x for layer in sorted(lacking) for x in self._radii[layer]]
 
     def _adopt(self) -> None:
         """Copy the layers' statistics into the rows; sums are divided by how often they count."""

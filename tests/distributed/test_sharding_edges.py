@@ -319,3 +319,30 @@ def _beside_shards():
 
 def test_state_of_a_plain_tensor_beside_shards_is_looked_up():
     run(1, _beside_shards)
+
+
+def _a_part_of_a_layer(rule):
+    """Tensors that are spread in two ways make one layer, of which one has no gradient at times."""
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.ones(4, 2), torch.arange(6.0).reshape(3, 2)
+    ours = [torch.nn.Parameter(v.clone()) for v in values]
+    theirs = [distribute_tensor(v.clone(), mesh, [s]) for v, s in zip(values, (S0, R), strict=True)]
+    theirs = [torch.nn.Parameter(p) for p in theirs]
+    opts = [
+        layerlr.SGD(params, lr=0.1, rule=rule, layers=lambda name, p: 0)
+        for params in (ours, theirs)
+    ]
+    for step, lacking in enumerate((None, 0, 1, None)):
+        for params, opt in zip((ours, theirs), opts, strict=True):
+            for k, (p, v) in enumerate(zip(params, values, strict=True)):
+                g = v + step * torch.arange(v.numel()).reshape(v.shape)
+                g = distribute_tensor(g, mesh, p.placements) if isinstance(p, DTensor) else g
+                p.grad = None if k == lacking else g
+            opt.step()
+        for p, q in zip(ours, theirs, strict=True):
+            close(q, p)
+
+
+@pytest.mark.parametrize("rule", ["layca", "hyperball", "lars", "lamb"])
+def test_a_part_of_a_layer_has_no_radius(rule):
+    run(2, _a_part_of_a_layer, rule)
