@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import dtensor, rules
+from . import dtensor, memory, rules
 from .layers import names_of
 
 
@@ -92,8 +91,7 @@ def params(group: dict[str, Any], index: int) -> None:
                 "layers cannot be had: shard with torch.distributed.fsdp.fully_shard, or use "
                 "rule=None"
             )
-        local = dtensor.local_part(p)
-        if torch._debug_has_internal_overlap(local) == 1 or local._is_zerotensor():
+        if not memory.lies_apart(dtensor.local_part(p)):
             raise ValueError(
                 f"parameter {name!r} holds several elements in one place of memory, which cannot "
                 "be stepped one by one: make it contiguous (an expanded tensor's .clone())"

@@ -1,4 +1,4 @@
-"""Whether memory holds a place of its own for each element of a tensor."""
+"""Whether a step can write into a tensor, and copies of those that it cannot write into."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from torch import Tensor
 from . import dtensor
 
 
+def lies_apart(x: Tensor) -> bool:
+    """Whether each element has a place of its own: not in expanded tensors and memoryless zeros."""
+    return torch._debug_has_internal_overlap(x) != 1 and not x._is_zerotensor()
+
+
 def is_writable(x: Tensor) -> bool:
-    """Whether a step can write into a tensor: no expanded one, no zeros without memory."""
+    """Whether a step can write into a tensor; an inference tensor it can within inference mode."""
     if dtensor.is_sharded(x):
         return True
-    lies_apart = torch._debug_has_internal_overlap(x) != 1 and not x._is_zerotensor()
-    return lies_apart and (not x.is_inference() or torch.is_inference_mode_enabled())
+    return lies_apart(x) and (not x.is_inference() or torch.is_inference_mode_enabled())
 
 
 def writable(x: Tensor) -> Tensor:

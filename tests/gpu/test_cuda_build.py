@@ -259,7 +259,7 @@ CODE_BUDGETS = {"Momentum": 56, "Adam": 111}
 def test_instructions_of_an_element_with_codes(direction, listings):
     key = Key("90", "step", direction, "coded")
     if key not in listings:
-        pytest.skip("not built for sm_90")
+        pytest.skip(reason="not built for sm_90")
     bodies = list(code_loops(listings[key]))
     assert len(bodies) == 4
     for body in bodies:

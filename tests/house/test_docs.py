@@ -147,7 +147,7 @@ def test_every_rule_has_its_page():
 
 
 def test_the_picture_of_the_rules(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
     from bench import plot_rules
 
     points = {title: to for title, _, to in plot_rules._panels()}

@@ -95,7 +95,7 @@ def build(monkeypatch, tmp_path):
     file = ROOT / "setup.py"
     if not file.is_file():
         pytest.skip(reason="these tests are not beside the source tree")
-    setuptools = pytest.importorskip("setuptools")
+    setuptools = pytest.importorskip("setuptools", reason="setup.py is of setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: None)
     monkeypatch.setenv("LAYERLR_CUDA", "0")
     for name in ("LAYERLR_CUDA_ARCH", "LAYERLR_CUDA_LIBRARY"):
