@@ -80,7 +80,9 @@ BoundPlan::Use::Use(BoundPlan& plan) : plan_(plan) {
   plan.used_ = true;
 }
 
-int BoundPlan::prepare() {
+// Flattened, as torch's getters are calls where the compiler has room for none: 250 instructions a
+// tensor.
+[[gnu::flatten]] int BoundPlan::prepare() {
   TORCH_CHECK(!used_, two_threads);
   prepared_ = false;
   staging_ = {};
@@ -95,7 +97,7 @@ int BoundPlan::prepare() {
     if (!t.snapshot->matches(t.state)) return stale;  // though it may have no gradient
     const at::Tensor& x = THPVariable_Unpack(t.memory);
     if (x.numel() <= r.place || !holds_numbers(x, at::kDouble)) return stale;
-    memory = static_cast<double*>(x.data_ptr());
+    memory = static_cast<double*>(address(x));
     if (memory) {
       memory += r.place;
     } else if (plan_.tensors[r.tensor].active() && !x.is_meta()) {
@@ -148,8 +150,9 @@ void BoundPlan::read_layouts(const std::vector<std::array<int64_t, 4>>& spans) {
   for (const auto& [tensor, begin, end, layer] : spans) {
     Tensor& t = tensors_[tensor];
     const at::Tensor& p = THPVariable_Unpack(t.param);
+    t.contiguous = p.is_contiguous();
     t.dense = is_dense(p, parts[tensor] > 1);
-    if (!t.scale_sizes.empty()) t.dense = p.is_contiguous();  // codes have one order
+    if (!t.scale_sizes.empty()) t.dense = t.contiguous;  // codes have one order
     t.plain = t.dense && p.layout() == at::kStrided && holds_elements(p);
     t.keys = p.key_set();
     t.dtype = p.dtype();
@@ -178,15 +181,17 @@ int BoundPlan::look_up(size_t i) {
   if (!g.defined()) return ready;
   if (!t.state || !t.snapshot->matches(t.state)) return stale;
 
-  at::Tensor like;  // undefined as long as all lie in memory as the parameter should
+  at::Tensor like;    // undefined as long as all lie in memory as the parameter should
+  bool there = true;  // whether all have memory
   const auto point = [&](void*& to, const at::Tensor& x, caffe2::TypeMeta wanted, bool written) {
-    if (lies_as_planned(t, x, wanted)) {
-      to = x.data_ptr();
-      return true;
+    if (lies_as_planned(t, *x.unsafeGetTensorImpl(), wanted)) {
+      to = address(x);
+    } else {
+      if (!holds(t, x, wanted) || (written && !is_writable(x))) return false;
+      if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
+      to = staging_.pointer(x, like, written);
     }
-    if (!holds(t, x, wanted) || (written && !is_writable(x))) return false;
-    if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
-    to = staging_.pointer(x, like, written);
+    there = there && to;
     return true;
   };
   if (!point(row.param.data, p, t.dtype, true)) return stale;
@@ -196,21 +201,22 @@ int BoundPlan::look_up(size_t i) {
       !holds_elements(step)) {
     return stale;
   }
-  row.step = step.data_ptr();
+  row.step = address(step);
   for (int k = 0; k < n_states_; ++k) {
     const at::Tensor& x = THPVariable_Unpack(t.values[k]);
     if (!point(row.state[k].data, x, t.state_dtypes[k], true)) return stale;
     if (!t.scales[k]) continue;
     if (!holds_scales(t, k)) return stale;
-    row.state[k].aux = THPVariable_Unpack(t.scales[k]).data_ptr();
+    row.state[k].aux = address(THPVariable_Unpack(t.scales[k]));
+    there = there && row.state[k].aux;
   }
   if (t.weights_aux) {
     const at::Tensor& x = THPVariable_Unpack(t.weights_aux);
     if (weights_ == Codec::stochastic) {
       if (x.scalar_type() != at::kLong || x.numel() != 1 || !x.is_cpu()) return stale;
       if (!is_writable(x)) return stale;
-      if (!x.data_ptr()) return static_cast<int>(i);
-      row.seed = *x.data_ptr<int64_t>();
+      if (!address(x)) return static_cast<int>(i);
+      row.seed = *static_cast<const int64_t*>(address(x));
     } else {
       const bool wide = weights_ == Codec::master;
       const caffe2::TypeMeta wanted = wide ? caffe2::TypeMeta::Make<float>() : t.dtype;
@@ -219,20 +225,15 @@ int BoundPlan::look_up(size_t i) {
   }
   if (!point(row.grad.data, g, t.dtype, false)) return static_cast<int>(i);
   if (g.numel() == 0) row.grad.data = row.step;  // it has no memory, but it is one
-  bool there = row.param.data && row.grad.data && row.step &&
-               (row.param.aux || !t.weights_aux || weights_ == Codec::stochastic);
-  for (int k = 0; k < n_states_; ++k) {
-    there = there && row.state[k].data && (row.state[k].aux || !t.scales[k]);
-  }
-  return there || p.numel() == 0 || p.is_meta() ? int(ready) : static_cast<int>(i);
+  return (there && row.step) || p.numel() == 0 || p.is_meta() ? int(ready) : static_cast<int>(i);
 }
 
-void BoundPlan::finish() {
+[[gnu::flatten]] void BoundPlan::finish() {
   prepared_ = false;
   staging_.finish();
   const auto bump = [](PyObject* value) {
-    const at::Tensor& t = THPVariable_Unpack(value);
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    c10::TensorImpl& t = *THPVariable_Unpack(value).unsafeGetTensorImpl();
+    if (t.version_counter().enabled()) t.bump_version();  // an inference tensor's is not
   };
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Row& row = plan_.tensors[i];

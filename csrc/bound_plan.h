@@ -136,7 +136,7 @@ class BoundPlan {
     PyObject* weights_aux = nullptr;  // what 16-bit weights have beside them
     at::DimVector sizes, strides, scale_sizes;
     caffe2::TypeMeta dtype, step_dtype, state_dtypes[max_states];
-    bool dense = true;
+    bool dense = true, contiguous = true;
     bool plain = true;  // dense, and its elements are what memory holds: not a conjugate's
     c10::DispatchKeySet keys;
   };
@@ -153,11 +153,12 @@ class BoundPlan {
   /// Whether x lies in memory as the plan has it for the parameter: the quick way to know that it
   /// holds and needs no staging. Tensors of the same dispatch keys have the same layout, and both
   /// are conjugates or neither.
-  bool lies_as_planned(const Tensor& t, const at::Tensor& x, caffe2::TypeMeta wanted) const {
-    if (!t.plain || x.key_set() != t.keys || x.dtype() != wanted || x.device() != device_) {
+  bool lies_as_planned(const Tensor& t, const c10::TensorImpl& x, caffe2::TypeMeta wanted) const {
+    if (!t.plain || x.key_set() != t.keys || x.dtype() != wanted || x.device() != device_ ||
+        !same(x.sizes(), t.sizes)) {
       return false;
     }
-    return same(x.sizes(), t.sizes) && same(x.strides(), t.strides);
+    return t.contiguous ? x.is_contiguous() : same(x.strides(), t.strides);
   }
   /// Whether x is numbers of that type, one after another in memory.
   bool holds_numbers(const at::Tensor& x, at::ScalarType type) const {

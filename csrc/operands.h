@@ -19,10 +19,19 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
+/// Where the elements of a strided tensor lie; null where their memory was freed. Of freed memory's
+/// parts data_ptr() says their offsets.
+inline void* address(const at::Tensor& t) {
+  const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl.unsafe_storage();
+  void* const memory = storage ? storage.mutable_data() : nullptr;
+  return memory ? static_cast<char*>(memory) + impl.storage_offset() * impl.itemsize() : nullptr;
+}
+
 /// Whether memory holds the elements as they are, if it holds any. A conjugate's holds others;
 /// zeros that autograd makes (of sgn, say) and tensors that wrap others have none.
 inline bool holds_elements(const at::Tensor& t) {
-  const bool wraps = t.key_set().has(c10::DispatchKey::Python) && !t.data_ptr();
+  const bool wraps = t.key_set().has(c10::DispatchKey::Python) && !address(t);
   return !t.is_conj() && !t.is_neg() && !t._is_zerotensor() && !wraps;
 }
 
@@ -45,15 +54,12 @@ inline bool same(at::IntArrayRef x, at::IntArrayRef y) {
 class Staging {
  public:
   /// Memory of t in the order of `like` (a dense tensor of the same shape), and whether the
-  /// kernels write it: then a copy is copied back by finish().
-  void* pointer(const at::Tensor& t, const at::Tensor& like, bool written) {
-    if (same(t.strides(), like.strides()) && holds_elements(t)) return t.data_ptr();
-    return staged(t, like, written);
-  }
+  /// kernels write it: then a copy is copied back by finish(). Null where t has elements, but no
+  /// memory.
+  void* pointer(const at::Tensor& t, const at::Tensor& like, bool written);
   void finish();
 
  private:
-  void* staged(const at::Tensor& t, const at::Tensor& like, bool written);
   struct Copy {
     at::Tensor original, copy;
     bool written;

@@ -1,6 +1,9 @@
-"""Whether a step can write into a tensor, and copies of those that it cannot write into."""
+"""Whether a step can read a tensor and write into it, and copies of those that it cannot."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,3 +28,19 @@ def writable(x: Tensor) -> Tensor:
     if dtensor.is_sharded(x) or (is_writable(x) and not x.is_conj() and not x.is_neg()):
         return x
     return torch.zeros(x.shape, dtype=x.dtype, device=x.device).copy_(x.detach())
+
+
+def check(name: str, tensors: Mapping[str, Any]) -> None:
+    """Raise RuntimeError, naming the parameter, where one of its tensors has lost its memory."""
+    for what, x in tensors.items():
+        if isinstance(x, Tensor) and _was_freed(x):
+            raise RuntimeError(
+                f"the memory of parameter {name!r}, its {what}, was freed (its storage has no "
+                "bytes): bring it back before the step, or take its gradient away"
+            )
+
+
+def _was_freed(x: Tensor) -> bool:
+    if not x.numel() or x.layout != torch.strided or x._is_zerotensor() or dtensor.is_sharded(x):
+        return False
+    return not x.untyped_storage().nbytes()

@@ -41,8 +41,10 @@ def complete(
     ------
     RuntimeError
         Where a state tensor has another shape than its parameter, or is sharded over other
-        processes; where the count of steps is none.
+        processes; where its memory was freed; where the count of steps is none.
     """
+    if p.grad is not None:
+        memory.check(name, state)
     _check_count(state.get("step"), name)
     if not p.is_meta:  # of a parameter that was materialised: its state held nothing yet
         for key in [k for k, x in state.items() if isinstance(x, Tensor) and x.is_meta]:

@@ -144,19 +144,21 @@ class Step {
   void over_chunks(int64_t l, Piece& kept, const Parts& parts, Body body,
                    bool last_first = false) const {
     const Layer& layer = plan_.layers[l];
+    const auto visit = [&](int32_t c, Piece& p) {
+      const Chunk& chunk = plan_.chunks[c];
+      const Row& row = plan_.tensors[chunk.tensor];
+      if (!row.active()) return;
+      const Tensor& t = tensors_[chunk.tensor];
+      if (!p.direction) fill(p, chunk, row, t);
+      body(c, *t.kernels, p);
+    };
     const int64_t n = layer.chunk_end - layer.chunk_begin;
+    if (n == 1) return visit(layer.chunk_begin, kept);
     parts(n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = last_first ? begin + end - 1 - i : i;
-        const int32_t c = static_cast<int32_t>(layer.chunk_begin + at);
-        const Chunk& chunk = plan_.chunks[c];
-        const Row& row = plan_.tensors[chunk.tensor];
-        if (!row.active()) continue;
-        const Tensor& t = tensors_[chunk.tensor];
         Piece own;
-        Piece& p = n == 1 ? kept : own;
-        if (!p.direction) fill(p, chunk, row, t);
-        body(c, *t.kernels, p);
+        visit(static_cast<int32_t>(layer.chunk_begin + at), own);
       }
     });
   }

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerlr import _C, codes
+from layerlr import _C, codes, memory
 from layerlr.precision import KEYS
 
 from .base import PlanSpec, accumulator, check_gradient, state_dtype
@@ -72,16 +72,6 @@ def bound(spec: PlanSpec) -> _C.PlanSpec:
     return native
 
 
-def _check_memory(name: str, p: Tensor, state: dict[str, Any] | None) -> None:
-    """Raise RuntimeError, naming the parameter, where something of it has no memory."""
-    for what, x in {"weights": p, "gradient": p.grad, **(state or {})}.items():
-        if isinstance(x, Tensor) and x.numel() and not x.untyped_storage().nbytes():
-            raise RuntimeError(
-                f"the memory of parameter {name!r}, its {what}, was freed (its storage has no "
-                "bytes): bring it back before the step, or take its gradient away"
-            )
-
-
 def prepare(plan: _C.BoundPlan, spec: PlanSpec, backend: str) -> bool:
     """Read gradients and data pointers afresh; False: the plan is out of date."""
     answer = plan.prepare()
@@ -89,7 +79,7 @@ def prepare(plan: _C.BoundPlan, spec: PlanSpec, backend: str) -> bool:
         p, name = spec.table.params[answer], spec.table.names[answer]
         assert p.grad is not None
         check_gradient(name, p, p.grad)
-        _check_memory(name, p, spec.states[answer])
+        memory.check(name, {"weights": p, "gradient": p.grad, **(spec.states[answer] or {})})
         raise RuntimeError(
             f"backend {backend!r} wants gradients in the parameter's dtype; {name!r} is {p.dtype}, "
             f"its gradient {p.grad.dtype}: use backend='reference'"

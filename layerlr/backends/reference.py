@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import _C, codes, devices
+from layerlr import _C, codes, devices, memory
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
@@ -56,7 +56,9 @@ class ReferencePlan:
                 continue
             if spec.states[i] is None or not self.known[i].fits():
                 return False
-            check_gradient(spec.table.names[i], p, p.grad)
+            name, state = spec.table.names[i], spec.states[i] or {}
+            check_gradient(name, p, p.grad)
+            memory.check(name, {"weights": p, "gradient": p.grad, **state})
             self.active.append(i)
         rule = spec.rule
         return rule is None or all(self._holds_memory(rule, i) for _, i, _ in self._leaders(rule))
