@@ -73,6 +73,11 @@ namespace {
 constexpr const char* two_threads =
     "layerlr: two threads step one optimizer at once: give each an optimizer of its own, or a lock";
 
+/// Whether a number is one of steps.
+bool is_count(double t) {
+  return t >= 0 && t < 0x1p53 && t == static_cast<double>(static_cast<int64_t>(t));
+}
+
 }  // namespace
 
 BoundPlan::Use::Use(BoundPlan& plan) : plan_(plan) {
@@ -97,7 +102,7 @@ BoundPlan::Use::Use(BoundPlan& plan) : plan_(plan) {
     if (!t.snapshot->matches(t.state)) return stale;  // though it may have no gradient
     const at::Tensor& x = THPVariable_Unpack(t.memory);
     if (x.numel() <= r.place || !holds_numbers(x, at::kDouble)) return stale;
-    memory = static_cast<double*>(address(x));
+    memory = static_cast<double*>(address(x, x.numel()));
     if (memory) {
       memory += r.place;
     } else if (plan_.tensors[r.tensor].active() && !x.is_meta()) {
@@ -185,7 +190,7 @@ int BoundPlan::look_up(size_t i) {
   bool there = true;  // whether all have memory
   const auto point = [&](void*& to, const at::Tensor& x, caffe2::TypeMeta wanted, bool written) {
     if (lies_as_planned(t, *x.unsafeGetTensorImpl(), wanted)) {
-      to = address(x);
+      to = address(x, x.numel());
     } else {
       if (!holds(t, x, wanted) || (written && !is_writable(x))) return false;
       if (!like.defined()) like = t.dense ? p : at::empty(p.sizes(), p.options());
@@ -202,12 +207,14 @@ int BoundPlan::look_up(size_t i) {
     return stale;
   }
   row.step = address(step);
+  if (row.step && device_.is_cpu() && !is_count(row.count())) return stale;
   for (int k = 0; k < n_states_; ++k) {
     const at::Tensor& x = THPVariable_Unpack(t.values[k]);
     if (!point(row.state[k].data, x, t.state_dtypes[k], true)) return stale;
     if (!t.scales[k]) continue;
     if (!holds_scales(t, k)) return stale;
-    row.state[k].aux = address(THPVariable_Unpack(t.scales[k]));
+    const at::Tensor& scales = THPVariable_Unpack(t.scales[k]);
+    row.state[k].aux = address(scales, scales.numel());
     there = there && row.state[k].aux;
   }
   if (t.weights_aux) {

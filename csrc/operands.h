@@ -19,13 +19,15 @@ int64_t elements(const at::Tensor& t);
 /// Whether rows of dim 0 lie one after another in memory, so that a part of them is one range.
 bool is_dense(const at::Tensor& t, bool split);
 
-/// Where the elements of a strided tensor lie; null where their memory was freed. Of freed memory's
-/// parts data_ptr() says their offsets.
-inline void* address(const at::Tensor& t) {
+/// Where the elements of a strided tensor lie; null where their memory was freed, or cut off before
+/// `count` of them.
+inline void* address(const at::Tensor& t, int64_t count = 1) {
   const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
   const c10::Storage& storage = impl.unsafe_storage();
-  void* const memory = storage ? storage.mutable_data() : nullptr;
-  return memory ? static_cast<char*>(memory) + impl.storage_offset() * impl.itemsize() : nullptr;
+  const int64_t size = impl.itemsize(), offset = impl.storage_offset();
+  if (!storage || (offset + count) * size > int64_t(storage.nbytes())) return nullptr;
+  void* const memory = storage.mutable_data();
+  return memory ? static_cast<char*>(memory) + offset * size : nullptr;
 }
 
 /// Whether memory holds the elements as they are, if it holds any. A conjugate's holds others;

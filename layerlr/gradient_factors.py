@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dtensor
 from .backends import COLUMNS, Plan, StepConfig
-from .plans import GroupPlans
+from .group_plans import GroupPlans
 from .rules import LayerStats
 from .sharded_plan import ShardedPlan, reduce
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from . import devices, rules
+from .group_plans import GroupPlans, every_plan
 from .layers import names_of
-from .plans import GroupPlans, PlanCache, every_plan
+from .plans import PlanCache
 
 
 class CapturedSteps:
@@ -55,8 +56,8 @@ class CapturedSteps:
 
     def _capturing(self) -> bool:
         for plans in self._cache.groups:
-            for of_table in plans.tables:
-                if devices.capturing(of_table.table.device):
+            for device in plans.gpus:
+                if devices.capturing(device):
                     return True
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from .layers import plain_value
 
 if TYPE_CHECKING:
     from .optimizer import LayerwiseOptimizer
@@ -39,6 +39,5 @@ def group_key(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> GroupKey:
 def _hashable(value: Any) -> Any:
     if value is None:  # as it mostly is: the questions below are slow
         return None
-    if isinstance(value, Tensor):
-        value = value.tolist()
+    value = plain_value(value)
     return tuple(value) if isinstance(value, Sequence) else value

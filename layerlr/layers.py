@@ -112,6 +112,11 @@ def rows(p: Tensor) -> int:
     return p.shape[0] if p.dim() else 1
 
 
+def plain_value(x: Any) -> Any:
+    """Python's own numbers, or lists of them, for those of tensors, arrays and NumPy."""
+    return x.tolist() if hasattr(x, "tolist") else x
+
+
 def row_length(p: Tensor) -> int:
     """Numbers in a row of dim 0; a complex number is two."""
     return p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
@@ -121,6 +126,11 @@ def names_of(group: dict[str, Any], index: int) -> list[str]:
     """Names of a group's parameters: the user's, or their place."""
     given = group.get("param_names")
     if given is not None:
+        if len(given) != len(group["params"]):
+            raise ValueError(
+                f"param group {index} has {len(given)} names for {len(group['params'])} "
+                "parameters: give 'param_names' one for each, or take that key away"
+            )
         return [str(n) for n in given]
     return [f"group{index}.param{i}" for i in range(len(group["params"]))]
 
@@ -133,7 +143,7 @@ def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, s
     if layers == "module":
         module = name.rpartition(".")[0]
         return module, module or "(root)"
-    return name, name
+    return id(p), name  # two models may have the same names
 
 
 def is_kernel(p: Tensor) -> bool:
@@ -164,7 +174,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
     ------
     ValueError
         Where ``split`` does not fit a parameter, ``lr_factor`` has another length than there are
-        layers, or a layer has parameters on several devices.
+        layers, a layer has parameters on several devices, or names do not tell modules apart.
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
     adapt = adapted(group, "all")
@@ -172,11 +182,17 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
     tables: dict[tuple[torch.device, int], LayerTable] = {}
     place: dict[Hashable, tuple[torch.device, int]] = {}  # layer key -> device, layer in its table
     times: Counter[int] = Counter()
+    named: dict[str, Tensor] = {}
     governed = 0
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         inside = governs(adapt, name, p)
         if not inside and frozen:
             continue
+        if layers == "module" and named.setdefault(name, p) is not p:
+            raise ValueError(
+                f"layers='module' tells modules apart by name, and {name!r} is the name of two "
+                f"parameters of group {index}: give each model a group or a prefix of its own"
+            )
         time = times[id(p)]
         times[id(p)] += 1
         empty = LayerTable([], [], [], [], [], [], [], again=time > 0)
@@ -188,7 +204,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
         key, title = layer_key(layers, name, p) if inside else (None, name)
         begin = 0
         for block, size in enumerate(sizes):
-            where = (time, inside, key if inside else name, block)
+            where = (time, inside, key if inside else id(p), block)
             if where not in place:
                 place[where] = p.device, len(table.layers)
                 table.layers.append(title if len(sizes) == 1 else f"{title}[{block}]")
@@ -235,7 +251,7 @@ def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
 
 
 def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
-    n = rows(p)
+    n, split = rows(p), plain_value(split)
     if isinstance(split, int):
         if split < 1 or n % split:
             raise ValueError(
@@ -260,8 +276,7 @@ def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: flo
         Where ``lr_factor`` is no factor, or has another length than there are layers.
     """
     factor, plain = group.get("lr_factor", 1.0), plain or 0.0
-    if isinstance(factor, Tensor):
-        factor = factor.tolist()
+    factor = plain_value(factor)
     names = {k: t.layers[i] for t in tables for i, k in enumerate(t.places) if k is not None}
     one = isinstance(factor, (int, float))
     values = [float(factor)] * len(names) if one else [float(v) for v in factor]

@@ -31,16 +31,21 @@ def writable(x: Tensor) -> Tensor:
 
 
 def check(name: str, tensors: Mapping[str, Any]) -> None:
-    """Raise RuntimeError, naming the parameter, where one of its tensors has lost its memory."""
+    """Raise RuntimeError, naming the parameter, where one of its tensors has lost memory."""
     for what, x in tensors.items():
-        if isinstance(x, Tensor) and _was_freed(x):
+        if not isinstance(x, Tensor) or not _has_storage(x):
+            continue
+        end = x.storage_offset() + 1
+        end += sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        there, wanted = x.untyped_storage().nbytes(), end * x.element_size()
+        if there < wanted:
             raise RuntimeError(
-                f"the memory of parameter {name!r}, its {what}, was freed (its storage has no "
-                "bytes): bring it back before the step, or take its gradient away"
+                f"the memory of parameter {name!r}, its {what}, was freed (its storage has {there} "
+                f"bytes of {wanted}): bring it back before the step, or take its gradient away"
             )
 
 
-def _was_freed(x: Tensor) -> bool:
-    if not x.numel() or x.layout != torch.strided or x._is_zerotensor() or dtensor.is_sharded(x):
+def _has_storage(x: Tensor) -> bool:
+    if not x.numel() or x.layout != torch.strided or x._is_zerotensor():
         return False
-    return not x.untyped_storage().nbytes()
+    return not dtensor.is_sharded(x)

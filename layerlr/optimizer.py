@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checks, compiled, hooks, names, numbers, options, rules, state, statistics, stepping
+from ._C import GradMode
 from .backends import StepConfig
 from .directions import Direction
 from .estimation import Estimation
@@ -138,7 +139,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def eager_step(self) -> None:
         """The step itself, without closure and hooks."""
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with GradMode(self.defaults["differentiable"]):
             steps: list[stepping.Step] = []
             bounds: dict[int, float] = {}
             for plans in self._graphs.prepared():
@@ -238,10 +239,9 @@ class LayerwiseOptimizer(Optimizer):
         dict
             ``names`` (list, parameter order), then 1-D tensors: float64 ``ww gg uu wu`` (sums over
             the weights before the update, the gradient and the step), ``scale`` (the rule's
-            number), ``lr`` (effective: lr times the group's ``lr_factor`` or
-            the ratio of ``plain_lr``, times scale), ``angle`` (radians between the weights before
-            and after) and int64 ``skipped`` (steps left out because of a
-            non-finite gradient).
+            number), ``lr`` (effective: lr times the group's ``lr_factor`` or the ratio of
+            ``plain_lr``, times scale), ``angle`` (radians between the weights before and after)
+            and int64 ``skipped`` (steps left out because of a non-finite gradient).
 
             Of sharded parameters under a rule in gradient order ``ww uu wu`` are those of the step
             before, as they are summed over processes with the next one's message, and ``angle``

@@ -8,86 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from . import _C, advice, backends, checks, devices, options, rules, state
-from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
+from .backends import COLUMNS, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
-from .directions import Direction
-from .dtensor import is_sharded
-from .group_key import GroupKey, group_key
+from .group_key import group_key
+from .group_plans import GroupPlans, TablePlan, every_plan, make_plan
 from .layers import LayerTable, build_tables, set_lr_scale
 from .precision import of as precision_of
-from .sharded_plan import ShardedPlan
 
 if TYPE_CHECKING:
     from .estimators import Layers
     from .optimizer import LayerwiseOptimizer
-
-
-@dataclasses.dataclass(eq=False)
-class TablePlan:
-    """The plan of one table: the layers of a param group on one device."""
-
-    table: LayerTable
-    states: list[dict[str, Any] | None]  # of each of its parameters; None: frozen
-    backend: str
-    stats: Tensor
-    plan: Plan | None  # None: released
-    view: Layers | None  # of a rule that looks at the model
-    known: list[_C.Known]  # what the plan was built from
-
-    def fits(self) -> bool:
-        """Whether parameters and state are what the plan was built from."""
-        return all(known.fits() for known in self.known)
-
-
-@dataclasses.dataclass(eq=False)
-class GroupPlans:
-    """The plans of one param group, and the key and parameters that they were built for."""
-
-    group: dict[str, Any]
-    key: GroupKey
-    params: list[Tensor]
-    direction: Direction
-    tables: list[TablePlan]
-
-    def __post_init__(self) -> None:
-        #: the plan of each table; none after a release
-        self.plans = [t.plan for t in self.tables if t.plan is not None]
-
-    @property
-    def views(self) -> list[Layers]:
-        """What an estimator sees of each table."""
-        return [t.view for t in self.tables if t.view is not None]
-
-    def fits(self, key: GroupKey, params: list[Tensor]) -> bool:
-        """Whether the plans are those of a group with this key and these parameters."""
-        return _C.same_objects(params, self.params) and key == self.key
-
-    def fits_but_for_rates(self, key: GroupKey, params: list[Tensor]) -> bool:
-        """Whether the plans differ from those of such a group by ``lr_factor`` alone."""
-        return self.fits(key._replace(lr_factor=self.key.lr_factor), params)
-
-    def expire(self) -> None:
-        """Have the plans built again before the next step."""
-        self.key = GroupKey(None, ())
-
-    def release(self) -> None:
-        """Let go of the plans and of their memory; statistics stay."""
-        self.expire()
-        self.plans = []
-        for table in self.tables:
-            table.plan = None
-
-
-def every_plan(plans: GroupPlans) -> bool:
-    """Whatever the plan."""
-    return True
 
 
 class PlanCache:
@@ -142,12 +78,16 @@ class PlanCache:
             For a gradient that cannot be used, naming its parameter.
         """
         ready = self.every() if among is None else among
+        chosen = []
         for index, plans in enumerate(ready):
-            if wanted(plans) and not all(plan.prepare() for plan in plans.plans):
-                ready[index] = self.rebuild(index)
-                if not all(plan.prepare() for plan in ready[index].plans):
+            if not wanted(plans):
+                continue
+            if not plans.prepare():
+                plans = ready[index] = self.rebuild(index)
+                if not plans.prepare():
                     raise RuntimeError("optimizer.state changed while a step was prepared")
-        return [plans for plans in ready if wanted(plans)]
+            chosen.append(plans)
+        return chosen
 
     def config(self, plans: GroupPlans) -> StepConfig:
         """What a step of a group reads afresh."""
@@ -207,9 +147,7 @@ class PlanCache:
             return self._rescale(old, index)
         new = self.rebuild(index)
         if {v.rule.name for v in new.views} - {v.rule.name for v in old.views}:
-            new.group["estimated"] = 0
-            for view in new.views:  # another rule's numbers mean something else
-                view.restart()
+            _estimate_anew(new)  # another rule's numbers mean something else
         return new
 
     def _fits(self, optimizer: LayerwiseOptimizer, index: int) -> bool:
@@ -247,6 +185,7 @@ class PlanCache:
         old = self.groups[index].tables if index < len(self.groups) else []
         carried = {_place(t.table): t.stats for t in old}
         self._check_state(optimizer)
+        rated = _rated(group, optimizer.state)
         tables = []
         for table in build_tables(group, index, optimizer.plain_ratio(group)):
             states = state.complete_table(optimizer.state, table, group, direction, first)
@@ -266,7 +205,27 @@ class PlanCache:
         governed = any(any(t.table.ruled) for t in tables)
         advice.give(self._said, type(optimizer), group, direction, governed)
         key = group_key(optimizer, group)
-        return GroupPlans(group, key, list(group["params"]), direction, tables)
+        built = GroupPlans(group, key, list(group["params"]), direction, tables)
+        if _rated(group, optimizer.state) - rated:
+            _estimate_anew(built)  # a layer came that has no rate yet
+        return built
+
+
+def _rated(group: dict[str, Any], of: Mapping[torch.Tensor, dict[str, Any]]) -> set[int]:
+    """Parameters that have a rate, where the rule has estimated some.
+
+    A rule that wants second derivatives waits for the backward pass in which it asks for them.
+    """
+    rule = group["rule"]
+    if not rules.is_estimated(rule) or rule.second_order or not group.get("estimated"):
+        return set()
+    return {id(p) for p in group["params"] if rule.memory_key in of.get(p, ())}
+
+
+def _estimate_anew(plans: GroupPlans) -> None:
+    plans.group["estimated"] = 0
+    for view in plans.views:
+        view.restart()
 
 
 def _check_capture(group: dict[str, Any], index: int) -> None:
@@ -280,12 +239,6 @@ def _check_capture(group: dict[str, Any], index: int) -> None:
 def _place(table: LayerTable) -> tuple[Any, ...]:
     """What makes a table's layers the same as another's, whatever their names."""
     return table.device, tuple(map(id, table.params)), tuple(table.spans)
-
-
-def make_plan(backend: Backend, spec: PlanSpec) -> Plan:
-    """Plan for a supported case, whose parameters may be DTensors."""
-    sharded = any(map(is_sharded, spec.table.params))
-    return ShardedPlan(backend, spec) if sharded else backend.plan(spec)
 
 
 def _view(spec: PlanSpec) -> Layers | None:

@@ -63,7 +63,8 @@ def complete(
     if precision == "stochastic":
         if value is None:
             first = torch.initial_seed() if seed is None else seed
-            value = splitmix64(torch.tensor(_signed(first)), torch.tensor(number))
+            seed_of = torch.tensor(_signed(first), device="cpu")
+            value = splitmix64(seed_of, torch.tensor(number, device="cpu"))
         return value.to("cpu", torch.int64)
     dtype = torch.float32 if precision == "master" else p.dtype
     if value is None:

@@ -16,6 +16,7 @@ from .directions import Direction
 from .layers import LayerTable
 
 #: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
+_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAYBE_CALLABLE = ("layers", "adapt")
 _CALLABLE = "callable"
 
@@ -59,6 +60,7 @@ def complete(
             value = _new(p, direction.initial(group, key))
         else:
             _check_shape(key, value, tuple(p.shape), name)
+            _check_kind(key, value, p, name)
             value = memory.writable(value.to(p.device))
             value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = value
@@ -79,7 +81,7 @@ def complete(
         if stored is None or (isinstance(stored, Tensor) and stored.numel() != parts):
             stored = initial
         if not isinstance(stored, Tensor):
-            stored = torch.full((parts,), float(stored), dtype=torch.float64)
+            stored = torch.full((parts,), float(stored), dtype=torch.float64, device="cpu")
         state[key] = memory.writable(stored.to(p.device, torch.float64).contiguous())
     if group["precision"] is not None and precision.applies(p):
         key = precision.KEYS[group["precision"]]
@@ -123,6 +125,15 @@ def _check_shape(key: str, value: Any, wanted: tuple[int, ...], name: str) -> No
         )
 
 
+def _check_kind(key: str, value: Tensor, p: Tensor, name: str) -> None:
+    if value.is_complex() != p.is_complex() or value.layout != torch.strided or value.is_mkldnn:
+        raise RuntimeError(
+            f"state {key!r} of parameter {name!r}, which is {p.dtype}, is {value.dtype} of layout "
+            f"{value.layout}: load a state dict of the same model, or delete "
+            "optimizer.state[param] to start afresh"
+        )
+
+
 def _new(p: Tensor, value: float) -> Tensor:
     state = torch.zeros_like(
         p, dtype=state_dtype(p), memory_format=torch.preserve_format, requires_grad=False
@@ -153,6 +164,11 @@ def complete_table(
         if not p.requires_grad and p.grad is None and not optimizer_state.get(p):
             states.append(None)
             continue
+        if not isinstance(optimizer_state[p], dict):
+            raise RuntimeError(
+                f"the state of parameter {name!r} is a {type(optimizer_state[p]).__name__}, wanted "
+                "is a dict: optimizer.state[param] = dict(...)"
+            )
         complete(optimizer_state[p], p, name, group, direction, of_layers, n, numbers[id(p)])
         states.append(optimizer_state[p])
     return states
@@ -190,10 +206,15 @@ def unpack_groups(
 def restore_dtypes(
     state: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]], loaded: dict[str, Any]
 ) -> None:
-    """Give loaded state its saved dtype back: torch casts it to the parameter's."""
+    """Give loaded state its saved dtype back: torch casts it to the parameter's.
+
+    Not where state of every element is in a dtype that would cut it off: integers, but for codes.
+    """
     saved_ids = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
     params = itertools.chain.from_iterable(g["params"] for g in groups)
     for saved_id, p in zip(saved_ids, params, strict=True):
         for key, value in loaded["state"].get(saved_id, {}).items():
             if isinstance(value, Tensor) and state[p][key].dtype != value.dtype:
-                state[p][key] = value.to(device=p.device)
+                coded = codes.scale_key(key) in loaded["state"][saved_id]
+                if coded or value.shape != p.shape or value.dtype in _KEPT:
+                    state[p][key] = value.to(device=p.device)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .backends import COLUMNS
-from .plans import PlanCache, TablePlan
+from .group_plans import TablePlan
+from .plans import PlanCache
 from .rules import LayerRule
 
 #: columns that say how a layer moved

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import devices, options, rules
 from .graphs import check_capturable
+from .group_plans import GroupPlans
 from .optimizer import LayerwiseOptimizer
-from .plans import GroupPlans
 from .steppable import Unit, units
 from .wrapping import Wrapped
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, Plan, PlanSpec, StepConfig
+from .group_plans import GroupPlans, TablePlan, make_plan
 from .layers import LayerTable, Span
-from .plans import GroupPlans, TablePlan, make_plan
 
 
 @dataclasses.dataclass(eq=False)

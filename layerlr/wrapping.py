@@ -14,10 +14,10 @@ from .backends import StepConfig
 from .backends.config import PLAIN
 from .directions import DIRECTIONS, Direction
 from .gradient_factors import scaled_gradients
+from .group_plans import GroupPlans
 from .layers import Adapt, LayerKey
 from .numbers import put_lr
 from .optimizer import LayerwiseOptimizer
-from .plans import GroupPlans
 from .rules import Rule
 from .taken import LEAST
 from .wrapped_state import SHARED, State

@@ -11,9 +11,9 @@ from torch.optim.optimizer import Optimizer
 from layerlr import backends, statistics, taken
 from layerlr.backends import COLUMNS, Plan, PlanSpec
 from layerlr.directions import DIRECTIONS
+from layerlr.group_plans import make_plan
 from layerlr.layers import Adapt, LayerKey, build_tables, names_of
 from layerlr.names import of_model
-from layerlr.plans import make_plan
 from layerlr.rules import Lamb
 from layerlr.sharded_plan import ShardedPlan, reduce
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from layerlr import checks
+from layerlr import checks, codes
 from layerlr.directions import DIRECTIONS, Direction
 from layerlr.optimizer import LayerwiseOptimizer
 from layerlr.options import LayerwiseOptions, documented
@@ -60,11 +60,12 @@ class Adagrad(LayerwiseOptimizer):
         return DIRECTIONS["adagrad"]
 
     def share_memory(self) -> None:
-        """Move the state sums to shared memory."""
+        """Move the state sums to shared memory, and the scales of those in 8 bits."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p in self.state:  # a frozen parameter has none
-                    self.state[p]["sum"].share_memory_()
+                for key in ("sum", codes.scale_key("sum")):
+                    if key in self.state.get(p, ()):  # a frozen parameter has no state
+                        self.state[p][key].share_memory_()
 
 
 @documented

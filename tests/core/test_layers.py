@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import BY_ID, SHORT, copies, ids, random, same_bits, set_grads, state_of
@@ -227,3 +228,54 @@ def test_frozen_then_thawed_then_frozen(engine, case):
     set_grads(ours[:1], 9)
     opt.step()
     assert same_bits(ours[1:], before)
+
+
+def _two_models(engine):
+    p, q = engine.params([torch.randn(4, 4), 100 * torch.randn(4, 4)])
+    for x in (p, q):
+        x.grad = torch.randn(4, 4)
+    return p, q
+
+
+@pytest.mark.parametrize("cls", [layerlr.SGD, layerlr.AdamMini])
+def test_parameters_of_one_name_are_layers_of_their_own(engine, cls):
+    """As those of two models are: GANs, actor and critic."""
+    p, q = _two_models(engine)
+    alone = p.detach().clone().requires_grad_()
+    alone.grad = p.grad.clone()
+    rule = {} if cls is layerlr.AdamMini else {"rule": "layca"}
+    opt = cls([("weight", p), ("weight", q)], lr=0.1, backend=engine.backend, **rule)
+    one = cls([("weight", alone)], lr=0.1, backend=engine.backend, **rule)
+    opt.step()
+    one.step()
+    assert opt.layer_stats()["names"] == ["weight", "weight"]
+    assert torch.equal(p, alone)
+
+
+def test_outsiders_of_one_name_are_skipped_one_by_one(engine):
+    p, q = engine.params([torch.ones(4), torch.ones(4)])
+    p.grad, q.grad = torch.full((4,), float("nan")), torch.ones(4)
+    opt = layerlr.SGD([("bias", p), ("bias", q)], lr=0.1, rule="layca", backend=engine.backend)
+    opt.step()
+    assert torch.equal(p, torch.ones(4)) and not torch.equal(q, torch.ones(4))
+
+
+def test_modules_of_one_name_are_refused(engine):
+    p, q = _two_models(engine)
+    with pytest.raises(ValueError, match=r"'0\.weight' is the name of two parameters of group 0"):
+        layerlr.SGD([("0.weight", p), ("0.weight", q)], rule="layca", layers="module")
+
+
+def test_numbers_of_numpy(engine):
+    p = engine.params([torch.ones(4, 4)])[0]
+    p.grad = torch.ones(4, 4)
+    factor = np.array([1.0])
+    opt = layerlr.SGD(
+        [{"params": [("w", p)], "split": np.int64(1), "lr_factor": factor}],
+        lr=0.1,
+        rule="layca",
+        backend=engine.backend,
+    )
+    factor[0] = 0.0  # seen at the next step, as a list's change is
+    opt.step()
+    assert torch.equal(p, torch.ones(4, 4))

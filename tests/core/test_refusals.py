@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import cases
 import pytest
 import torch
@@ -330,4 +332,66 @@ def test_freed_memory_is_named(engine, what, lying):
     freed.data = LYING[lying](freed.detach())
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"'w', its {what}, was freed"):
+        opt.step()
+
+
+@pytest.mark.parametrize("what", FREED)
+def test_memory_that_was_cut_off_is_named(engine, what):
+    p = engine.params([torch.ones(64, 128, dtype=torch.bfloat16)])[0]
+    opt = layerlr.Adam([("w", p)], rule="layca", backend=engine.backend, **FREED[what])
+    p.grad = torch.ones_like(p)
+    opt.step()
+    cut = {"weights": p, "gradient": p.grad, **opt.state[p]}[what].untyped_storage()
+    cut.resize_(cut.nbytes() - 2)
+    with pytest.raises(RuntimeError, match=rf"its {what}, was freed \(its storage has \d+ bytes"):
+        opt.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -3.0, 2.5, 1e30])
+def test_a_count_that_was_overwritten_is_named(engine, value):
+    if engine.backend != "cpu":
+        pytest.skip(reason="others leave the count where it is, on a device")
+    p, q = engine.params([torch.ones(4, 4), torch.ones(4, 4)])
+    opt = layerlr.Adam([("w", p), ("v", q)], rule="layca", backend=engine.backend)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    opt.step()
+    opt.state[q]["step"].fill_(value)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="'step' of parameter 'v'"):
+        opt.step()
+    assert torch.equal(p, before)
+
+
+def test_state_that_is_no_dict_is_named(engine):
+    p = engine.params([torch.ones(4, 4)])[0]
+    opt = layerlr.Adam([("w", p)], rule="layca", backend=engine.backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p] = UserDict(opt.state[p])
+    with pytest.raises(RuntimeError, match="state of parameter 'w' is a UserDict"):
+        opt.step()
+
+
+@pytest.mark.parametrize("other", [torch.complex64, "sparse"])
+def test_state_of_another_kind_is_named_before_anything_changes(engine, other):
+    p, q = engine.params([torch.ones(4, 4), torch.ones(4, 4)])
+    opt = layerlr.Adam([("w", p), ("v", q)], rule=None, backend=engine.backend)
+    for x in (p, q):
+        x.grad = torch.ones_like(x)
+    opt.step()
+    value = opt.state[q]["exp_avg"]
+    opt.state[q]["exp_avg"] = value.to_sparse() if other == "sparse" else value.to(other)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="'exp_avg' of parameter 'v', which is"):
+        opt.step()
+    assert torch.equal(p, before)
+
+
+def test_as_many_names_as_parameters():
+    p, q = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    opt = layerlr.SGD([("w", p)], rule="layca")
+    opt.param_groups[0]["params"].append(q)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="param group 0 has 1 names for 2 parameters"):
         opt.step()

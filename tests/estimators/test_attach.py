@@ -446,3 +446,25 @@ def test_rules_that_do_not_look_take_no_notice():
     backward(model, data())
     opt.step()
     assert "estimated" not in opt.param_groups[0]
+
+
+@pytest.mark.parametrize("change", ["thawed", "cleared"])
+def test_a_layer_that_comes_without_a_rate_is_given_one(change):
+    """It stood still until the next estimate, up to nine steps."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    weight = model[0].weight
+    weight.requires_grad_(change == "cleared")
+    opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule="backmatching")
+    opt.attach(model)
+    x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+    for step in range(4):
+        if step == 2:
+            weight.requires_grad_(True)
+            if change == "cleared":
+                opt.state.clear()
+        before = weight.detach().clone()
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        moves = step >= 2 or change == "cleared"
+        assert torch.equal(weight, before) is not moves

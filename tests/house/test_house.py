@@ -28,7 +28,7 @@ FLOORS = (
     "codes",
     "backends",
     "checks estimators group_key hooks names numbers options sharded_plan",
-    "advice state",
+    "advice group_plans state",
     "plans",
     "compiled gradient_factors graphs statistics steppable stepping taken",
     "estimation",

@@ -80,6 +80,35 @@ def test_share_memory_of_adagrad():
     assert opt.state[params[0]]["sum"].any()
 
 
+def test_share_memory_of_adagrad_in_8_bits():
+    p = torch.ones(64, 64, requires_grad=True)
+    opt = layerlr.Adagrad([p], state_dtype="8bit")
+    opt.share_memory()
+    assert opt.state[p]["sum"].is_shared() and opt.state[p]["sum_scale"].is_shared()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_loaded_state_is_not_cut_to_integers(dtype):
+    p = torch.ones(4, 4, requires_grad=True)
+    opt = layerlr.Adam([p], rule="layca")
+    train(opt, [p], 2)
+    saved = deepcopy(opt.state_dict())
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].to(dtype)
+    opt.load_state_dict(saved)
+    assert opt.state[p]["exp_avg"].dtype == torch.float32  # as torch casts it
+
+
+def test_optimizers_are_built_under_a_meta_device():
+    p = torch.ones(4, 4, requires_grad=True)
+    half = torch.ones(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.device("meta"):
+        opt = layerlr.SGD([p], rule="layca")
+        other = layerlr.SGD([half], rule="layca", precision="stochastic")
+    train(opt, [p], 1)
+    train(other, [half], 1)
+    assert torch.isfinite(p).all() and torch.isfinite(half).all()
+
+
 # -- checkpoint libraries -------------------------------------------------------------------------
 
 
