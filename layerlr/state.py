@@ -216,5 +216,6 @@ def restore_dtypes(
         for key, value in loaded["state"].get(saved_id, {}).items():
             if isinstance(value, Tensor) and state[p][key].dtype != value.dtype:
                 coded = codes.scale_key(key) in loaded["state"][saved_id]
-                if coded or value.shape != p.shape or value.dtype in _KEPT:
+                ours = key in precision.KEYS.values() or value.shape != p.shape
+                if coded or ours or value.dtype in _KEPT:
                     state[p][key] = value.to(device=p.device)
