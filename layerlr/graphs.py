@@ -56,7 +56,7 @@ class CapturedSteps:
 
     def _capturing(self) -> bool:
         for plans in self._cache.groups:
-            for device in plans.gpus:
+            for device in plans.devices:
                 if devices.capturing(device):
                     return True
         return False

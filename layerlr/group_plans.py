@@ -49,8 +49,7 @@ class GroupPlans:
     def __post_init__(self) -> None:
         #: the plan of each table; none after a release
         self.plans = [t.plan for t in self.tables if t.plan is not None]
-        #: where their steps can be captured
-        self.gpus = {t.table.device for t in self.tables if t.table.device.type == "cuda"}
+        self.devices = {t.table.device for t in self.tables}
 
     @property
     def views(self) -> list[Layers]:

@@ -16,7 +16,8 @@ from .directions import Direction
 from .layers import LayerTable
 
 #: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
-_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CODES = (torch.int8, torch.uint8)
+_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *_CODES)
 _MAYBE_CALLABLE = ("layers", "adapt")
 _CALLABLE = "callable"
 
@@ -208,14 +209,14 @@ def restore_dtypes(
 ) -> None:
     """Give loaded state its saved dtype back: torch casts it to the parameter's.
 
-    Not where state of every element is in a dtype that would cut it off: integers, but for codes.
+    Not where state of every element is in a dtype that would cut it off, as integers do that are no
+    codes.
     """
     saved_ids = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
     params = itertools.chain.from_iterable(g["params"] for g in groups)
     for saved_id, p in zip(saved_ids, params, strict=True):
         for key, value in loaded["state"].get(saved_id, {}).items():
             if isinstance(value, Tensor) and state[p][key].dtype != value.dtype:
-                coded = codes.scale_key(key) in loaded["state"][saved_id]
-                ours = key in precision.KEYS.values() or value.shape != p.shape
-                if coded or ours or value.dtype in _KEPT:
+                of_element = value.shape == p.shape and key not in precision.KEYS.values()
+                if not of_element or value.dtype in _KEPT:
                     state[p][key] = value.to(device=p.device)
