@@ -222,8 +222,9 @@ int BoundPlan::look_up(size_t i) {
     if (weights_ == Codec::stochastic) {
       if (x.scalar_type() != at::kLong || x.numel() != 1 || !x.is_cpu()) return stale;
       if (!is_writable(x)) return stale;
-      if (!address(x)) return static_cast<int>(i);
-      row.seed = *static_cast<const int64_t*>(address(x));
+      const auto* const seed = static_cast<const int64_t*>(address(x));
+      if (!seed) return static_cast<int>(i);
+      row.seed = *seed;
     } else {
       const bool wide = weights_ == Codec::master;
       const caffe2::TypeMeta wanted = wide ? caffe2::TypeMeta::Make<float>() : t.dtype;

@@ -57,7 +57,8 @@ Packed = tuple[Tensor] | tuple[Tensor, Tensor]
 #: parameters with fewer weights store float32, and those with fewer numbers in a block
 SMALL, SMALL_BLOCK = 4096, 16
 
-_CODES = (torch.int8, torch.uint8)
+#: dtypes of codes of 8 bits
+CODES = (torch.int8, torch.uint8)
 #: dtypes of parameters with arithmetic in float32, whose state can have fewer bits
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 2.0**-94
@@ -70,12 +71,12 @@ def scale_key(key: str) -> str:
 
 def is_codes(x: Tensor) -> bool:
     """Whether a state tensor holds codes of 8 bits."""
-    return x.dtype in _CODES
+    return x.dtype in CODES
 
 
 def is_coded(x: Tensor) -> bool:
     """Whether a state tensor, of a parameter with arithmetic in float32, has fewer bits."""
-    return x.dtype in (*_CODES, torch.bfloat16)
+    return x.dtype in (*CODES, torch.bfloat16)
 
 
 def is_coded_of(p: Tensor, x: Tensor) -> bool:
@@ -218,7 +219,7 @@ def convert(
     local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}
     x = load(local, key).float()
     state.pop(scale_key(key), None)
-    if wanted not in _CODES:
+    if wanted not in CODES:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         state[key] = dtensor.like(p, x.to(wanted or wide))
         return

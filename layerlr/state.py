@@ -16,8 +16,7 @@ from .directions import Direction
 from .layers import LayerTable
 
 #: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
-_CODES = (torch.int8, torch.uint8)
-_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *_CODES)
+_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *codes.CODES)
 _MAYBE_CALLABLE = ("layers", "adapt")
 _CALLABLE = "callable"
 

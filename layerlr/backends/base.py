@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from layerlr import memory
 from layerlr.directions import Direction
 from layerlr.layers import LayerTable
 from layerlr.precision import Precision
@@ -93,8 +95,13 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return accumulator(p.dtype)
 
 
-def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
-    """Raise RuntimeError, naming the parameter, for a gradient that no backend can use."""
+def check_tensors(name: str, p: Tensor, g: Tensor, state: Mapping[str, Any] | None) -> None:
+    """Raise RuntimeError, naming the parameter, for what no backend can use of a step's tensors."""
+    _check_gradient(name, p, g)
+    memory.check(name, {"weights": p, "gradient": g, **(state or {})})
+
+
+def _check_gradient(name: str, p: Tensor, g: Tensor) -> None:
     if g.layout != torch.strided:
         raise RuntimeError(
             f"layerlr does not support sparse gradients (parameter {name!r}): build its module "

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerlr import _C, codes, memory
+from layerlr import _C, codes
 from layerlr.precision import KEYS
 
-from .base import PlanSpec, accumulator, check_gradient, state_dtype
+from .base import PlanSpec, accumulator, check_tensors, state_dtype
 from .config import StepConfig
 
 _DTYPES = frozenset(
@@ -78,8 +78,7 @@ def prepare(plan: _C.BoundPlan, spec: PlanSpec, backend: str) -> bool:
     if answer >= 0:
         p, name = spec.table.params[answer], spec.table.names[answer]
         assert p.grad is not None
-        check_gradient(name, p, p.grad)
-        memory.check(name, {"weights": p, "gradient": p.grad, **(spec.states[answer] or {})})
+        check_tensors(name, p, p.grad, spec.states[answer])
         raise RuntimeError(
             f"backend {backend!r} wants gradients in the parameter's dtype; {name!r} is {p.dtype}, "
             f"its gradient {p.grad.dtype}: use backend='reference'"

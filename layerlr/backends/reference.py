@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerlr import _C, codes, devices, memory
+from layerlr import _C, codes, devices
 from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
-from .base import PlanSpec, check_gradient
+from .base import PlanSpec, check_tensors
 from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, StepConfig
 from .decide import Layers, decide
 from .operands import Operands
@@ -56,9 +56,7 @@ class ReferencePlan:
                 continue
             if spec.states[i] is None or not self.known[i].fits():
                 return False
-            name, state = spec.table.names[i], spec.states[i] or {}
-            check_gradient(name, p, p.grad)
-            memory.check(name, {"weights": p, "gradient": p.grad, **state})
+            check_tensors(spec.table.names[i], p, p.grad, spec.states[i])
             self.active.append(i)
         rule = spec.rule
         return rule is None or all(self._holds_memory(rule, i) for _, i, _ in self._leaders(rule))

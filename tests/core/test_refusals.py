@@ -350,7 +350,7 @@ def test_memory_that_was_cut_off_is_named(engine, what):
 @pytest.mark.parametrize("value", [float("nan"), -3.0, 2.5, 1e30])
 def test_a_count_that_was_overwritten_is_named(engine, value):
     if engine.backend != "cpu":
-        pytest.skip(reason="others leave the count where it is, on a device")
+        pytest.skip(reason="only the CPU engine reads the count on the host")
     p, q = engine.params([torch.ones(4, 4), torch.ones(4, 4)])
     opt = layerlr.Adam([("w", p), ("v", q)], rule="layca", backend=engine.backend)
     for x in (p, q):

@@ -47,7 +47,7 @@ def in_git():
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
     """The folder of the unpacked source distribution."""
-    setuptools = pytest.importorskip("setuptools", minversion="77")
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="it builds it")
     assert setuptools
     if not in_git():
         pytest.skip(reason="the tests are not in a checkout of git")

@@ -49,7 +49,7 @@ def test_an_odd_name_stays_one_line(tmp_path):
 
 
 def test_tensorboard_reads_the_tags_of_the_log(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="the log is read with tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 

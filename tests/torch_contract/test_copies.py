@@ -151,9 +151,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 def test_distributed_checkpoint_round_trip(variant, rule, options):
     if (variant, options) == ("sgd", "full") and rule != "layca":
-        pytest.skip(
-            reason="torch finds no device where no state has a dimension, with its own SGD too"
-        )
+        pytest.skip(reason="torch finds no device where no state has a dimension; its SGD too")
     options = checkpoint.StateDictOptions(**OPTIONS[options])
     model, other_model = _model(), _model()
     opt = make(variant, model.named_parameters(), rule)
