@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import options, rules
@@ -35,6 +35,44 @@ def give(
         if kind not in said:
             said.add(kind)
             warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+
+
+def give_of_all(
+    groups: Sequence[dict[str, Any]], *, governed: bool, coded: bool, held: bool
+) -> None:
+    """Warn of options that nothing in any group follows.
+
+    Parameters
+    ----------
+    groups
+        All of a new optimizer's.
+    governed, coded, held
+        Whether a parameter is governed, has state in fewer bits, is held in 16 bits with more.
+    """
+    for message in _of_all(groups, governed, coded, held):
+        warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+
+
+def _of_all(
+    groups: Sequence[dict[str, Any]], governed: bool, coded: bool, held: bool
+) -> Iterator[str]:
+    wanted = [g["rule"] for g in groups if g["rule"] is not None and g["adapt"] != "none"]
+    if wanted and not governed:
+        yield (
+            f"rule {wanted[0].name!r} governs none of the parameters, and all take the plain step: "
+            "it is for kernels (two or more dimensions larger than 1) unless adapt='all'"
+        )
+    in_bits = [g["state_dtype"] for g in groups if g["state_dtype"] != "float32"]
+    if in_bits and not coded:
+        yield (
+            f"state_dtype={in_bits[0]!r} has no effect: no parameter has state that it changes "
+            "(layerlr.codes says which have)"
+        )
+    precisions = [g["precision"] for g in groups if g["precision"] is not None]
+    if precisions and not held:
+        yield (
+            f"precision={precisions[0]!r} has no effect: it is for bfloat16 and float16 parameters"
+        )
 
 
 def _level_of_the_caller() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import dtensor, memory, rules
+from .conditions import holds, is_number
 from .layers import names_of
 
 
@@ -26,29 +28,45 @@ def lr(value: float | Tensor) -> None:
     """Refuse a learning rate below 0, in torch's words, as the following do."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not value >= 0.0:
-        raise ValueError(f"Invalid learning rate: {value}")
+    _within("learning rate", value, lambda x: x >= 0.0, "a number >= 0")
 
 
 def at_least_zero(name: str, value: Any) -> None:
-    """Refuse a number below 0."""
-    if not value >= 0.0:
-        raise ValueError(f"Invalid {name} value: {value}")
+    """Refuse a number below 0, and what is none."""
+    _within(f"{name} value", value, lambda x: x >= 0.0, "a number >= 0")
 
 
 def eps(value: float) -> None:
     """Refuse an epsilon below 0."""
-    if not value >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {value}")
+    _within("epsilon value", value, lambda x: x >= 0.0, "a number >= 0")
+
+
+def average(name: str, value: float) -> None:
+    """Refuse what is no weight of an average."""
+    _within(f"{name} value", value, lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]")
+
+
+def number(name: str, value: Any) -> None:
+    """Refuse what is no number."""
+    _within(f"{name} value", value, lambda x: True, "a number")
+
+
+def _within(what: str, value: Any, condition: Callable[[Any], Any], wanted: str) -> None:
+    if not is_number(value):
+        raise ValueError(f"Invalid {what}: {value!r}, wanted {wanted}")
+    if not condition(value):
+        raise ValueError(f"Invalid {what}: {value}")
 
 
 def betas(
     given: tuple[float | Tensor, float | Tensor], foreach: bool | None, capturable: bool
 ) -> tuple[float, float]:
     """The betas as numbers, where they are in [0, 1) and both of one kind."""
+    if not holds(lambda x: len(x) == 2, given):
+        raise ValueError(f"Invalid betas: {given!r}, wanted two numbers in [0, 1)")
     for i, beta in enumerate(given):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+        what, wanted = f"beta parameter at index {i}", "a number in [0, 1)"
+        _within(what, beta, lambda x: 0.0 <= x < 1.0, wanted)
     kinds = {isinstance(beta, Tensor) for beta in given}
     if len(kinds) != 1 or not all(isinstance(beta, (float, Tensor)) for beta in given):
         raise ValueError("betas must be either both floats or both Tensors")
@@ -61,6 +79,18 @@ def betas(
             if beta.numel() != 1:
                 raise ValueError(f"Tensor betas[{i}] must be 1-element")
     return float(given[0]), float(given[1])
+
+
+def hyper_parameters(group: dict[str, Any], defaults: dict[str, Any], index: int) -> None:
+    """Refuse what is no number in a group where its default is one, or several."""
+    for key, default in defaults.items():
+        given, ok, wanted = group[key], True, "a number"
+        if key == "betas":
+            ok, wanted = holds(lambda x: [*map(is_number, x)] == [True, True], given), "two numbers"
+        elif is_number(default) and not isinstance(default, bool):
+            ok = is_number(given)
+        if not ok:
+            raise ValueError(f"Invalid {key} of param group {index}: {given!r}, wanted {wanted}")
 
 
 def params(group: dict[str, Any], index: int) -> None:

@@ -88,6 +88,6 @@ class Estimation:
     def _again(self, closure: Callable[[], object], start: list[Tensor]) -> None:
         """Evaluate the closure once more, as it was evaluated for this step."""
         if self.replay is None:
-            raise RuntimeError("call optimizer.attach(model) before the first step")
+            raise RuntimeError("call optimizer.attach(model) before the first step's forward pass")
         with self.replay.unchanged(start), torch.enable_grad():
             closure()

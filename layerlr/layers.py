@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .conditions import holds
+
 if TYPE_CHECKING:
     from .rules import LayerRule
 
@@ -259,6 +261,8 @@ def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
                 "give the sizes of the blocks, or put the parameter into a group of its own"
             )
         return [n // split] * split
+    if not holds(lambda sizes: all(s == int(s) for s in sizes), split):
+        raise ValueError(f"Invalid split: {split!r}, wanted a whole number, or several")
     sizes = [int(s) for s in split]
     if sum(sizes) != n or any(s < 1 for s in sizes):
         raise ValueError(
@@ -279,14 +283,15 @@ def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: flo
     factor = plain_value(factor)
     names = {k: t.layers[i] for t in tables for i, k in enumerate(t.places) if k is not None}
     one = isinstance(factor, (int, float))
-    values = [float(factor)] * len(names) if one else [float(v) for v in factor]
+    values = [factor] * len(names) if one else factor
+    if not holds(lambda xs: all(0.0 <= x < math.inf for x in xs), values):
+        raise ValueError(f"Invalid lr_factor: {factor!r}, wanted finite numbers >= 0")
     if len(values) != len(names):
         raise ValueError(
             f"lr_factor has {len(values)} entries for {len(names)} layers "
             f"({', '.join(names[k] for k in sorted(names))})"
         )
-    if not all(0.0 <= v < float("inf") for v in values):
-        raise ValueError(f"Invalid lr_factor: {factor!r}, wanted finite numbers >= 0")
+    values = [float(x) for x in values]
     outside = plain * (float(factor) if one else 1.0)
     for table in tables:
         table.lr_scale = [

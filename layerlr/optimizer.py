@@ -17,7 +17,7 @@ from .directions import Direction
 from .estimation import Estimation
 from .graphs import CapturedSteps, check_capturable
 from .options import LayerwiseOptions
-from .plain_lr import check_use, ratio
+from .plain_lr import ratio
 from .plans import PlanCache
 
 
@@ -45,7 +45,7 @@ class LayerwiseOptimizer(Optimizer):
         defaults |= given
         checks.flags(defaults)
         super().__init__(params, defaults)
-        check_use(defaults["plain_lr"], self.param_groups)
+        self.plans.check_use()
 
     def _equip(self) -> None:
         """Give the optimizer what copies and pickles of it do not take along."""

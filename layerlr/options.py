@@ -12,6 +12,7 @@ import torch
 
 from . import backends, plain_lr, precision, rules
 from .codes import StateDtype
+from .conditions import holds
 from .layers import Adapt, LayerKey, names_of
 from .precision import Precision
 from .rules import Rule
@@ -75,7 +76,7 @@ def max_grad_norm(group: Group) -> float | None:
     limit = group.get("max_grad_norm")
     if limit is None or limit == 0.0:
         return None
-    if not limit > 0.0:
+    if not holds(lambda x: x > 0.0, limit):
         raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number >= 0")
     if rules.is_estimated(group["rule"]):
         raise ValueError(
@@ -87,7 +88,7 @@ def max_grad_norm(group: Group) -> float | None:
 
 def _check_precision(group: Group, index: int) -> None:
     wanted = group["precision"]
-    if wanted is not None and wanted not in precision.KEYS:
+    if wanted not in (None, *precision.KEYS):
         raise ValueError(
             f"Invalid precision: {wanted!r}, wanted None, 'master', 'stochastic' or 'kahan'"
         )
@@ -209,7 +210,7 @@ class GroupOptions(TypedDict, total=False):
     reference_lr : float
         The lr at which ``plain_lr`` is meant, which the optimizer remembers; a state dict has it.
     seed : int or None
-        Seed of stochastic rounding.
+        Seed of stochastic rounding, read when the state is made.
     """
 
     split: Annotated[int | Sequence[int] | None, Option(None)]
@@ -253,13 +254,14 @@ def complete(owner: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _where_it_belongs(name: str) -> str:
     """What to do with an argument that is a rule's or a param group's."""
+    places = []
+    if name in GROUP_ONLY:
+        places.append(f"it is a key of param groups, {{'params': ..., {name!r}: ...}}")
     owners = [r for r in rules.KNOWN.values() if name in inspect.signature(r).parameters]
     if owners:
         uses = " or ".join(f"rule=layerlr.rules.{r.__name__}({name}=...)" for r in owners)
-        return f": it belongs to the rule, {uses}"
-    if name in GROUP_ONLY:
-        return f": it is a key of param groups, {{'params': ..., {name!r}: ...}}"
-    return ""
+        places.append(f"it belongs to the rule, {uses}")
+    return f": {'; or '.join(places)}" if places else ""
 
 
 def check(group: Group, index: int) -> None:

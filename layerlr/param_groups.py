@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .conditions import holds
 from .layers import is_kernel
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -190,10 +191,10 @@ def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
     ----------
     Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.
     """
-    if n_layers < 1:
-        raise ValueError(f"Invalid n_layers: {n_layers}, wanted at least 1")
-    if not -1.0 < alpha < 1.0:
-        raise ValueError(f"Invalid alpha: {alpha}, wanted a number in (-1, 1)")
+    if not holds(lambda x: x >= 1, n_layers):
+        raise ValueError(f"Invalid n_layers: {n_layers!r}, wanted at least 1")
+    if not holds(lambda x: -1.0 < x < 1.0, alpha):
+        raise ValueError(f"Invalid alpha: {alpha!r}, wanted a number in (-1, 1)")
     last = max(n_layers - 1, 1)
     if alpha > 0:
         return [(1.0 - alpha) ** (5.0 * (n_layers - 1 - i) / last) for i in range(n_layers)]

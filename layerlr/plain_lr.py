@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .conditions import holds
+
 Group = dict[str, Any]
 
 
@@ -26,9 +28,9 @@ def settle(group: Group, index: int) -> None:
     if plain is None and not group.get("corrected_decay"):
         return
     if plain is not None:
-        plain = group["plain_lr"] = float(plain)
-        if not 0.0 <= plain < float("inf"):
+        if not holds(lambda x: 0.0 <= x < float("inf"), plain):
             raise ValueError(f"Invalid plain_lr: {plain!r}, wanted None or a finite number >= 0")
+        plain = group["plain_lr"] = float(plain)
     what = "corrected_decay" if plain is None else f"plain_lr={plain}"
     where = f" of param group {index}"
     instead = f", or the group key reference_lr, the lr at which {what} is meant"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _C, advice, backends, checks, devices, options, rules, state
+from . import _C, advice, backends, checks, codes, devices, options, plain_lr, rules, state
 from .backends import COLUMNS, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
 from .group_key import group_key
@@ -90,7 +90,20 @@ class PlanCache:
         return chosen
 
     def config(self, plans: GroupPlans) -> StepConfig:
-        """What a step of a group reads afresh."""
+        """What a step of a group reads afresh.
+
+        Raises
+        ------
+        ValueError
+            For a hyper-parameter of the group that is no number any more, naming it.
+        """
+        try:
+            return self._config(plans)
+        except (TypeError, ValueError):
+            checks.hyper_parameters(plans.group, self.optimizer.defaults, self.groups.index(plans))
+            raise
+
+    def _config(self, plans: GroupPlans) -> StepConfig:
         config = self.optimizer.numbers(plans.group)
         for place, value in enumerate(plans.direction.hyper(plans.group), DIRECTION):
             config.values[place] = value
@@ -122,6 +135,18 @@ class PlanCache:
         except Exception:
             self._snapshot = before
             raise
+
+    def check_use(self) -> None:
+        """Refuse a constructor's ``plain_lr`` without a rule; warn of what nothing follows."""
+        optimizer = self.optimizer
+        plain_lr.check_use(optimizer.defaults["plain_lr"], optimizer.param_groups)
+        tables = [table for plans in self.groups for table in plans.tables]
+        advice.give_of_all(
+            optimizer.param_groups,
+            governed=any(any(t.table.ruled) for t in tables),
+            coded=any(codes.is_coded(x) for of in optimizer.state.values() for x in of.values()),
+            held=any(t.plan is not None and t.plan.spec.precision for t in tables),
+        )
 
     def release(self) -> None:
         """Let go of the plans and of their memory; statistics stay."""

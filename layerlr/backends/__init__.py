@@ -20,9 +20,11 @@ HELP = "python -m layerlr says what runs here"
 
 def validate(name: str) -> None:
     """Raise ValueError for a name that is neither ``"auto"`` nor a backend's."""
-    if name != "auto" and name not in BACKENDS:
-        known = ", ".join(repr(n) for n in ("auto", *BACKENDS))
-        raise ValueError(f"unknown backend {name!r}, available are {known}; {HELP}")
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ValueError(
+            f"unknown backend {name!r}, available are {', '.join(map(repr, known))}; {HELP}"
+        )
 
 
 def choose(name: str, spec: PlanSpec) -> Backend:

@@ -42,7 +42,7 @@ def estimate(
         if model is None and not rule.second_order:  # those look at the gradients' graph alone
             raise RuntimeError(
                 f"rule {rule.name!r} looks at the model: call optimizer.attach(model) before the "
-                "first step"
+                "first step's forward pass"
             )
         if isinstance(rule, Curvature):
             from . import curvature

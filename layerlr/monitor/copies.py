@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +46,12 @@ def snapshot(stats: dict[str, Any], keys: Iterable[str] | None = None) -> Snapsh
     keys : iterable of str, optional
         The quantities; by default all of the table.
     """
+    if not stats["names"]:
+        warnings.warn(
+            "no layer is measured: give a rule, on_nonfinite='skip' to a group without one, or use "
+            "layerlr.monitor.AngularRates, which watches any optimizer",
+            stacklevel=3,
+        )
     columns = {key: stats[key] for key in keys or stats if key != "names"}
     # Stacking copies: the optimizer may write its next step into the same tensors.
     values = torch.stack([column.detach().to(torch.float64) for column in columns.values()])

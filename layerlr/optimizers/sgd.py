@@ -48,6 +48,7 @@ class SGD(LayerwiseOptimizer):
     ) -> None:
         checks.lr(lr)
         checks.at_least_zero("momentum", momentum)
+        checks.number("dampening", dampening)
         checks.at_least_zero("weight_decay", weight_decay)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
@@ -94,8 +95,7 @@ class AMomSGD(LayerwiseOptimizer):
         **layerwise: Unpack[LayerwiseOptions],
     ) -> None:
         checks.lr(lr)
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
+        checks.average("momentum", momentum)
         checks.at_least_zero("weight_decay", weight_decay)
         defaults = dict[str, Any](lr=lr, momentum=momentum, weight_decay=weight_decay)
         defaults |= dict(maximize=maximize, foreach=foreach, differentiable=differentiable)

@@ -73,8 +73,6 @@ class BackMatching(Estimated):
             "normalize": ("mean", "last", None),
         }
         for name, known in choices.items():
-            value = getattr(self, name)
-            self._check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
-        least, most = self.min_factor, self.max_factor
-        self._check("min_factor", least, 0 < least <= 1, "a number in (0, 1]")
-        self._check("max_factor", most, 1 <= most <= math.inf, "a number >= 1")
+            self._check_choice(name, known)
+        self._check("min_factor", lambda x: 0 < x <= 1, "a number in (0, 1]")
+        self._check("max_factor", lambda x: 1 <= x <= math.inf, "a number >= 1")

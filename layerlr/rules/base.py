@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from layerlr.conditions import holds
 
 
 class LayerStats(NamedTuple):
@@ -106,13 +108,19 @@ class LayerRule:
         """Name and plain numbers, for a state dict."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
-    def _check(self, name: str, value: object, ok: bool, wanted: str) -> None:
-        if not ok:
+    def _check(self, name: str, condition: Callable[[Any], Any], wanted: str) -> None:
+        """Refuse a hyper-parameter of which the condition does not hold."""
+        value = getattr(self, name)
+        if not holds(condition, value):
             raise ValueError(f"Invalid {type(self).__name__} {name}: {value!r}, wanted {wanted}")
 
+    def _check_choice(self, name: str, known: Sequence[object]) -> None:
+        """Refuse what is none of the known."""
+        *others, last = map(repr, known)
+        self._check(name, lambda x: x in known, f"{', '.join(others)} or {last}")
+
     def _check_start_radius(self) -> None:
-        value = self.start_radius
-        self._check("start_radius", value, value is None or value > 0, "None or a number > 0")
+        self._check("start_radius", lambda x: x is None or x > 0, "None or a number > 0")
 
 
 def constant(value: float, like: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Brake(LayerRule):
     order = "update"
 
     def __post_init__(self) -> None:
-        self._check("outward", self.outward, 0 <= self.outward <= 1, "a number in [0, 1]")
+        self._check("outward", lambda x: 0 <= x <= 1, "a number in [0, 1]")
 
     def hyper(self) -> tuple[float, ...]:
         return (float(self.outward),)

@@ -108,15 +108,14 @@ class Curvature(Estimated):
             "reduction": get_args(Reduction),
         }
         for name, known in choices.items():
-            value = getattr(self, name)
-            self._check(name, value, value in known, f"one of {', '.join(map(repr, known))}")
-        self._check("damping", self.damping, 0 <= self.damping < math.inf, "a finite number >= 0")
-        whole = isinstance(self.warmup, int) and self.warmup >= 0
-        self._check("warmup", self.warmup, whole, "a whole number >= 0")
-        self._check("min_step", self.min_step, self.min_step >= 0, "a number >= 0")
-        most = self.max_step
+            self._check_choice(name, known)
+        self._check("damping", lambda x: 0 <= x < math.inf, "a finite number >= 0")
+        self._check("warmup", lambda x: isinstance(x, int) and x >= 0, "a whole number >= 0")
+        self._check("min_step", lambda x: x >= 0, "a number >= 0")
         wanted = "None or a number >= min_step"
-        self._check("max_step", most, most is None or most >= self.min_step, wanted)
+        self._check("max_step", lambda x: x is None or x >= self.min_step, wanted)
+        for name in ("coupled", "damped"):
+            self._check_choice(name, (True, False))
 
     @property
     def second_order(self) -> bool:  # type: ignore[override]

@@ -66,10 +66,11 @@ class Hyperball(LayerRule):
     sets_length = True
 
     def __post_init__(self) -> None:
-        ok = self.radius in ("initial", "current") or (
-            not isinstance(self.radius, str) and 0 < self.radius < math.inf
+        self._check(
+            "radius",
+            lambda x: x in ("initial", "current") or 0 < x < math.inf,
+            "'initial', 'current' or a number > 0",
         )
-        self._check("radius", self.radius, ok, "'initial', 'current' or a number > 0")
         self._check_start_radius()
 
     @property

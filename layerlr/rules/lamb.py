@@ -55,11 +55,15 @@ class Lamb(LayerRule):
     order = "update"
 
     def __post_init__(self) -> None:
-        self._check("clip", self.clip, self.clip is None or self.clip > 0, "None or a number > 0")
-        least, most = self.min_ratio, self.max_ratio
-        self._check("min_ratio", least, least is None or least >= 0, "None or a number >= 0")
-        ok = most is None or most >= (least or 0.0)
-        self._check("max_ratio", most, ok, "None or a number that is not below min_ratio")
+        self._check("clip", lambda x: x is None or x > 0, "None or a number > 0")
+        self._check("min_ratio", lambda x: x is None or x >= 0, "None or a number >= 0")
+        self._check(
+            "max_ratio",
+            lambda x: x is None or x >= (self.min_ratio or 0.0),
+            "None or a number that is not below min_ratio",
+        )
+        for name in ("trust_clip", "bias_correction", "grad_averaging"):
+            self._check_choice(name, (True, False))
 
     @property
     def sets_length(self) -> bool:  # type: ignore[override]

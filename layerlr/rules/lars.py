@@ -48,8 +48,9 @@ class Lars(LayerRule):
     raw_gradient = True
 
     def __post_init__(self) -> None:
-        self._check("trust", self.trust, self.trust >= 0, "a number >= 0")
-        self._check("eps", self.eps, self.eps >= 0, "a number >= 0")
+        self._check("trust", lambda x: x >= 0, "a number >= 0")
+        self._check("eps", lambda x: x >= 0, "a number >= 0")
+        self._check_choice("trust_clip", (True, False))
 
     def hyper(self) -> tuple[float, ...]:
         return float(self.trust), float(self.eps), float(self.trust_clip)

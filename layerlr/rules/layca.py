@@ -81,13 +81,11 @@ class Layca(LayerRule):
     memory: ClassVar[Mapping[str, float]] = MappingProxyType({"radius": 0.0})
 
     def __post_init__(self) -> None:
-        for name, ok in (("radius", ("initial", "current")), ("others", ("plain", "freeze"))):
-            value = getattr(self, name)
-            self._check(name, value, value in ok, f"{ok[0]!r} or {ok[1]!r}")
-        self._check("eps", self.eps, self.eps >= 0, "a number >= 0")
-        cap = self.max_angle
+        self._check_choice("radius", ("initial", "current"))
+        self._check_choice("others", ("plain", "freeze"))
+        self._check("eps", lambda x: x >= 0, "a number >= 0")
         self._check(
-            "max_angle", cap, cap is None or 0 < cap <= math.pi, "None or radians in (0, pi]"
+            "max_angle", lambda x: x is None or 0 < x <= math.pi, "None or radians in (0, pi]"
         )
         self._check_start_radius()
 

@@ -70,11 +70,9 @@ class Estimated(Rated):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check("ema", self.ema, 0.0 <= self.ema < 1.0, "a number in [0, 1)")
-        for name, least in (("refresh", 1), ("seed", 0)):
-            value = getattr(self, name)
-            ok = isinstance(value, int) and value >= least
-            self._check(name, value, ok, f"a whole number >= {least}")
+        self._check("ema", lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
+        self._check("refresh", lambda x: isinstance(x, int) and x >= 1, "a whole number >= 1")
+        self._check("seed", lambda x: isinstance(x, int) and x >= 0, "a whole number >= 0")
 
     def due(self, step: int) -> bool:
         """Whether the step of that number, from 0, begins with an estimate."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import layerlr
-from layerlr.monitor import Telemetry
+from layerlr.monitor import StatsLog, Telemetry
 from layerlr.rules import Lamb
 
 
@@ -49,6 +49,16 @@ WARNED = {
         layerlr.RMSprop,
         {"rule": Lamb(grad_averaging=False)},
         ["Lamb(grad_averaging=False) has no effect on RMSprop"],
+    ),
+    "8 bits": (
+        layerlr.AdamW,
+        {"state_dtype": "8bit"},
+        ["state_dtype='8bit' has no effect: no parameter has state that it changes"],
+    ),
+    "held weights": (
+        layerlr.SGD,
+        {"precision": "kahan"},
+        ["precision='kahan' has no effect: it is for bfloat16 and float16 parameters"],
     ),
 }
 SILENT = {
@@ -88,6 +98,23 @@ def test_warnings_point_at_who_called():
 def test_options_with_effect(what):
     cls, options = SILENT[what]
     assert said(lambda: cls(weights(), lr=0.1, **options))[0] == []
+
+
+def test_a_rule_that_governs_nothing():
+    vectors = [Parameter(torch.ones(4)), Parameter(torch.ones(1, 3))]
+    messages, _ = said(lambda: layerlr.SGD(vectors, lr=0.1, rule="layca"))
+    assert len(messages) == 1
+    assert "rule 'layca' governs none of the parameters, and all take the plain" in messages[0]
+    for options in ({"adapt": "all"}, {"adapt": "none"}, {"rule": "singh"}):
+        assert (
+            said(lambda o=options: layerlr.SGD(vectors, lr=0.1, **{"rule": "layca"} | o))[0] == []
+        )
+    groups = [{"params": vectors}, {"params": weights()}]  # decay or none, as frameworks sort them
+    assert said(lambda: layerlr.SGD(groups, lr=0.1, rule="layca"))[0] == []
+    groups = [{"params": [Parameter(torch.ones(64, 64))]}, {"params": vectors}]
+    assert said(lambda: layerlr.AdamW(groups, lr=0.1, state_dtype="8bit"))[0] == []
+    groups = [{"params": [Parameter(torch.ones(2, 2).bfloat16())]}, {"params": vectors}]
+    assert said(lambda: layerlr.AdamW(groups, lr=0.1, precision="master"))[0] == []
 
 
 def test_set_later():
@@ -135,6 +162,25 @@ def test_backend_is_not_of_groups():
     groups = [{"params": weights(), "backend": "reference"}]
     messages, _ = said(lambda: layerlr.SGD(groups, rule="layca"))
     assert messages == ["backend is no param-group key and has no effect: give the constructor one"]
+
+
+@pytest.mark.parametrize("record", [lambda o: Telemetry(o, print, every=1), StatsLog])
+def test_what_watches_nothing_says_so(record):
+    """Without a rule nothing is measured."""
+    params = weights()
+    opt = layerlr.SGD(params, lr=0.1)
+    watcher = record(opt)
+    set_grads(params, 0)
+
+    def step():
+        opt.step()
+        if isinstance(watcher, StatsLog):
+            watcher.record()
+
+    messages, _ = said(step)
+    assert len(messages) == 1 and "no layer is measured: give a rule" in messages[0]
+    opt.param_groups[0]["on_nonfinite"] = "skip"
+    assert said(step)[0] == []
 
 
 # -- layers that are skipped step after step -----------------------------------------------------

@@ -22,7 +22,8 @@ MODULES = [path for path in SOURCES if path.suffix == ".py" and "layerlr" in pat
 #: From the ground up: a module imports from its own room and from lower floors. A package is a
 #: room, a module of ``layerlr`` itself too.
 FLOORS = (
-    "_C devices directions layers rules",
+    "_C conditions devices directions",
+    "layers rules",
     "dtensor plain_lr precision",
     "memory",
     "codes",

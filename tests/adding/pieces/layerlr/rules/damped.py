@@ -20,7 +20,7 @@ class Damped(LayerRule):
     order = "update"
 
     def __post_init__(self) -> None:
-        self._check("damping", self.damping, self.damping >= 0, "a number >= 0")
+        self._check("damping", lambda x: x >= 0, "a number >= 0")
 
     def hyper(self) -> tuple[float, ...]:
         return (float(self.damping),)

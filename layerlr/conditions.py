@@ -1,0 +1,22 @@
+"""Conditions on what a user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def holds(condition: Callable[[Any], Any], value: Any) -> bool:
+    """Whether a condition holds; of a value that it cannot be asked of it does not.
+
+    So a string is no number of at least 0: YAML reads ``1e-3`` as one.
+    """
+    try:
+        return bool(condition(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one number, NaN included; a tensor of one element is."""
+    return holds(lambda x: isinstance(float(x + 0.0), float), value)
