@@ -174,10 +174,10 @@ class LayerwiseOptions(TypedDict, total=False):
         weights reads 6, 4, 2 and 2, a step writes as many. See `layerlr.precision`.
     state_dtype : str
         ``"float32"``; ``"bfloat16"``: 2 bytes a number instead of 4; ``"8bit"``: 1 byte and a
-        sixteenth, in blocks of 64 with a scale each, for what the rule governs (without a rule:
-        kernels) with 4,096 weights or more in rows of a multiple of 64, by the shape of the whole
-        parameter; the rest stays float32. State dicts convert when they are loaded. See
-        `layerlr.codes`.
+        sixteenth, for what the rule governs (without a rule: kernels) with two or more dimensions
+        and 4,096 weights or more, in blocks with a scale each: of the largest number up to 64, and
+        from 16, that divides a row, the product of all dimensions but the first. The rest stays
+        float32. State dicts convert when they are loaded. See `layerlr.codes`.
 
     Notes
     -----

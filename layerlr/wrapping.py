@@ -91,13 +91,16 @@ def wrap(
     Bounds of LAMB (``min_ratio``, ``max_ratio``, ``trust_clip``) are on the ratio to what the
     base's step would be at an lr of 1: its step over its lr.
 
+    Non-finite gradients are not skipped: the base's step takes them, as without a wrapper.
+
     Layers that start at zero take the base's own steps until they reach their radius.
 
     u is the difference of stored weights, right to an ulp of them: to ``eps*|w|/|u|`` of its
     length. So give the base its usual lr, not a tiny one, above all in 16 bits, where steps of less
     than half an ulp are lost before the rule sees them. An optimizer of this package inside equals
     the built-in class to that bound under update rules. Under gradient rules second moments see
-    ``f*g``, where the built-in classes keep g in them and scale the step.
+    ``f*g``, where the built-in classes keep g in them and scale the step: on a base that divides by
+    the gradient's size (Adam, Lion, Muon) f cancels, and such a rule does hardly anything.
 
     Memory: one copy of the governed weights during the step (under a gradient rule of the governed
     gradients). Time: the base's, one copy, and two passes: 16 bytes a float32 parameter to copy and

@@ -59,9 +59,9 @@ def loss(run: Run) -> float:
     return CHANCE if final["diverged"] or final["test_loss"] is None else final["test_loss"]
 
 
-def best_rate(curve: Curve) -> float:
-    """Of the lowest mean."""
-    return min(curve, key=lambda rate: _mean(curve[rate]))
+def best_rate(curve: Curve, place: int = 0) -> float:
+    """Of the lowest mean; place 1: of the second lowest."""
+    return sorted(curve, key=lambda rate: _mean(curve[rate]))[place]
 
 
 def adamw(store: Store) -> str:
@@ -126,9 +126,12 @@ def steps_needed(store: Store, title: str) -> Values:
     return store.by_seed(arm, lambda run: steps_to(run, target) / whole)
 
 
-def regrets(store: Store, title: str) -> Values:
-    """Loss at the rate that was carried over less the best of three there, mean over the sizes."""
-    rate, parts = best_rate(families(store)[title]), []
+def regrets(store: Store, title: str, place: int = 0) -> Values:
+    """Loss at the rate that was carried over less the best of three there, mean over the sizes.
+
+    ``place``: which of the rates is carried, the best one or the second best.
+    """
+    rate, parts = best_rate(families(store)[title], place), []
     for size in sizes(store):
         curve = families(store, size).get(title, {})
         if len(curve) == 3 and rate in curve:

@@ -68,6 +68,10 @@ def _asked_of_a_transformer() -> list[Claim]:
         asked = "loss by carrying the rate over, AdamW's less the rule's"
         arms = (rf"{re.escape(rest)}, rate [^,]*, ", "AdamW, decay [^,]*, rate [^,]*, ", ADAMW_HERE)
         found.append(_about(words, asked, measures.carries_over(rest), NATS, _here(rest), *arms))
+        words = f"the rate of {title} carries over better than AdamW's second best"
+        asked = "loss by carrying the rate over, that of AdamW's second best less the rule's"
+        measure = measures.carries_over(rest, place=1)
+        found.append(_about(words, asked, measure, NATS, _here(rest), *arms))
     return found
 
 

@@ -280,12 +280,14 @@ def valley(title: str) -> Measure:
     return measure
 
 
-def carries_over(title: str) -> Measure:
-    """What carrying the rate to other sizes costs AdamW, less what it costs the title."""
+def carries_over(title: str, place: int = 0) -> Measure:
+    """What carrying the rate to other sizes costs AdamW, less what it costs the title.
+
+    ``place``: which of AdamW's rates is carried, the best one or the second best.
+    """
 
     def measure(store: Store) -> Finding:
-        names = (gpt.adamw(store), title)
-        sides = [(name, gpt.regrets(store, name)) for name in names]
-        return _finding(*sides[0], *sides[1])
+        of_adamw = gpt.regrets(store, gpt.adamw(store), place)
+        return _finding(gpt.adamw(store), of_adamw, title, gpt.regrets(store, title))
 
     return measure

@@ -66,9 +66,7 @@ def test_the_model_is_missing(rule):
     opt = make(model, rule)
     backward(model, data())
     before = copies(model.parameters())
-    with pytest.raises(
-        RuntimeError, match=r"call optimizer\.attach\(model\) before the first"
-    ):
+    with pytest.raises(RuntimeError, match=r"call optimizer\.attach\(model\) before the first"):
         opt.step()
     assert same_bits(before, model.parameters())
     assert opt.param_groups[0].get("estimated", 0) == 0
