@@ -1,4 +1,4 @@
-"""Conditions on what a user gives."""
+"""What a user gives: conditions on it, and plain numbers for it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is one number, NaN included; a tensor of one element is."""
     return holds(lambda x: isinstance(float(x + 0.0), float), value)
+
+
+def plain_value(x: Any) -> Any:
+    """Python's own numbers, or lists of them, for those of tensors, arrays and NumPy."""
+    return x.tolist() if hasattr(x, "tolist") else x

@@ -25,7 +25,17 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     several layers has a line for each. Layers that were skipped for a non-finite gradient follow
     below, with their number of steps, and layers that started at zero and have not reached their
     radius; to read both, the device is waited for.
+
+    Raises
+    ------
+    TypeError
+        For an optimizer of another package.
     """
+    if not isinstance(optimizer, LayerwiseOptimizer):
+        raise TypeError(
+            f"describe wants an optimizer of layerlr, got {type(optimizer).__name__}: "
+            "layerlr.wrap(optimizer, rule) makes one of any"
+        )
     lines: list[tuple[str, ...]] = [_HEADER]
     skipped: list[str] = []
     growing: list[str] = []

@@ -52,6 +52,11 @@ class Estimation:
                     return True
         return False
 
+    def differentiates(self) -> bool:
+        """Whether a rule wants second derivatives, at some steps."""
+        named = [rules.resolve(group["rule"]) for group in self._cache.optimizer.param_groups]
+        return any(isinstance(rule, rules.Estimated) and rule.second_order for rule in named)
+
     def start(self) -> list[Tensor]:
         """The random state with which the closure is about to be evaluated."""
         from .estimators import random_state
@@ -64,13 +69,16 @@ class Estimation:
         from . import estimators
 
         optimizer = self._cache.optimizer
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "a rule that looks at the gradients wants them unscaled: call "
-                "scaler.unscale_(optimizer) before scaler.step(optimizer), or leave fused=True out"
-            )
-        if float(getattr(optimizer, "found_inf", None) or 0.0):
+        found_inf = getattr(optimizer, "found_inf", None)
+        if float(found_inf or 0.0):
             return  # there will be no step
+        unscaled = found_inf is not None and getattr(optimizer, "grad_scale", None) is None
+        if unscaled and self.is_second_order():
+            raise RuntimeError(
+                "rule 'curvature' differentiates the gradients, and scaler.unscale_(optimizer) has "
+                "divided their values, not their graph: leave it out, as scaler.step(optimizer) "
+                "divides both, or take Curvature('fisher')"
+            )
         views = []
         with torch.no_grad():
             for plans in self._steps.prepared():

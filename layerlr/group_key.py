@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .layers import plain_value
+from .conditions import plain_value
 
 if TYPE_CHECKING:
     from .optimizer import LayerwiseOptimizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .conditions import holds
+from .conditions import holds, plain_value
 
 if TYPE_CHECKING:
     from .rules import LayerRule
@@ -114,11 +114,6 @@ def rows(p: Tensor) -> int:
     return p.shape[0] if p.dim() else 1
 
 
-def plain_value(x: Any) -> Any:
-    """Python's own numbers, or lists of them, for those of tensors, arrays and NumPy."""
-    return x.tolist() if hasattr(x, "tolist") else x
-
-
 def row_length(p: Tensor) -> int:
     """Numbers in a row of dim 0; a complex number is two."""
     return p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
@@ -141,6 +136,8 @@ def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, s
     """Key of the layer that a parameter belongs to, and the layer's name."""
     if callable(layers):
         key = layers(name, p)
+        if not holds(lambda given: hash(given) is not None, key):
+            raise ValueError(f"layers gave {key!r} for {name!r}, wanted a key of dicts: a string")
         return key, str(key)
     if layers == "module":
         module = name.rpartition(".")[0]

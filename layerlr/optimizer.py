@@ -101,9 +101,9 @@ class LayerwiseOptimizer(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` leaves scale and verdict to the step (attributes
-        ``grad_scale`` and ``found_inf``): as in torch, where ``fused=True``.
+        ``grad_scale`` and ``found_inf``): by ``fused=True``, as in torch, and second derivatives.
         """  # noqa: D205
-        return all(group.get("fused") for group in self.param_groups)
+        return self._estimation.differentiates() or all(g.get("fused") for g in self.param_groups)
 
     # -- stepping ------------------------------------------------------------------------------
 

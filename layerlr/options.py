@@ -177,7 +177,7 @@ class LayerwiseOptions(TypedDict, total=False):
         sixteenth, for what the rule governs (without a rule: kernels) with two or more dimensions
         and 4,096 weights or more, in blocks with a scale each: of the largest number up to 64, and
         from 16, that divides a row, the product of all dimensions but the first. The rest stays
-        float32. State dicts convert when they are loaded. See `layerlr.codes`.
+        float32. State converts where the key is set anew. See `layerlr.codes`.
 
     Notes
     -----

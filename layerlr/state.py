@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,6 +194,13 @@ def unpack_groups(
         for key in _MAYBE_CALLABLE:
             if group.get(key) == _CALLABLE:
                 del group[key]
+        for key in {"state_dtype", "precision"} & group.keys() & old.keys():
+            if group[key] != old[key]:
+                warnings.warn(
+                    f"{key}={group[key]!r} came with the state dict and replaces {old[key]!r} in "
+                    f"param group {index}: to have it back, set the group's {key!r} after loading",
+                    stacklevel=2,
+                )
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
         for key in options.GROUP_ONLY:

@@ -29,14 +29,44 @@ def layer_stats(cache: PlanCache) -> dict[str, Any]:
     }
 
 
-def rates(cache: PlanCache) -> dict[str, Any]:
-    """``names``, and the last step's ``angle`` and ``relative``, its length over that of w."""
+def rates(cache: PlanCache, before: Tensor | None) -> dict[str, Any]:
+    """``names``, and the last step's ``angle`` and ``relative``, its length over that of w.
+
+    ``before``: `progress` before the step; layers that have made none since are at 0, as their
+    numbers are those of an earlier step.
+    """
     names, column = _table(cache)
     ww, uu, wu, a, b = (column[c] for c in _STEP)
     c = a - 1.0
-    moved = (c * c * ww + 2.0 * c * b * wu + b * b * uu).clamp(min=0.0)
-    relative = torch.where(ww > 0, (moved / ww).sqrt(), 0.0)
-    return {"names": names, "angle": angle(ww, uu, wu, a, b), "relative": relative}
+    square = (c * c * ww + 2.0 * c * b * wu + b * b * uu).clamp(min=0.0)
+    found = {
+        "angle": angle(ww, uu, wu, a, b),
+        "relative": torch.where(ww > 0, (square / ww).sqrt(), 0.0),
+    }
+    if before is not None and len(before) == len(names):
+        moved = progress(cache) > before
+        found = {key: torch.where(moved, value, 0.0) for key, value in found.items()}
+    return {"names": names, **found}
+
+
+def progress(cache: PlanCache) -> Tensor:
+    """A number for each layer of `layer_stats` that grows with every step that moves it.
+
+    The steps that its tensors have counted less those in which the layer was skipped. Nothing waits
+    for the device.
+    """
+    rows = []
+    for _, of_table in _measured(cache):
+        stats, skipped = of_table.stats, of_table.stats[:, COLUMNS.index("skipped")]
+        counts = [(of_table.states[s.tensor], s.layer) for s in of_table.table.spans]
+        counted = [(state["step"].view(1), layer) for state, layer in counts if state is not None]
+        if counted:
+            steps = torch.cat([step for step, _ in counted]).to(stats)
+            layers = torch.tensor([layer for _, layer in counted])
+            layers = layers.to(stats.device, non_blocking=True)
+            skipped = stats.new_zeros(len(stats)).scatter_reduce(0, layers, steps, "amax") - skipped
+        rows.append(skipped)
+    return _together(rows or [torch.zeros(0, dtype=torch.float64)])
 
 
 def growing(cache: PlanCache) -> Tensor | None:

@@ -71,8 +71,9 @@ ONE_LINE = (
     Family("SGD + layca", "momentum", -10, "layca", 0.0),
     Family("SGD + lars", "momentum", -1, "lars", 0.0),
 )
+CONTROL = "AdamW, two rates"
 PLAIN = (
-    Family("AdamW, two rates", "adamw", -10, plain="Adam"),
+    Family(CONTROL, "adamw", -10, plain="Adam"),
     *(
         replace(family, title=family.title + REST, plain=family.title.split()[0].rstrip("W"))
         for family in ONE_LINE
@@ -180,10 +181,11 @@ def best(scope: Scope, families: Sequence[Family]) -> str | None:
 
 
 def _carried(scope: Scope) -> list[Family]:
-    """Those whose rates are tried elsewhere: AdamW at its best decay, and some rules."""
+    """Those whose rates are tried elsewhere: AdamW at its best decay, with two rates, rules."""
     arm = best(scope, ADAMW)
     adamw = [family for family in ADAMW if arm and arm.startswith(f"{family.title}, ")]
-    return adamw + [family for family in PLAIN if family.title.removesuffix(REST) in CARRIED]
+    titles = (CONTROL, *(title + REST for title in CARRIED))
+    return adamw + [family for family in PLAIN if family.title in titles]
 
 
 def _elsewhere(scope: Scope, family: Family) -> list[Arm]:

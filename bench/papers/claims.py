@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from . import char_gpt_norms, curvature_line, measures
-from .char_gpt import CARRIED, ONE_LINE, PLAIN, REST
+from .char_gpt import CARRIED, CONTROL, ONE_LINE, PLAIN, REST
 from .evidence import Claim
 
 SINGH = "Singh et al. 2015"
@@ -17,7 +17,6 @@ TRANSFORMER = "A transformer"
 NORMS = "Norms at the start"
 README = "README: handwritten digits"
 ON_LAYCA = ("SGD", "Averaged momentum", "Adagrad", "RMSprop", "Adam")
-CONTROL = "AdamW, two rates"
 NATS = " nats"
 
 
@@ -71,6 +70,11 @@ def _asked_of_a_transformer() -> list[Claim]:
         words = f"the rate of {title} carries over better than AdamW's second best"
         asked = "loss by carrying the rate over, that of AdamW's second best less the rule's"
         measure = measures.carries_over(rest, place=1)
+        found.append(_about(words, asked, measure, NATS, _here(rest), *arms))
+        words = f"the rate of {title} carries over better than that of AdamW with two rates"
+        asked = "loss by carrying the rate over, AdamW's with two rates less the rule's"
+        arms = (arms[0], rf"{CONTROL}, rate [^,]*, ", _here(CONTROL))
+        measure = measures.carries_over(rest, CONTROL)
         found.append(_about(words, asked, measure, NATS, _here(rest), *arms))
     return found
 

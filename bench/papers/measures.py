@@ -280,14 +280,15 @@ def valley(title: str) -> Measure:
     return measure
 
 
-def carries_over(title: str, place: int = 0) -> Measure:
-    """What carrying the rate to other sizes costs AdamW, less what it costs the title.
+def carries_over(title: str, against: str | None = None, place: int = 0) -> Measure:
+    """What carrying the rate to other sizes costs AdamW, or another, less what it costs the title.
 
-    ``place``: which of AdamW's rates is carried, the best one or the second best.
+    ``place``: which of the other's rates is carried, the best one or the second best.
     """
 
     def measure(store: Store) -> Finding:
-        of_adamw = gpt.regrets(store, gpt.adamw(store), place)
-        return _finding(gpt.adamw(store), of_adamw, title, gpt.regrets(store, title))
+        other = against or gpt.adamw(store)
+        sides = [(other, gpt.regrets(store, other, place)), (title, gpt.regrets(store, title))]
+        return _finding(*sides[0], *sides[1])
 
     return measure

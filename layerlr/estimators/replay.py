@@ -142,6 +142,28 @@ def output_tensor(output: object) -> Tensor:
     return found
 
 
+def refuse_reentrant(output: Tensor) -> None:
+    """Refuse an output whose graph lacks what reentrant checkpoints compute in the backward pass.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the remedy.
+    """
+    seen, nodes = set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the model's output has no graph of what torch.utils.checkpoint computes with "
+                "use_reentrant=True: pass use_reentrant=False there"
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+
+
 def random_state() -> list[Tensor]:
     """Of the host, then of each GPU; reading a GPU's does not wait for it."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -68,9 +68,10 @@ class AngularRates(Stream):
     Notes
     -----
     An optimizer of this package knows its angles: where every group has a rule, they are read
-    after the step, for 16 bytes a layer; `adapt`, `layers` and `backend` are without effect then,
+    after the step, for 24 bytes a layer; `adapt`, `layers` and `backend` are without effect then,
     since its layers are watched as it has them (what ``layer_stats`` names), and in 16-bit weights
-    they are those of the step before it was rounded. Where a rule scales gradients, shards and
+    they are those of the step before it was rounded. Layers that it left out (no gradient, a
+    non-finite one, an overflow) are at 0. Where a rule scales gradients, shards and
     wrappers do not know the step in time, and are measured like the optimizers of others.
 
     Those are measured by hooks before and after ``step()``. Cost of a measured step: one copy of
@@ -112,6 +113,7 @@ class AngularRates(Stream):
         self._options = (adapt, layers, backend)
         self._rates: dict[str, Any] | None = None
         self._measured_at = 0
+        self._before: Tensor | None = None
         self.attach(model)
         self._hooks = [
             watched.register_step_pre_hook(lambda *_: self.before_step()),
@@ -128,8 +130,12 @@ class AngularRates(Stream):
 
     @torch._disable_dynamo
     def before_step(self) -> None:
-        """Copy the weights, if the coming step is due; the hook calls this."""
-        if (self.step + 1) % self.every == 0 and not devices.capturing_now() and not self._told():
+        """Copy what the coming step changes, if it is due; the hook calls this."""
+        if (self.step + 1) % self.every or devices.capturing_now():
+            return
+        if self._told():
+            self._before = statistics.progress(cast(LayerwiseOptimizer, self.optimizer).plans)
+        else:
             self._steps.begin()
 
     @torch._disable_dynamo
@@ -147,7 +153,9 @@ class AngularRates(Stream):
         if self.step % self.every == 0:
             found = self._steps.end()
             if self._told():
-                found = statistics.rates(cast(LayerwiseOptimizer, self.optimizer).plans)
+                plans = cast(LayerwiseOptimizer, self.optimizer).plans
+                found = statistics.rates(plans, self._before)
+            self._before = None
             if found is not None:
                 self._rates, self._measured_at = found, self.step
                 if self._sinks:

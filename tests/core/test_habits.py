@@ -55,6 +55,12 @@ def test_no_clipping(engine, off):
     assert same_bits(runs[0], copies(runs[1]))
 
 
+def test_describe_is_for_our_own():
+    opt = torch.optim.SGD([Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="describe wants an optimizer of layerlr, got SGD"):
+        layerlr.describe(opt)
+
+
 def test_describe_returns_what_it_prints(capsys):
     text = layerlr.describe(layerlr.SGD(weights(), rule="layca"))
     assert capsys.readouterr().out == text + "\n"

@@ -81,6 +81,11 @@ WRONG = [
     ({"rule": torch.optim.SGD}, TypeError, ["rule must be None, a name", "SGD"]),
     ({"rule": 3}, TypeError, ["rule must be None, a name or a layerlr.rules.LayerRule, got 3"]),
     ({"layers": "block"}, ValueError, ["layers: 'block'", "'tensor', 'module' or a callable"]),
+    (
+        {"layers": lambda name, p: [name]},
+        ValueError,
+        ["layers gave ['group", "wanted a key of dicts"],
+    ),
     ({"layers": "module"}, ValueError, ["layers='module'", "model.named_parameters()"]),
     (
         {"adapt": "weights"},

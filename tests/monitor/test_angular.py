@@ -51,6 +51,41 @@ def test_any_optimizer(base):
         assert rates.rates()["step"] == step + 1
 
 
+@pytest.mark.parametrize("wrap", [False, True], ids=["own", "wrapped"])
+@pytest.mark.parametrize("layers", ["tensor", lambda name, p: "one" if p.shape[0] == 7 else name])
+def test_layers_that_a_step_leaves_out_turn_by_nothing(engine, layers, wrap):
+    """Without a gradient, skipped, under an overflow: not by the angle of an earlier step."""
+    params = engine.params(random(((7, 5), (3, 4), (7, 2))))
+    kinds = {"rule": "layca", "layers": layers, "backend": engine.backend}
+    if wrap:
+        opt = layerlr.wrap(torch.optim.SGD(params, lr=0.1), lr=0.1, **kinds)
+    else:
+        opt = layerlr.SGD(params, lr=0.1, **kinds)
+    rates = AngularRates(opt)
+    together = layers != "tensor"
+
+    def turned(*without, spoil=None):
+        set_grads(params, 0)
+        for i in without:
+            params[i].grad = None
+        if spoil is not None:
+            params[spoil].grad[0, 0] = torch.nan
+        opt.step()
+        found = rates.rates()
+        assert all((x > 0) == (y > 0) for x, y in zip(found["angle"], found["relative"]))
+        return [bool(x) for x in found["angle"] > 0]
+
+    assert all(turned())
+    first = [True, False] if together else [True, False, True]
+    assert turned(1) == first
+    assert turned(0) == ([True, True] if together else [False, True, True])
+    assert turned(0, 2) == ([False, True] if together else [False, True, False])
+    if not wrap:
+        assert turned(spoil=1) == first
+        opt.found_inf = opt.grad_scale = torch.tensor(1.0, device=params[0].device)
+        assert not any(turned())
+
+
 @pytest.mark.asked(triton=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_engine(engine, dtype):

@@ -11,6 +11,7 @@ from contract_helpers import photograph, same
 from torch import nn
 
 import layerlr
+from layerlr import rules
 
 #: every rule, and a direction of either kind
 CASES = [case for case in cases.CASES if case.id.split("-")[0] in ("mom", "adamw")]
@@ -159,16 +160,58 @@ def test_a_compiled_step_is_told_too():
         assert same(photograph(opt), photograph(other))
 
 
-def test_rules_that_look_at_the_gradients_want_them_unscaled():
+ESTIMATED = [
+    *(rules.Curvature(kind, damping=0.1) for kind in ("hessian", "fisher", "exact")),
+    rules.Curvature("hessian", damping=0.1, refresh=3),
+    rules.BackMatching(),
+    rules.BackMatching(estimator="probe"),
+]
+
+
+def estimated_run(rule, fused, scaled, unscale=False):
+    """Rates and losses of a few steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(16, 6), torch.randint(3, (16,))
+    opt = layerlr.SGD(model.named_parameters(), lr=0.5, rule=rule, fused=fused)
+    opt.attach(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    found = []
+    for _ in range(5):
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward(create_graph=opt.is_second_order)
+        if unscale:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        found += [loss.detach(), *opt.layer_stats()["scale"]]
+    return torch.stack([f.double() for f in found])
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph", "ignore:rule 'curvature' finds the length")
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("rule", ESTIMATED, ids=str)
+def test_rates_that_are_estimated_do_not_see_the_scale(rule, fused):
+    wanted = estimated_run(rule, fused, scaled=False)
+    torch.testing.assert_close(estimated_run(rule, fused, scaled=True), wanted, rtol=1e-4, atol=0)
+    if not rule.second_order:
+        other = estimated_run(rule, fused, scaled=True, unscale=True)
+        torch.testing.assert_close(other, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph", "ignore:rule 'curvature' finds the length")
+@pytest.mark.parametrize("kind", ["hessian", "exact"])
+def test_unscaled_gradients_have_another_graph(kind):
+    with pytest.raises(RuntimeError, match="has divided their values, not their graph"):
+        estimated_run(rules.Curvature(kind), fused=False, scaled=True, unscale=True)
+
+
+def test_an_overflow_is_nothing_to_look_at():
     (p,) = (nn.Parameter(torch.ones(2, 2)),)
     opt = layerlr.SGD([p], lr=1.0, rule="curvature", fused=True)
     p.grad = torch.ones_like(p)
-    told(opt, 256.0)
-    before = p.detach().clone()
-    with pytest.raises(RuntimeError, match="unscale_"):
-        opt.step()
-    assert torch.equal(p, before)
-    del opt.grad_scale
     told(opt, None, True)
-    opt.step()  # an overflow: nothing to look at
+    before = p.detach().clone()
+    opt.step()
     assert torch.equal(p, before) and opt.param_groups[0].get("estimated", 0) == 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerlr.estimators.replay import output_tensor
+from layerlr.estimators.replay import output_tensor, refuse_reentrant
 
 
 def probe(
@@ -44,7 +44,7 @@ def probe(
     TypeError
         For an output that is not one floating-point tensor.
     RuntimeError
-        Where the output has no graph.
+        Where the output has no graph, or not all of it.
 
     Notes
     -----
@@ -60,6 +60,7 @@ def probe(
     y = output_tensor(output)
     if not y.requires_grad:
         raise RuntimeError("the model's output has no graph: run the model with gradients enabled")
+    refuse_reentrant(y)
     wanted = [p for p in params if p.requires_grad]
     grads = iter(torch.autograd.grad(y, wanted, _signs(y, generator), allow_unused=True))
     return [next(grads) if p.requires_grad else None for p in params]

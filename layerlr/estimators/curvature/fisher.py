@@ -14,6 +14,7 @@ from layerlr.estimators.replay import (
     ModelReplay,
     output_tensor,
     random_state,
+    refuse_reentrant,
     set_random_state,
 )
 from layerlr.rules import Curvature
@@ -111,6 +112,8 @@ def products(
     ValueError
         For an unknown likelihood or reduction, a tangent that is no parameter of the model, or a
         parameter that is used both by its module and past it.
+    RuntimeError
+        Where parts of the model are checkpointed with ``use_reentrant=True``.
     NotImplementedError
         Where PyTorch can differentiate a module neither in forward mode nor twice.
 
@@ -154,6 +157,7 @@ def products(
             with taps.installed():
                 frame = taps.enter(model, args, kwargs)
                 output = output_tensor(model(*args, **kwargs))
+                refuse_reentrant(output)
                 if output.shape[0] == n:
                     residual = _residual(output, likelihood, generator)
                     sums = taps.collect(frame, args, kwargs, output, residual)

@@ -258,7 +258,8 @@ class ForwardProducts:
         except RuntimeError as error:
             raise NotImplementedError(
                 f"module {self.names[module] or '(root)'!r}, which answers for the parameters "
-                f"{', '.join(values)}, has no derivative in forward mode nor a second one: {error}"
+                f"{', '.join(values)}, has no derivative in forward mode nor a second one: take "
+                f"Curvature('finite-difference') ({error})"
             ) from error
         finally:
             set_random_state(after)

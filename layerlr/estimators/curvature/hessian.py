@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerlr.backends.config import GRAD_FACTOR
 from layerlr.estimators.layers import LayerSet
+from layerlr.layers import is_kernel
 
 #: ``u^T H v`` of each layer, of one list of tensors v
 Product: TypeAlias = Callable[[list[Tensor]], Tensor]
@@ -24,9 +25,16 @@ def product(layers: LayerSet) -> Product:
     if not outputs:
         raise RuntimeError(
             "rule 'curvature' found gradients without their graph: call "
-            "loss.backward(create_graph=optimizer.is_second_order), or take "
-            "Curvature('fisher') or Curvature('finite-difference')"
+            "loss.backward(create_graph=optimizer.is_second_order), with use_reentrant=False in "
+            "torch.utils.checkpoint, or take Curvature('fisher') or Curvature('finite-difference')"
         )
+    for p, name, graph in zip(params, layers.names(), with_graph, strict=True):
+        if not graph and is_kernel(p) and p.grad is not None and p.grad.any():
+            raise RuntimeError(
+                f"rule 'curvature' found a gradient of {name!r} without its graph, and others with "
+                "theirs: under torch.utils.checkpoint pass use_reentrant=False. Where the loss is "
+                "linear in it, leave it out by adapt=, or take Curvature('fisher')"
+            )
     sign = ascent(layers)
 
     def along(v: list[Tensor]) -> Tensor:
