@@ -97,19 +97,17 @@ class PlanCache:
         ValueError
             For a hyper-parameter of the group that is no number any more, naming it.
         """
+        group = plans.group
         try:
-            return self._config(plans)
+            config = self.optimizer.numbers(group)
+            for place, value in enumerate(plans.direction.hyper(group), DIRECTION):
+                config.values[place] = value
+            rule = group["rule"]
+            for place, value in enumerate(rule.hyper_of(group) if rule is not None else (), RULE):
+                config.values[place] = value
         except (TypeError, ValueError):
-            checks.hyper_parameters(plans.group, self.optimizer.defaults, self.groups.index(plans))
+            checks.hyper_parameters(group, self.optimizer.defaults, self.groups.index(plans))
             raise
-
-    def _config(self, plans: GroupPlans) -> StepConfig:
-        config = self.optimizer.numbers(plans.group)
-        for place, value in enumerate(plans.direction.hyper(plans.group), DIRECTION):
-            config.values[place] = value
-        rule = plans.group["rule"]
-        for place, value in enumerate(rule.hyper_of(plans.group) if rule is not None else (), RULE):
-            config.values[place] = value
         return config
 
     def unfit(self) -> Iterator[int]:
