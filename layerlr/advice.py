@@ -34,7 +34,7 @@ def give(
     for kind, message in _about(owner, group, direction, governed):
         if kind not in said:
             said.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+            warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
 
 
 def give_of_all(
@@ -50,7 +50,7 @@ def give_of_all(
         Whether a parameter is governed, has state in fewer bits, is held in 16 bits with more.
     """
     for message in _of_all(groups, governed, coded, held):
-        warnings.warn(message, UserWarning, stacklevel=_level_of_the_caller())
+        warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
 
 
 def _of_all(
@@ -75,7 +75,7 @@ def _of_all(
         )
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """``stacklevel`` of the first frame that is neither ours nor torch's."""
     level, frame = 1, inspect.currentframe()
     while (frame := frame and frame.f_back) is not None:

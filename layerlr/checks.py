@@ -87,7 +87,7 @@ def hyper_parameters(group: dict[str, Any], defaults: dict[str, Any], index: int
         given, ok, wanted = group[key], True, "a number"
         if key == "betas":
             ok, wanted = holds(lambda x: [*map(is_number, x)] == [True, True], given), "two numbers"
-        elif is_number(default) and not isinstance(default, bool):
+        elif key == "lr" or (is_number(default) and not isinstance(default, bool)):
             ok = is_number(given)
         if not ok:
             raise ValueError(f"Invalid {key} of param group {index}: {given!r}, wanted {wanted}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 
 def holds(condition: Callable[[Any], Any], value: Any) -> bool:
     """Whether a condition holds; of a value that it cannot be asked of it does not.
@@ -13,12 +15,13 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
     """
     try:
         return bool(condition(value))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is one number, NaN included; a tensor of one element is."""
+    value = value.detach() if isinstance(value, Tensor) else value
     return holds(lambda x: isinstance(float(x + 0.0), float), value)
 
 

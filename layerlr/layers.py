@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -277,6 +277,8 @@ def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: flo
         Where ``lr_factor`` is no factor, or has another length than there are layers.
     """
     factor, plain = group.get("lr_factor", 1.0), plain or 0.0
+    if isinstance(factor, Iterator):  # which the next build would find empty
+        factor = group["lr_factor"] = list(factor)
     factor = plain_value(factor)
     names = {k: t.layers[i] for t in tables for i, k in enumerate(t.places) if k is not None}
     one = isinstance(factor, (int, float))

@@ -74,10 +74,12 @@ def max_grad_norm(group: Group) -> float | None:
         For a bound below 0, and where it does not go with the rule.
     """
     limit = group.get("max_grad_norm")
-    if limit is None or limit == 0.0:
+    if limit is None:
         return None
-    if not holds(lambda x: x > 0.0, limit):
+    if not holds(lambda x: x >= 0.0, limit):
         raise ValueError(f"Invalid max_grad_norm: {limit!r}, wanted None or a number >= 0")
+    if limit == 0.0:
+        return None
     if rules.is_estimated(group["rule"]):
         raise ValueError(
             f"max_grad_norm does not go with rule {group['rule'].name!r}, whose rates are those of "

@@ -67,6 +67,8 @@ def param_groups(
 
     Raises
     ------
+    TypeError
+        For what is no model.
     ValueError
         For a pattern without a match, a parameter that is to be both, a model of which nothing is
         left under the rule.
@@ -77,6 +79,8 @@ def param_groups(
     >>> opt = layerlr.AdamW(groups, lr=0.02, plain_lr=4e-3, weight_decay=0.1, rule="lamb")
     >>> layerlr.describe(opt)  # what is adapted and what plain, at which lr and decay
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups wants a torch.nn.Module, got {type(model).__name__}")
     params: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -191,8 +195,9 @@ def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
     ----------
     Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.
     """
-    if not holds(lambda x: x >= 1, n_layers):
-        raise ValueError(f"Invalid n_layers: {n_layers!r}, wanted at least 1")
+    if not holds(lambda x: x >= 1 and x == int(x), n_layers):
+        raise ValueError(f"Invalid n_layers: {n_layers!r}, wanted a whole number, at least 1")
+    n_layers = int(n_layers)
     if not holds(lambda x: -1.0 < x < 1.0, alpha):
         raise ValueError(f"Invalid alpha: {alpha!r}, wanted a number in (-1, 1)")
     last = max(n_layers - 1, 1)

@@ -139,10 +139,12 @@ class PlanCache:
         optimizer = self.optimizer
         plain_lr.check_use(optimizer.defaults["plain_lr"], optimizer.param_groups)
         tables = [table for plans in self.groups for table in plans.tables]
+        frozen = any(not p.requires_grad for plans in self.groups for p in plans.params)
         advice.give_of_all(
             optimizer.param_groups,
             governed=any(any(t.table.ruled) for t in tables),
-            coded=any(codes.is_coded(x) for of in optimizer.state.values() for x in of.values()),
+            coded=frozen
+            or any(codes.is_coded(x) for of in optimizer.state.values() for x in of.values()),
             held=any(t.plan is not None and t.plan.spec.precision for t in tables),
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import codes, dtensor, layers, memory, options, precision, rules
+from . import advice, codes, dtensor, layers, memory, options, precision, rules
 from .backends.base import state_dtype
 from .directions import Direction
 from .layers import LayerTable
@@ -188,9 +188,20 @@ def pack_groups(groups: list[dict[str, Any]]) -> None:
 def unpack_groups(
     groups: list[dict[str, Any]], current: list[dict[str, Any]], defaults: dict[str, Any]
 ) -> None:
-    """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default."""
+    """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default.
+
+    Raises
+    ------
+    ValueError
+        For the groups of a wrapper.
+    """
     for index, group in enumerate(groups):
         old = current[index] if index < len(current) else {}
+        if any(key.startswith("base.") for key in group):
+            raise ValueError(
+                "this is the state dict of an optimizer of layerlr.wrap, whose moments and lr are "
+                "its base's: load it into a wrapper of such a base"
+            )
         for key in _MAYBE_CALLABLE:
             if group.get(key) == _CALLABLE:
                 del group[key]
@@ -199,7 +210,7 @@ def unpack_groups(
                 warnings.warn(
                     f"{key}={group[key]!r} came with the state dict and replaces {old[key]!r} in "
                     f"param group {index}: to have it back, set the group's {key!r} after loading",
-                    stacklevel=2,
+                    stacklevel=advice.level_of_the_caller(),
                 )
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))

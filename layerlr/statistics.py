@@ -44,29 +44,30 @@ def rates(cache: PlanCache, before: Tensor | None) -> dict[str, Any]:
         "relative": torch.where(ww > 0, (square / ww).sqrt(), 0.0),
     }
     if before is not None and len(before) == len(names):
-        moved = progress(cache) > before
+        taken, skipped = (progress(cache) > before).unbind(1)
+        moved = taken & ~skipped
         found = {key: torch.where(moved, value, 0.0) for key, value in found.items()}
     return {"names": names, **found}
 
 
 def progress(cache: PlanCache) -> Tensor:
-    """A number for each layer of `layer_stats` that grows with every step that moves it.
+    """For each layer of `layer_stats` the steps that its tensors have counted, and its skips.
 
-    The steps that its tensors have counted less those in which the layer was skipped. Nothing waits
-    for the device.
+    [layers, 2]. A step that moves a layer counts in the first alone. Nothing waits for the device.
     """
     rows = []
     for _, of_table in _measured(cache):
         stats, skipped = of_table.stats, of_table.stats[:, COLUMNS.index("skipped")]
+        taken = stats.new_zeros(len(stats))
         counts = [(of_table.states[s.tensor], s.layer) for s in of_table.table.spans]
         counted = [(state["step"].view(1), layer) for state, layer in counts if state is not None]
         if counted:
             steps = torch.cat([step for step, _ in counted]).to(stats)
             layers = torch.tensor([layer for _, layer in counted])
             layers = layers.to(stats.device, non_blocking=True)
-            skipped = stats.new_zeros(len(stats)).scatter_reduce(0, layers, steps, "amax") - skipped
-        rows.append(skipped)
-    return _together(rows or [torch.zeros(0, dtype=torch.float64)])
+            taken = taken.scatter_add(0, layers, steps)
+        rows.append(torch.stack([taken, skipped], 1))
+    return _together(rows or [torch.zeros(0, 2, dtype=torch.float64)])
 
 
 def growing(cache: PlanCache) -> Tensor | None:

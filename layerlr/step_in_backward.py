@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from . import devices, options, rules
@@ -20,6 +21,11 @@ from .steppable import Unit, units
 from .wrapping import Wrapped
 
 _taken: weakref.WeakSet[LayerwiseOptimizer] = weakref.WeakSet()  # they have a handle
+
+
+def steps_in_backward(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's layers step before its ``step()``."""
+    return _before_step in optimizer._optimizer_step_pre_hooks.values()
 
 
 def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInBackward:

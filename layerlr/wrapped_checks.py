@@ -32,6 +32,15 @@ def capture(groups: list[dict[str, Any]]) -> None:
         )
 
 
+def same_groups(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Refuse to step a base that has got groups of its own."""
+    if len(ours) != len(theirs):
+        raise RuntimeError(
+            f"the base has {len(theirs)} param groups, its wrapper {len(ours)}: add groups by the "
+            "wrapper's add_param_group"
+        )
+
+
 def factor(group: dict[str, Any]) -> None:
     """Refuse a group's ``lr_factor`` where the base, with one lr for the group, cannot have it."""
     value = group.get("lr_factor", 1.0)

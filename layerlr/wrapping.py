@@ -163,6 +163,17 @@ class Wrapped(LayerwiseOptimizer):
     def plain_ratio(self, group: dict[str, Any]) -> float | None:
         return None  # such parameters take the base's step, and that is all
 
+    def rule(self, group: dict[str, Any]) -> rules.LayerRule | None:
+        found = super().rule(group)
+        index = next(k for k, ours in enumerate(self.param_groups) if ours is group)
+        wrapped_checks.rule(found, self.base.param_groups[index])
+        if found is not None and found.sets_length and group.get("reference_lr") is None:
+            raise ValueError(
+                f"rule {found.name!r} sets the length of the step, and lr of param group {index} "
+                "is the base's: wrap the base again, with this rule and its lr"
+            )
+        return found
+
     def numbers(self, group: dict[str, Any]) -> StepConfig:
         """The numbers of the rule's half of a step; those of the base are its own."""
         rule = group["rule"]
@@ -222,7 +233,11 @@ class Wrapped(LayerwiseOptimizer):
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
         wrapped_checks.capture(self.param_groups)
+        wrapped_checks.same_groups(self.param_groups, self.base.param_groups)
         every = self.plans.every()
+        for of_group in every:
+            if _order(of_group):
+                self.plans.config(of_group)  # what is refused is before the base steps
         before = taken.copies(p for p in _under_update_rules(every) if p.grad is not None)
         with taken.put_back(before):
             with (

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from layerlr import devices, dtensor, statistics
+from layerlr import backends, devices, dtensor, options, rules, statistics
 from layerlr.layers import Adapt, LayerKey
 from layerlr.optimizer import LayerwiseOptimizer
+from layerlr.step_in_backward import steps_in_backward
 from layerlr.wrapping import Wrapped
 
 from .copies import Snapshot, distinct
@@ -61,9 +62,10 @@ class AngularRates(Stream):
     Raises
     ------
     TypeError
-        For what is no optimizer.
+        For what is no optimizer, and a `model` that is none.
     ValueError
-        For `every` below 1, and a sink or a backend of an unknown kind.
+        For `every` below 1, a sink, a backend, `adapt` or `layers` of an unknown kind, and layers
+        by module where parameters have no names.
 
     Notes
     -----
@@ -108,6 +110,14 @@ class AngularRates(Stream):
         watched = watched_optimizer(optimizer)
         if not isinstance(watched, Optimizer):
             raise TypeError(f"wanted a torch.optim.Optimizer, got {type(watched).__name__}")
+        backends.validate(backend)
+        for index, group in enumerate(watched.param_groups):
+            like = {"adapt": adapt, "layers": layers, "param_names": group.get("param_names")}
+            if isinstance(model, nn.Module):
+                like["param_names"] = []  # the model's
+            for option in (options.OPTIONS["adapt"], options.OPTIONS["layers"]):
+                if option.check is not None:
+                    option.check(like, index)
         super().__init__(to, every)
         self.optimizer = watched
         self._options = (adapt, layers, backend)
@@ -125,6 +135,8 @@ class AngularRates(Stream):
 
         The optimizer is left as it is; one of this package has an ``attach`` that names them there.
         """
+        if not (model is None or isinstance(model, nn.Module)):
+            raise TypeError(f"attach wants a torch.nn.Module, got {type(model).__name__}")
         adapt, layers, backend = self._options
         self._steps = MeasuredSteps(self.optimizer, adapt, layers, backend, model)
 
@@ -134,7 +146,8 @@ class AngularRates(Stream):
         if (self.step + 1) % self.every or devices.capturing_now():
             return
         if self._told():
-            self._before = statistics.progress(cast(LayerwiseOptimizer, self.optimizer).plans)
+            if not steps_in_backward(self.optimizer):  # they have stepped already
+                self._before = statistics.progress(cast(LayerwiseOptimizer, self.optimizer).plans)
         else:
             self._steps.begin()
 
@@ -188,7 +201,7 @@ class AngularRates(Stream):
 
 
 def _knows_its_step(optimizer: LayerwiseOptimizer, group: dict[str, Any]) -> bool:
-    rule = group["rule"]
+    rule = rules.resolve(group["rule"])
     if rule is None or rule.order == "update":
         return rule is not None
     params: list[Tensor] = group["params"]

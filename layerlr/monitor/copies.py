@@ -9,12 +9,28 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from layerlr import advice
+
 
 class HasLayerStats(Protocol):
     """An optimizer that tells what its layer rules did."""
 
     def layer_stats(self) -> dict[str, Any]:
         """Return ``names`` and one tensor per quantity, of one number per layer."""
+
+
+def with_layer_stats(optimizer: Any) -> Any:
+    """The optimizer, if it is one that tells.
+
+    Raises
+    ------
+    TypeError
+        For others.
+    """
+    if not hasattr(optimizer, "layer_stats"):
+        kind = type(optimizer).__name__
+        raise TypeError(f"wanted an optimizer of layerlr, with layer_stats, not {kind}")
+    return optimizer
 
 
 class Snapshot(NamedTuple):
@@ -50,7 +66,7 @@ def snapshot(stats: dict[str, Any], keys: Iterable[str] | None = None) -> Snapsh
         warnings.warn(
             "no layer is measured: give a rule, on_nonfinite='skip' to a group without one, or use "
             "layerlr.monitor.AngularRates, which watches any optimizer",
-            stacklevel=3,
+            stacklevel=advice.level_of_the_caller(),
         )
     columns = {key: stats[key] for key in keys or stats if key != "names"}
     # Stacking copies: the optimizer may write its next step into the same tensors.

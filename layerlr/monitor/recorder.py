@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from layerlr.conditions import is_number, plain_value
+
 # Rows waiting on the device are stacked when there are this many: a row of its own costs an
 # allocation (512 bytes at least on CUDA) where its numbers need 8 bytes each.
 _FOLD = 256
@@ -119,12 +121,17 @@ class Recorder:
         self._blocks = [values] if self._steps else []  # an empty table has no columns yet
         self._rows = []
 
-    def _append(self, step: float | None, row: Tensor) -> None:
-        """Add a float64 row [quantities, layers] that nobody else writes to."""
+    def _number(self, step: float | None) -> float:
+        """The number of a record: a plain one, as weights_only loading takes no other."""
         if step is None:
-            step = self._steps[-1] + 1 if self._steps else 1
-        elif not isinstance(step, (int, float)) or hasattr(step, "item"):
-            step = step.item()  # of NumPy or torch: weights_only loading takes neither
+            return self._steps[-1] + 1 if self._steps else 1
+        if not is_number(step):
+            raise ValueError(f"Invalid step: {step!r}, wanted None or a number")
+        number: float = plain_value(step)
+        return number
+
+    def _append(self, step: float, row: Tensor) -> None:
+        """Add a float64 row [quantities, layers] that nobody else writes to."""
         self._steps.append(step)
         self._rows.append(row)
         if len(self._rows) == _FOLD:
@@ -138,9 +145,10 @@ class Recorder:
     def _table(self) -> Tensor:
         """Return everything as one host tensor [records, quantities, layers]."""
         self._fold()
-        if len(self._blocks) != 1 or self._blocks[0].device.type != "cpu":
-            empty = torch.empty(0, len(self._tags), len(self.names), dtype=torch.float64)
-            self._blocks = [torch.cat([empty, *(block.cpu() for block in self._blocks)])]
+        if not self._blocks:  # nor are any kept: an empty table has no columns yet
+            return torch.empty(0, len(self._tags), len(self.names), dtype=torch.float64)
+        if len(self._blocks) > 1 or self._blocks[0].device.type != "cpu":
+            self._blocks = [torch.cat([block.cpu() for block in self._blocks])]
         return self._blocks[0]
 
     def _series(self, key: str) -> Tensor:

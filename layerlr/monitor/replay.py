@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from layerlr.optimizer import LayerwiseOptimizer
 
+from .copies import distinct
+
 
 class Trace:
     """Angles of layers at some steps; a sink of `AngularRates`, or what it wrote to a file.
@@ -48,22 +50,35 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read the JSON lines that `AngularRates` or `Telemetry` has written.
 
+        Where the steps begin again (a run that was resumed from a checkpoint, another run into the
+        same file), the later lines replace what was recorded of these steps and the ones after.
+
         Raises
         ------
         ValueError
-            For lines without an angle, and for steps that do not ascend.
+            For lines that are no record of an angle, with the number of the line.
         """
         trace = cls()
-        rows: dict[int, list[tuple[str, float]]] = {}
+        rows: dict[int, dict[str, float]] = {}
+        last = 0
         with Path(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not {"step", "layer", "angle"} <= row.keys():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number} is no JSON: was it cut off?"
+                    ) from error
+                if not (isinstance(row, dict) and {"step", "layer", "angle"} <= row.keys()):
                     raise ValueError(f"{path}, line {number} has no step, layer or angle")
+                step, layer = row["step"], row["layer"]
+                if step < last or layer in rows.get(step, ()):
+                    rows = {known: angles for known, angles in rows.items() if known < step}
                 angle = math.nan if row["angle"] is None else row["angle"]
-                rows.setdefault(row["step"], []).append((row["layer"], angle))
+                rows.setdefault(step, {})[layer] = angle
+                last = step
         for step, angles in rows.items():
-            trace._append(step, angles)
+            trace._append(step, angles.items())
         return trace
 
     def at(self, step: int) -> dict[str, float]:
@@ -104,9 +119,12 @@ class Replay(LRScheduler):
     def get_lr(self) -> list[Any]:
         """Return the lr of each group; with ``per_layer`` the ``lr_factor`` is set as well."""
         angles = self.trace.at(self.last_epoch + 1)
-        found = []
-        for index, group in enumerate(self.optimizer.param_groups):
-            layers = _turned(self.optimizer, index)
+        groups = self.optimizer.param_groups
+        turned = [_turned(self.optimizer, index) for index in range(len(groups))]
+        named = iter(distinct(name for layers in turned for name in layers))
+        found, factors = [], []
+        for group, own in zip(groups, turned, strict=True):
+            layers = [next(named) for _ in own]
             missing = [name for name in layers if name not in angles]
             if missing:
                 raise ValueError(
@@ -119,8 +137,9 @@ class Replay(LRScheduler):
                 continue
             mean = math.tan(sum(angles[name] for name in layers) / len(layers))
             found.append(mean)
-            if self.per_layer:
-                group["lr_factor"] = [rate / mean if mean else 1.0 for rate in rates]
+            factors.append((group, [rate / mean if mean else 1.0 for rate in rates]))
+        for group, factor in factors if self.per_layer else ():
+            group["lr_factor"] = factor
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,12 +207,12 @@ def replay(
 
 def _turned(optimizer: Any, index: int) -> list[str]:
     """Names of the layers that a group's rule turns, in the order of ``lr_factor``."""
+    tables = [of_table.table for of_table in optimizer.plans.fitting(index).tables]
     rule = optimizer.param_groups[index]["rule"]
     if rule is None:
         return []
     if rule.name not in ("layca", "hyperball") or not rule.sets_length:
         raise ValueError(f"lr is no angle under {rule!r}: replay is for Layca and Hyperball")
-    tables = [of_table.table for of_table in optimizer.plans.fitting(index).tables]
     names = [[n for n, r in zip(t.layers, t.ruled, strict=True) if r] for t in tables]
     if len([n for n in names if n]) > 1:
         raise ValueError(

@@ -73,8 +73,7 @@ class LayerRotation(Recorder):
     Raises
     ------
     ValueError
-        If no parameter is watched, a parameter is uninitialised, a name occurs twice, or `dtype`
-        is not of floating point.
+        If nothing is watched, or what has no values; for a name that is twice, or an odd `dtype`.
     TypeError
         If `model` yields something else than pairs.
 
@@ -143,8 +142,9 @@ class LayerRotation(Recorder):
         Raises
         ------
         ValueError
-            If a layer is gone from the model or has another shape than its start.
+            For no number as step; for a layer that is gone or has another shape than its start.
         """
+        number = self._number(step)
         weights = [self._weight(i) for i in range(len(self.names))]
         weight_norms = norms([local(w) for w in weights], weights)
         self._follow(self._start, weights)
@@ -159,7 +159,7 @@ class LayerRotation(Recorder):
             row.append(angles(distances(self._previous, previous_norms, weights, weight_norms)))
             for previous, w in zip(self._previous, weights, strict=True):
                 _copy(previous, local(w))
-        self._append(step, torch.stack(row))
+        self._append(number, torch.stack(row))
 
     def curves(self) -> RotationCurves:
         """Return everything recorded, without the start (at which every distance is 0)."""

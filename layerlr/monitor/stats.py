@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .copies import HasLayerStats, snapshot
+from .copies import HasLayerStats, snapshot, with_layer_stats
 from .plotting import draw
 from .recorder import Recorder
 
@@ -71,7 +71,7 @@ class StatsLog(Recorder):
 
     def __init__(self, optimizer: HasLayerStats) -> None:
         super().__init__([], {key: f"layer_{key}" for key in _QUANTITIES})
-        self.optimizer = optimizer
+        self.optimizer = with_layer_stats(optimizer)
 
     @torch.no_grad()
     def record(self, step: float | None = None) -> None:
@@ -83,10 +83,11 @@ class StatsLog(Recorder):
             The number of the step, or of the epoch; by default one more than at the last record,
             1 at the first.
         """
+        number = self._number(step)
         names, _, row = snapshot(self.optimizer.layer_stats(), self._tags)
         if names != self.names:
             row = self._align(names, row)
-        self._append(step, row)
+        self._append(number, row)
 
     def curves(self, key: str = "lr") -> StatsCurves:
         """Return one quantity over the records.

@@ -9,7 +9,7 @@ import torch
 
 from layerlr import devices, statistics
 
-from .copies import HasLayerStats, snapshot
+from .copies import HasLayerStats, snapshot, with_layer_stats
 from .sinks import Sink
 from .stream import Stream, watched_optimizer
 
@@ -82,10 +82,7 @@ class Telemetry(Stream):
     """
 
     def __init__(self, optimizer: HasLayerStats, *to: Sink, every: int = 100) -> None:
-        self.optimizer = watched_optimizer(optimizer)
-        if not hasattr(self.optimizer, "layer_stats"):
-            kind = type(self.optimizer).__name__
-            raise TypeError(f"wanted an optimizer of layerlr, with layer_stats, not {kind}")
+        self.optimizer = with_layer_stats(watched_optimizer(optimizer))
         super().__init__(to, every)
         self._taking_part: dict[str, tuple[int, int]] = {}  # step and skips when last known to
         self._reported: set[str] = set()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from layerlr.conditions import holds
+from layerlr.conditions import holds, plain_value
 
 
 class LayerStats(NamedTuple):
@@ -106,7 +106,8 @@ class LayerRule:
 
     def to_dict(self) -> dict[str, Any]:
         """Name and plain numbers, for a state dict."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        values = {key: plain_value(value) for key, value in dataclasses.asdict(self).items()}
+        return {"name": self.name, **values}
 
     def _check(self, name: str, condition: Callable[[Any], Any], wanted: str) -> None:
         """Refuse a hyper-parameter of which the condition does not hold."""

@@ -113,6 +113,8 @@ def test_a_rule_that_governs_nothing():
     assert said(lambda: layerlr.SGD(groups, lr=0.1, rule="layca"))[0] == []
     groups = [{"params": [Parameter(torch.ones(64, 64))]}, {"params": vectors}]
     assert said(lambda: layerlr.AdamW(groups, lr=0.1, state_dtype="8bit"))[0] == []
+    trunk = Parameter(torch.ones(64, 64), requires_grad=False)  # it may be thawed
+    assert said(lambda: layerlr.AdamW([trunk, *vectors], state_dtype="8bit"))[0] == []
     groups = [{"params": [Parameter(torch.ones(2, 2).bfloat16())]}, {"params": vectors}]
     assert said(lambda: layerlr.AdamW(groups, lr=0.1, precision="master"))[0] == []
 

@@ -200,3 +200,8 @@ def test_modules_as_layers():
     governed = [group["adapt"] == "all" for group in opt.param_groups]
     assert governed == [True, True, False, False]
     assert opt.layer_stats()["names"][:2] == ["0", "2"]
+
+
+def test_a_list_of_modules_is_no_model():
+    with pytest.raises(TypeError, match=r"param_groups wants a torch.nn.Module, got list"):
+        layerlr.param_groups([torch.nn.Linear(3, 3)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import cases
@@ -181,6 +182,13 @@ def test_an_lr_of_0_is_refused(lr):
     opt = layerlr.SGD(groups, lr=lr, rule="layca", plain_lr=0.3)
     opt.param_groups[0]["lr"] = 0.05
     assert rates(opt) == pytest.approx([0.05, 0.15, 0.15, 0.05])
+
+
+@pytest.mark.parametrize("known", ["x", -1.0, math.inf])
+def test_a_reference_that_is_none_is_named(known):
+    groups = [{"params": weights(), "reference_lr": known}]
+    with pytest.raises(ValueError, match="Invalid reference_lr of param group 0"):
+        layerlr.SGD(groups, lr=0.1, rule="layca", plain_lr=0.3)
 
 
 # -- persistence ---------------------------------------------------------------------------------

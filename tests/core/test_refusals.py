@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import UserDict
 
@@ -148,6 +149,13 @@ NO_NUMBERS = [
     ("Adam", "weight_decay", [0.1, 0.2], "weight_decay value: [0.1, 0.2], wanted a number >= 0"),
     ("Adam", "plain_lr", "1e-3", "Invalid plain_lr: '1e-3', wanted None or a finite number >= 0"),
     ("Adam", "max_grad_norm", "1", "Invalid max_grad_norm: '1', wanted None or a number >= 0"),
+    (
+        "Adam",
+        "max_grad_norm",
+        torch.ones(2),
+        "Invalid max_grad_norm: tensor([1., 1.])",
+    ),
+    ("Adam", "lr", 10**400, "Invalid learning rate: 1000"),
     ("Adam", "precision", ["kahan"], "Invalid precision: ['kahan'], wanted None, 'master'"),
     ("Adam", "backend", ["cpu"], "unknown backend ['cpu'], available are 'auto'"),
 ]
@@ -189,6 +197,7 @@ def test_a_group_key_set_to_nonsense(engine):
         ("weight_decay", None, "weight_decay of param group 0: None, wanted a number"),
         ("dampening", None, "dampening of param group 0: None, wanted a number"),
         ("max_grad_norm", "1", "max_grad_norm: '1', wanted None or a number >= 0"),
+        ("split", [math.inf, 2], "split: .inf, 2., wanted a whole number, or several"),
     ]:
         group = opt.param_groups[0]
         before, missing = photograph(opt), object()

@@ -145,3 +145,15 @@ def test_lr_factor_that_does_not_fit(scale, message):
     params = [("w", Parameter(torch.ones(2, 2))), ("b", Parameter(torch.ones(2)))]
     with pytest.raises(ValueError, match=message):
         layerlr.SGD([{"params": params, "lr_factor": scale}], rule="lars")
+
+
+def test_factors_may_come_one_by_one():
+    """A generator is read once, and kept as a list."""
+    params = [Parameter(v) for v in random(((4, 3), (3, 2)))]
+    group = {"params": params, "lr_factor": (x for x in (0.5, 0.25))}
+    opt = layerlr.SGD([group], lr=1.0, rule="layca")
+    opt.param_groups[0]["layers"] = lambda name, p: name  # built anew
+    set_grads(params, 0)
+    opt.step()
+    stats = opt.layer_stats()
+    assert (stats["lr"] / stats["scale"]).tolist() == pytest.approx([0.5, 0.25])

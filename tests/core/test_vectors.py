@@ -267,7 +267,8 @@ def test_depth_multipliers(n, alpha):
 
 
 @pytest.mark.parametrize(
-    ("n", "alpha", "named"), [(0, 0.1, "n_layers"), (3, 1.0, "alpha"), (3, -1.0, "alpha")]
+    ("n", "alpha", "named"),
+    [(0, 0.1, "n_layers"), (2.5, 0.1, "n_layers"), (3, 1.0, "alpha"), (3, -1.0, "alpha")],
 )
 def test_depth_multipliers_out_of_range(n, alpha, named):
     with pytest.raises(ValueError, match=f"Invalid {named}: {n if named == 'n_layers' else alpha}"):

@@ -86,6 +86,50 @@ def test_layers_that_a_step_leaves_out_turn_by_nothing(engine, layers, wrap):
         assert not any(turned())
 
 
+def test_a_layer_whose_tensors_take_turns():
+    """The tensor that has taken fewer steps moves the layer alone."""
+    model = nn.Linear(3, 3)
+    opt = layerlr.SGD(
+        model.named_parameters(), lr=0.1, rule="lars", layers=lambda name, p: "one", adapt="all"
+    )
+    rates = AngularRates(opt)
+    for weight, bias in ((True, False), (True, False), (False, True)):
+        model.weight.grad = torch.ones(3, 3) if weight else None
+        model.bias.grad = torch.ones(3) if bias else None
+        opt.step()
+        assert rates.rates()["relative"].item() > 0
+
+
+def test_layers_that_step_inside_backward_are_no_zeros():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule="layca")
+    layerlr.step_in_backward(model, opt)
+    rates = AngularRates(opt)
+    model(torch.ones(2, 4)).square().sum().backward()
+    opt.step()
+    turned = dict(zip(rates.rates()["names"], rates.rates()["angle"].tolist(), strict=True))
+    assert turned["0.weight"] == pytest.approx(math.atan(0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"adapt": "kernel"}, ValueError, "Invalid adapt: 'kernel'"),
+        ({"layers": "modul"}, ValueError, "Invalid layers: 'modul'"),
+        ({"layers": "module"}, ValueError, "layers='module' needs parameter names"),
+        ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+        ({"model": 3}, TypeError, "attach wants a torch.nn.Module, got int"),
+    ],
+)
+def test_arguments_that_are_refused(options, error, words):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=words):
+        AngularRates(opt, **options)
+    assert not opt._optimizer_step_pre_hooks
+    AngularRates(opt, layers="module", model=model)
+
+
 @pytest.mark.asked(triton=None)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_engine(engine, dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from cases import bits, train
@@ -123,6 +124,12 @@ def test_a_rule_is_saved_as_its_name_and_numbers(rule):
     other.load_state_dict(opt.state_dict())
     assert other.param_groups[0]["rule"] == opt.param_groups[0]["rule"]
     assert repr(other) == repr(opt)
+
+
+def test_numpy_s_numbers_are_saved_as_plain_ones():
+    rule = layerlr.rules.Lamb(clip=np.float64(10), trust_clip=np.bool_(True))
+    saved = through_file(layerlr.SGD(weights(), rule=rule).state_dict())["param_groups"][0]["rule"]
+    assert plain(saved) and (saved["clip"], saved["trust_clip"]) == (10.0, True)
 
 
 def test_options_of_a_rule_and_of_groups_come_back():

@@ -152,3 +152,64 @@ def test_describe(capsys):
         ["base", "0.005", "0.3", "AdamW"],
         ["frozen", "0", "0", "-"],
     ]
+
+
+def stepped(rule, **options):
+    base = torch.optim.AdamW([Parameter(v) for v in random(((7, 5), (5,)))], lr=0.1)
+    opt = layerlr.wrap(base, rule, **options)
+    params = opt.param_groups[0]["params"]
+    train(opt, params, 2)
+    return base, opt, params
+
+
+@pytest.mark.parametrize("value", ["1e-3", None, [0.1]], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "options"), [("layca", {"lr": 0.05}), ("brake", {}), ("lars", {})]
+)
+def test_a_rate_that_is_none_is_refused_before_the_base_steps(rule, options, value):
+    base, opt, params = stepped(rule, **options)
+    before, taken = copies(params), float(base.state[params[0]]["step"])
+    opt.param_groups[0]["lr"] = value
+    with pytest.raises(ValueError, match="Invalid lr of param group 0"):
+        opt.step()
+    assert same_bits(params, before) and float(base.state[params[0]]["step"]) == taken
+    assert base.param_groups[0]["lr"] == 0.1
+
+
+LATER = [
+    (rules.Layca(others="freeze"), "layca", {"lr": 0.05}, "or use others='plain'"),
+    ("curvature", "layca", {"lr": 0.05}, "use layerlr.SGD"),
+    ("layca", "lars", {}, "lr of param group 0 is the base's: wrap the base again"),
+]
+
+
+@pytest.mark.parametrize(("later", "rule", "options", "words"), LATER)
+def test_a_rule_set_later_is_refused_as_at_first(later, rule, options, words):
+    _, opt, params = stepped(rule, **options)
+    before = copies(params)
+    opt.param_groups[0]["rule"] = later
+    with pytest.raises(ValueError, match=words):
+        opt.step()
+    assert same_bits(params, before)
+
+
+def test_rules_may_change_where_the_lr_stays_what_it_was():
+    for rule, options, later in (("layca", {"lr": 0.05}, "hyperball"), ("lars", {}, "singh")):
+        _, opt, params = stepped(rule, **options)
+        opt.param_groups[0]["rule"] = later
+        train(opt, params, 1)
+
+
+def test_the_base_gets_its_groups_by_the_wrapper():
+    base, opt, _ = stepped("layca", lr=0.05)
+    base.add_param_group({"params": [Parameter(torch.ones(3, 3))]})
+    with pytest.raises(RuntimeError, match="add groups by the wrapper's add_param_group"):
+        opt.step()
+
+
+def test_a_wrappers_state_is_for_wrappers():
+    _, opt, params = stepped("brake")
+    other = layerlr.AdamW(params, lr=0.1, rule="brake")
+    with pytest.raises(ValueError, match=r"state dict of an optimizer of layerlr\.wrap"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state[params[0]]["exp_avg"].any()
