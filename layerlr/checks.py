@@ -93,14 +93,19 @@ def hyper_parameters(group: dict[str, Any], defaults: dict[str, Any], index: int
             raise ValueError(f"Invalid {key} of param group {index}: {given!r}, wanted {wanted}")
 
 
+def lazy(name: str, p: Tensor) -> None:
+    """Refuse a parameter without a shape, in torch's words."""
+    if is_lazy(p):
+        raise ValueError(
+            f"Attempted to use an uninitialized parameter: {name!r} is of a lazy module, which "
+            "gives it its shape at its first forward pass: run one before the optimizer is made"
+        )
+
+
 def params(group: dict[str, Any], index: int) -> None:
     """Refuse parameters that no backend can step, naming them."""
     for name, p in zip(names_of(group, index), group["params"], strict=True):
-        if is_lazy(p):
-            raise ValueError(
-                f"Attempted to use an uninitialized parameter: {name!r} is of a lazy module, which "
-                "gives it its shape at its first forward pass: run one before the optimizer is made"
-            )
+        lazy(name, p)
         if group.get("fused") and not p.is_meta:  # what meta tensors become is seen later
             _device_dtype_check_for_fused(p)
         if not (p.is_floating_point() or p.is_complex()) or p.dtype.itemsize == 1:

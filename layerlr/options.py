@@ -12,7 +12,7 @@ import torch
 
 from . import backends, plain_lr, precision, rules
 from .codes import StateDtype
-from .conditions import holds
+from .conditions import holds, plain_value
 from .layers import Adapt, LayerKey, names_of
 from .precision import Precision
 from .rules import Rule
@@ -120,9 +120,11 @@ def _check_state_dtype(group: Group, index: int) -> None:
 
 
 def _check_seed(group: Group, index: int) -> None:
-    seed = group.get("seed")
+    seed = plain_value(group.get("seed"))
     if seed is not None and not isinstance(seed, int):
         raise ValueError(f"Invalid seed: {seed!r}, wanted None or an integer")
+    if seed is not None:
+        group["seed"] = seed
 
 
 # -- the table -------------------------------------------------------------------------------------

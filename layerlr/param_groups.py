@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from . import checks
 from .conditions import holds
 from .layers import is_kernel
 
@@ -70,8 +71,8 @@ def param_groups(
     TypeError
         For what is no model.
     ValueError
-        For a pattern without a match, a parameter that is to be both, a model of which nothing is
-        left under the rule.
+        For what is no pattern, one without a match, a parameter that is to be both, one of a lazy
+        module that has not run, a model of which nothing is left under the rule.
 
     Examples
     --------
@@ -84,6 +85,7 @@ def param_groups(
     params: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
+        checks.lazy(name, p)
         params[id(p)] = p
         names.setdefault(id(p), []).append(name)
     said = {key for pattern in _said_by(model) for key in _found(names, pattern)}
@@ -151,7 +153,11 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _matching(names: dict[int, list[str]], argument: str, given: Patterns) -> set[int]:
     found: set[int] = set()
-    for pattern in [given] if isinstance(given, str) else given:
+    one = isinstance(given, str) or not isinstance(given, Iterable)
+    patterns: list[Any] = [given] if one else list(given)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"Invalid {argument}: {given!r}, wanted a pattern, or several")
+    for pattern in patterns:
         keys = _found(names, pattern)
         if not keys:
             raise ValueError(

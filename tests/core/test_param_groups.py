@@ -205,3 +205,17 @@ def test_modules_as_layers():
 def test_a_list_of_modules_is_no_model():
     with pytest.raises(TypeError, match=r"param_groups wants a torch.nn.Module, got list"):
         layerlr.param_groups([torch.nn.Linear(3, 3)])
+
+
+@pytest.mark.parametrize("value", [None, 3, [None], b"0"], ids=str)
+@pytest.mark.parametrize("key", ["plain", "governed", "decay", "no_decay"])
+def test_what_is_no_pattern(key, value):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"Invalid {key}: .*, wanted a pattern, or several"):
+        layerlr.param_groups(model, **{key: value})
+
+
+def test_lazy_modules_are_named():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'1\.weight' is of a lazy module"):
+        layerlr.param_groups(model)

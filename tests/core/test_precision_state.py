@@ -8,6 +8,7 @@ import math
 import pickle
 
 import cases
+import numpy as np
 import pytest
 import torch
 from cases import same_bits, same_state, set_grads, state_of, train
@@ -49,7 +50,7 @@ def test_runs_are_reproducible(engine):
 @pytest.mark.asked(triton=NONE, simt=NONE)
 def test_the_seed_of_a_group(engine):
     one, two = halves(engine, seed=1), halves(engine, seed=1)
-    groups = [{"params": one, "seed": 3}, {"params": two, "seed": 3}]
+    groups = [{"params": one, "seed": 3}, {"params": two, "seed": np.int64(3)}]
     seeds = []
     for _ in range(2):
         opt = layerlr.SGD(groups, 1e-3, backend=engine.backend, precision="stochastic")
