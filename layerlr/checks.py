@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -100,6 +100,12 @@ def lazy(name: str, p: Tensor) -> None:
             f"Attempted to use an uninitialized parameter: {name!r} is of a lazy module, which "
             "gives it its shape at its first forward pass: run one before the optimizer is made"
         )
+
+
+def module(caller: str, model: object) -> None:
+    """Refuse what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} wants a torch.nn.Module, got {type(model).__name__}")
 
 
 def params(group: dict[str, Any], index: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import rules
+from . import checks, rules
 from .graphs import CapturedSteps
 from .plans import PlanCache
 
@@ -31,8 +31,7 @@ class Estimation:
         """Remember the last batch that goes through a model."""
         from .estimators import ModelReplay
 
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"attach wants a torch.nn.Module, got {type(model).__name__}")
+        checks.module("attach", model)
         self.detach()
         self.replay = ModelReplay(model)
 

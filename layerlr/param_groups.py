@@ -80,8 +80,7 @@ def param_groups(
     >>> opt = layerlr.AdamW(groups, lr=0.02, plain_lr=4e-3, weight_decay=0.1, rule="lamb")
     >>> layerlr.describe(opt)  # what is adapted and what plain, at which lr and decay
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"param_groups wants a torch.nn.Module, got {type(model).__name__}")
+    checks.module("param_groups", model)
     params: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

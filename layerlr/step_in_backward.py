@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from . import devices, options, rules
+from . import checks, devices, options, rules
 from .graphs import check_capturable
 from .group_plans import GroupPlans
 from .optimizer import LayerwiseOptimizer
@@ -95,8 +95,7 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
       messages of gradients.
     - A model compiled as one graph gives all its gradients at once: same numbers, no saving.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"step_in_backward wants a torch.nn.Module, got {type(model).__name__}")
+    checks.module("step_in_backward", model)
     if not isinstance(optimizer, LayerwiseOptimizer) or isinstance(optimizer, Wrapped):
         wrapper = ", whose base steps once a step" if isinstance(optimizer, Wrapped) else ""
         raise TypeError(

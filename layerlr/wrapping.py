@@ -218,7 +218,6 @@ class Wrapped(LayerwiseOptimizer):
             raise
 
     def _add(self, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-        wrapped_checks.rule(rules.resolve(ours.get("rule", self.defaults["rule"])), theirs)
         base_lr.settle(ours, theirs, self.defaults)
         super().add_param_group(ours)
 

@@ -63,19 +63,27 @@ def _asked_of_a_transformer() -> list[Claim]:
         arms = (_here(title), ADAMW_HERE)
         found.append(_about(words, asked, measures.valley(title), " octaves", *arms))
     for title in CARRIED:
-        rest, words = title + REST, f"the rate of {title} carries over to other sizes"
-        asked = "loss by carrying the rate over, AdamW's less the rule's"
-        arms = (rf"{re.escape(rest)}, rate [^,]*, ", "AdamW, decay [^,]*, rate [^,]*, ", ADAMW_HERE)
-        found.append(_about(words, asked, measures.carries_over(rest), NATS, _here(rest), *arms))
-        words = f"the rate of {title} carries over better than AdamW's second best"
-        asked = "loss by carrying the rate over, that of AdamW's second best less the rule's"
-        measure = measures.carries_over(rest, place=1)
-        found.append(_about(words, asked, measure, NATS, _here(rest), *arms))
-        words = f"the rate of {title} carries over better than that of AdamW with two rates"
-        asked = "loss by carrying the rate over, AdamW's with two rates less the rule's"
-        arms = (arms[0], rf"{CONTROL}, rate [^,]*, ", _here(CONTROL))
-        measure = measures.carries_over(rest, CONTROL)
-        found.append(_about(words, asked, measure, NATS, _here(rest), *arms))
+        rest, adamw = title + REST, "AdamW, decay [^,]*"
+        for words, whose, measure, other in (
+            ("to other sizes", "AdamW's", measures.carries_over(rest), adamw),
+            (
+                "better than AdamW's second best",
+                "that of AdamW's second best",
+                measures.carries_over(rest, place=1),
+                adamw,
+            ),
+            (
+                "better than that of AdamW with two rates",
+                "AdamW's with two rates",
+                measures.carries_over(rest, CONTROL),
+                CONTROL,
+            ),
+        ):
+            words = f"the rate of {title} carries over {words}"
+            asked = f"loss by carrying the rate over, {whose} less the rule's"
+            elsewhere = [f"{side}, rate [^,]*, " for side in (re.escape(rest), other)]
+            here = [_here(rest), f"{other}, rate [^,]*$"]
+            found.append(_about(words, asked, measure, NATS, *here, *elsewhere))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from layerlr import backends, devices, dtensor, options, rules, statistics
+from layerlr import backends, checks, devices, dtensor, options, rules, statistics
 from layerlr.layers import Adapt, LayerKey
 from layerlr.optimizer import LayerwiseOptimizer
 from layerlr.step_in_backward import steps_in_backward
@@ -135,8 +135,8 @@ class AngularRates(Stream):
 
         The optimizer is left as it is; one of this package has an ``attach`` that names them there.
         """
-        if not (model is None or isinstance(model, nn.Module)):
-            raise TypeError(f"attach wants a torch.nn.Module, got {type(model).__name__}")
+        if model is not None:
+            checks.module("attach", model)
         adapt, layers, backend = self._options
         self._steps = MeasuredSteps(self.optimizer, adapt, layers, backend, model)
 

@@ -29,7 +29,7 @@ NOT_ASKED = "pytest ended with"
 FILES = "parity edges nonfinite layers halves layer_stats split precision precision_state amp"
 FILES += " max_grad_norm rated start_radius plain_lr wrap triton twins vectors refusals"
 FILES += " step_in_backward step_in_backward_changes native timm properties adam_mini wrap_bounds"
-FILES += " codes code_values rules_everywhere sharded_codes"
+FILES += " wrong_values codes code_values rules_everywhere sharded_codes"
 #: whose tests ask an engine: what holds another engine against the reference asks both
 ASKED = {"reference": "(reference or cpu)"}
 CXX = [

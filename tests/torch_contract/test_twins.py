@@ -226,7 +226,7 @@ def test_complex_parameters(engine, cls):
 
 @pytest.mark.parametrize("options", OPTIONS[layerlr.Lion][:6])
 def test_lion_of_pytorch_optimizer(engine, options):
-    package = pytest.importorskip("pytorch_optimizer")
+    package = pytest.importorskip("pytorch_optimizer", reason="its Lion is the twin")
     options = {"lr": 1e-4, "betas": (0.9, 0.99), **options}
     pair = Pair(engine, layerlr.Lion, options)
     pair.twin = package.Lion(pair.theirs, foreach=False, **options)
