@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 
 import torch
 
-from . import backends, plain_lr, precision, rules
+from . import backends, plain_lr, precision, rules, unknown_arguments
 from .codes import StateDtype
 from .conditions import holds, plain_value
 from .layers import Adapt, LayerKey, names_of
@@ -50,7 +50,7 @@ def _check_adapt(group: Group, index: int) -> None:
     if not (adapt is None or callable(adapt) or adapt in ("all", "kernels", "none")):
         raise ValueError(
             f"Invalid adapt: {adapt!r}, wanted None, 'all', 'kernels', 'none' or a callable (name, "
-            "param)"
+            f"param){unknown_arguments.as_rule(adapt)}"
         )
 
 
@@ -246,26 +246,14 @@ def complete(owner: type, given: Mapping[str, Any]) -> dict[str, Any]:
         For an unknown backend or rule.
     """
     for name in given.keys() - OPTIONS.keys():
+        remedy = unknown_arguments.remedy(owner, name, given[name], GROUP_ONLY)
         raise TypeError(
-            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}"
-            + _where_it_belongs(name)
+            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}{remedy}"
         )
     options = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     backends.validate(options["backend"])
     options["rule"] = rules.resolve(options["rule"])
     return options
-
-
-def _where_it_belongs(name: str) -> str:
-    """What to do with an argument that is a rule's or a param group's."""
-    places = []
-    if name in GROUP_ONLY:
-        places.append(f"it is a key of param groups, {{'params': ..., {name!r}: ...}}")
-    owners = [r for r in rules.KNOWN.values() if name in inspect.signature(r).parameters]
-    if owners:
-        uses = " or ".join(f"rule=layerlr.rules.{r.__name__}({name}=...)" for r in owners)
-        places.append(f"it belongs to the rule, {uses}")
-    return f": {'; or '.join(places)}" if places else ""
 
 
 def check(group: Group, index: int) -> None:

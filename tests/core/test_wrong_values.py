@@ -111,15 +111,25 @@ def test_wrong_arguments(cls, kwargs, error, words):
             "seed",
             "'seed': it is a key of param groups, {'params': ..., 'seed': ...}; or it belongs",
         ),
-        ("truts", "'truts'"),
+        ("trust_coefficient", "here it is rule=layerlr.rules.Lars(trust=...)"),
+        ("optim_bits", "here it is state_dtype='8bit' for 8"),
+        ("weigth_decay", "argument 'weigth_decay': was 'weight_decay' meant?"),
+        ("nonsense", "argument 'nonsense'$"),
     ],
 )
 def test_arguments_that_belong_elsewhere(cls, name, words):
     with pytest.raises(TypeError) as refused:
         cls([Parameter(torch.ones(2))], **{name: 1})
-    message = str(refused.value)
+    message = str(refused.value) + "$"
     assert f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}" in message
-    assert words in message and ("belongs" in message) == ("trust" in name or name == "seed")
+    assert words in message
+
+
+def test_a_rule_given_as_something_else():
+    with pytest.raises(TypeError, match="argument 'layerwise': a rule is given as rule='layca'$"):
+        layerlr.SGD([Parameter(torch.ones(2, 2))], layerwise="layca")
+    with pytest.raises(ValueError, match="adapt: 'Lamb', .*: a rule is given as rule='Lamb'$"):
+        layerlr.SGD([Parameter(torch.ones(2, 2))], adapt="Lamb")
 
 
 #: what is no number -> what the message says; 1e-3 is a string to YAML

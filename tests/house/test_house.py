@@ -25,7 +25,7 @@ FLOORS = (
     "_C conditions devices directions",
     "layers rules",
     "dtensor plain_lr precision",
-    "memory",
+    "memory unknown_arguments",
     "codes",
     "backends",
     "checks estimators group_key hooks names numbers options sharded_plan",
