@@ -126,9 +126,9 @@ def test_arguments_that_belong_elsewhere(cls, name, words):
 
 
 def test_a_rule_given_as_something_else():
-    with pytest.raises(TypeError, match="argument 'layerwise': a rule is given as rule='layca'$"):
+    with pytest.raises(TypeError, match=r"argument 'layerwise': a rule is given as rule='layca'$"):
         layerlr.SGD([Parameter(torch.ones(2, 2))], layerwise="layca")
-    with pytest.raises(ValueError, match="adapt: 'Lamb', .*: a rule is given as rule='Lamb'$"):
+    with pytest.raises(ValueError, match=r"adapt: 'Lamb', .*: a rule is given as rule='Lamb'$"):
         layerlr.SGD([Parameter(torch.ones(2, 2))], adapt="Lamb")
 
 
