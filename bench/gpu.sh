@@ -86,7 +86,15 @@ pack() { [ -n "$dry" ] || tar czf "$out/logs.tgz" -C "$work" . 2>/dev/null; }
 # --- machine and build ---
 
 loads() {
-  timeout 60 "$python" -c 'from layerlr.backends import cuda; print(cuda.load().device_info(0))'
+  timeout 60 "$python" -c '
+import torch
+from layerlr.backends import cuda
+
+major, minor = torch.cuda.get_device_capability()
+built = [int(x) for x in cuda.load().architectures]
+fits = any(x // 10 == major and x % 10 <= minor for x in built)
+assert fits, f"the library has kernels for {built}, the GPU is {major}.{minor}"
+print(cuda.load().device_info(0))'
 }
 
 machine() {

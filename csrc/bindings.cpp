@@ -128,6 +128,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const PlanSpec&>())
       .def("prepare", &BoundPlan::prepare)
       .def("finish", &BoundPlan::finish)
+      .def("forget", &BoundPlan::forget)
       .def("rows", &BoundPlan::rows)
       .def("memory_pointers", &BoundPlan::memory_pointers)
       .def_property_readonly_static("READY", [](py::object) { return int(BoundPlan::ready); })

@@ -85,12 +85,16 @@ BoundPlan::Use::Use(BoundPlan& plan) : plan_(plan) {
   plan.used_ = true;
 }
 
-// Flattened, as torch's getters are calls where the compiler has room for none: 250 instructions a
-// tensor.
-[[gnu::flatten]] int BoundPlan::prepare() {
+void BoundPlan::forget() {
   TORCH_CHECK(!used_, two_threads);
   prepared_ = false;
   staging_ = {};
+}
+
+// Flattened, as torch's getters are calls where the compiler has room for none: 250 instructions a
+// tensor.
+[[gnu::flatten]] int BoundPlan::prepare() {
+  forget();
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const int answer = look_up(i);
     if (answer != ready) return answer;

@@ -102,6 +102,8 @@ class BoundPlan {
   int prepare();
   /// After the step: copy staged tensors back, tell autograd what was written.
   void finish();
+  /// Instead of a step: let go of what prepare() has read.
+  void forget();
 
   /// As long as it lives, what prepare() has found is in use, and another thread's prepare() or use
   /// is an error: the interpreter's lock may be let go.

@@ -59,11 +59,11 @@ struct States {
 template <template <class> class D>
 constexpr bool takes_codes = D<float>::states > 0;
 
-/// x^n for a whole n >= 0 by squaring, in twice the precision (Dekker's product: no fused add), so
-/// that host and device form the same bits: those of the exact power, rounded, but for rare ties.
+/// A number in twice the precision: the sum of both.
 struct TwoDoubles {
   double high, low;
 };
+/// Dekker's product, which needs no fused add.
 LAYERLR_HD TwoDoubles product(TwoDoubles x, TwoDoubles y) {
   const double split = 134217729;  // 2^27 + 1
   const double xs = x.high * split, xh = xs - (xs - x.high), xl = x.high - xh;
@@ -74,6 +74,8 @@ LAYERLR_HD TwoDoubles product(TwoDoubles x, TwoDoubles y) {
   const double sum = high + low;
   return {sum, low - (sum - high)};
 }
+/// x^n for a whole n >= 0 by squaring, in twice the precision, so that host and device form the
+/// same bits: those of the exact power, rounded, but for rare ties.
 LAYERLR_HD double power(double x, double n) {
   TwoDoubles result{1, 0}, square{x, 0};
   for (uint64_t k = static_cast<uint64_t>(n); k; k >>= 1) {

@@ -138,7 +138,6 @@ void DevicePlan::fill_config(const StepConfig& config, const OnDevice& on_device
       std::memcpy(bytes->data() + place * sizeof(double), &elsewhere, sizeof(double));
     }
   }
-  std::copy(std::begin(config.rule), std::end(config.rule), args_.rule.hyper);
 }
 
 /// Send the bytes [begin, end) that are not there yet.

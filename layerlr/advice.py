@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from . import options, rules
+from torch import Tensor
+
+from . import options, rules, unknown_arguments
 from .directions import Direction
 from .directions.adam import Adam
 
-#: keys of a group beside options and constructor arguments
-_OTHERS = ("params", "param_names", "estimated")
+#: keys of a group beside options and constructor arguments; eps is other optimizers', too
+_OTHERS = ("params", "param_names", "estimated", "eps")
 
 
 def give(
-    said: set[str], owner: type, group: dict[str, Any], direction: Direction, governed: bool
+    said: set[str],
+    owner: type,
+    group: dict[str, Any],
+    defaults: Mapping[str, Any],
+    direction: Direction,
+    governed: bool,
 ) -> None:
     """Warn of a group's options without effect, or without sense, each kind once.
 
@@ -28,17 +34,38 @@ def give(
         What was said before, by kind; added to.
     owner
         The optimizer's class.
+    defaults
+        The optimizer's, whose keys every group has.
     governed
         Whether the rule governs a parameter of the group.
     """
-    for kind, message in _about(owner, group, direction, governed):
-        if kind not in said:
-            said.add(kind)
-            warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
+    known = defaults.keys() | {*_OTHERS}
+    for kind, message in _about(owner, group, known, direction, governed):
+        once(said, kind, message)
+
+
+def once(said: set[str], kind: str, message: str) -> None:
+    """Warn, unless something of the kind was said before."""
+    if kind not in said:
+        said.add(kind)
+        warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
+
+
+def give_of_lr(said: set[str], group: dict[str, Any]) -> None:
+    """Warn, once, of an lr above the one at which what follows it by its ratio is meant."""
+    lr, reference = group["lr"], group["reference_lr"]
+    if "reference_lr" not in said and not isinstance(lr, Tensor) and lr > reference * (1 + 1e-6):
+        message = (
+            f"lr={lr:g} is above reference_lr={reference:g}, so what follows lr by its ratio "
+            f"(plain_lr, corrected_decay, a wrapper's base) is {lr / reference:.3g} times what was "
+            "given: give the constructor the largest lr of the schedule, or set the group's "
+            "'reference_lr'"
+        )
+        once(said, "reference_lr", message)
 
 
 def give_of_all(
-    groups: Sequence[dict[str, Any]], *, governed: bool, coded: bool, held: bool
+    groups: Sequence[dict[str, Any]], *, governed: bool, plain: bool, coded: bool, held: bool
 ) -> None:
     """Warn of options that nothing in any group follows.
 
@@ -46,15 +73,16 @@ def give_of_all(
     ----------
     groups
         All of a new optimizer's.
-    governed, coded, held
-        Whether a parameter is governed, has state in fewer bits, is held in 16 bits with more.
+    governed, plain, coded, held
+        Whether a parameter is governed, takes the plain step, has state in fewer bits, is held in
+        16 bits with more.
     """
-    for message in _of_all(groups, governed, coded, held):
+    for message in _of_all(groups, governed, plain, coded, held):
         warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
 
 
 def _of_all(
-    groups: Sequence[dict[str, Any]], governed: bool, coded: bool, held: bool
+    groups: Sequence[dict[str, Any]], governed: bool, plain: bool, coded: bool, held: bool
 ) -> Iterator[str]:
     wanted = [g["rule"] for g in groups if g["rule"] is not None and g["adapt"] != "none"]
     if wanted and not governed:
@@ -62,7 +90,18 @@ def _of_all(
             f"rule {wanted[0].name!r} governs none of the parameters, and all take the plain step: "
             "it is for kernels (two or more dimensions larger than 1) unless adapt='all'"
         )
+    rates = [g["plain_lr"] for g in groups if g.get("plain_lr") is not None]
+    if rates and not plain:
+        yield f"plain_lr={rates[0]} has no effect: the rule governs every parameter"
     in_bits = [g["state_dtype"] for g in groups if g["state_dtype"] != "float32"]
+    chosen = [
+        f"{key}={g[key]!r}"
+        for g in groups
+        for key, usual in (("adapt", None), ("layers", "tensor"))
+        if g[key] != usual
+    ]
+    if chosen and not in_bits and all(g["rule"] is g["on_nonfinite"] is None for g in groups):
+        yield f"{chosen[0]} has no effect without a rule: was rule='layca' or another meant?"
     if in_bits and not coded:
         yield (
             f"state_dtype={in_bits[0]!r} has no effect: no parameter has state that it changes "
@@ -90,19 +129,34 @@ def _arguments(owner: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(owner).parameters
 
 
+def _asks_names(adapt: Any) -> bool:
+    """Whether a callable looks at names, which it would call ``_`` if it did not."""
+    try:
+        return callable(adapt) and not next(iter(inspect.signature(adapt).parameters))[0] == "_"
+    except (ValueError, StopIteration):  # one of C's, or of any arguments
+        return False
+
+
 def _about(
-    owner: type, group: dict[str, Any], direction: Direction, governed: bool
+    owner: type, group: dict[str, Any], known: Set[str], direction: Direction, governed: bool
 ) -> Iterator[tuple[str, str]]:
     rule = group["rule"]
     arguments = _arguments(owner)
     ours = options.OPTIONS | options.GROUP_ONLY
-    for key in group.keys() - arguments.keys() - ours.keys() - {*_OTHERS}:
-        close = difflib.get_close_matches(key, ours, 1, 0.8)
-        foreign = key == "lr_scale" and isinstance(group[key], (int, float))  # timm's, a number
-        if key.replace("_", "") == "lrscale" and not foreign:
-            close = ["lr_factor"]
-        if close:
-            yield key, f"layerlr knows no param-group key {key!r}: was {close[0]!r} meant?"
+    for key in group.keys() - arguments.keys() - ours.keys() - known:
+        remedy = unknown_arguments.remedy(owner, key, group[key], options.GROUP_ONLY)
+        if key.replace("_", "") == "lrscale":
+            foreign = key == "lr_scale" and isinstance(group[key], (int, float))  # timm's, a number
+            remedy = "" if foreign else ": was 'lr_factor' meant?"
+        if remedy:
+            yield key, f"layerlr knows no param-group key {key!r}{remedy}"
+    if group.get("param_names") is None and _asks_names(group["adapt"]):
+        yield (
+            "adapt",
+            "adapt is asked with names such as 'group0.param0', as the parameters came without: "
+            "pass model.named_parameters() or call attach(model); an adapt that looks at no name "
+            "takes it as '_'",
+        )
     if "backend" in group:
         yield "backend", "backend is no param-group key and has no effect: give the constructor one"
     decay = group["weight_decay"]  # a default is nobody's wish, and not spoken of

@@ -14,6 +14,12 @@ from . import dtensor, memory, rules
 from .conditions import holds, is_number
 from .layers import names_of
 
+#: what is on or off: torch's flags, and ours
+_FLAGS = (
+    *("amsgrad", "capturable", "centered", "corrected_decay", "decoupled_weight_decay"),
+    *("differentiable", "foreach", "fused", "maximize", "nesterov"),
+)
+
 
 def flags(defaults: dict[str, Any]) -> None:
     """torch's own refusals of flags that exclude each other, in its words."""
@@ -91,6 +97,15 @@ def hyper_parameters(group: dict[str, Any], defaults: dict[str, Any], index: int
             ok = is_number(given)
         if not ok:
             raise ValueError(f"Invalid {key} of param group {index}: {given!r}, wanted {wanted}")
+
+
+def flags_of_group(group: dict[str, Any], index: int) -> None:
+    """Refuse a string for a flag, as configurations have them: any of them would be true."""
+    for key in _FLAGS:
+        if isinstance(group.get(key), str):
+            raise ValueError(
+                f"Invalid {key} of param group {index}: {group[key]!r}, wanted True or False"
+            )
 
 
 def lazy(name: str, p: Tensor) -> None:

@@ -214,7 +214,8 @@ def convert(
         state[key] = value.contiguous()
         scale = memory.writable(scale.to(p.device, torch.float32).contiguous())
         state[scale_key(key)] = _placed_scale(p, scale, name)
-    if value.dtype == wanted or (wanted is None and not is_codes(value)):
+    narrow = is_codes(value) or value.dtype in (torch.bfloat16, torch.float16)
+    if value.dtype == wanted or (wanted is None and not narrow):
         return
     local = {k: dtensor.local_part(state[k]) for k in (key, scale_key(key)) if k in state}
     x = load(local, key).float()

@@ -10,6 +10,7 @@ from . import base_lr, statistics
 from .backends import COLUMNS
 from .layers import names_of
 from .optimizer import LayerwiseOptimizer
+from .wrapped_checks import innermost
 from .wrapping import Wrapped
 
 _HEADER = ("parameter", "shape", "layer", "rule", "role", "lr", "decay", "backend")
@@ -31,6 +32,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     TypeError
         For an optimizer of another package.
     """
+    optimizer = innermost(optimizer)
     if not isinstance(optimizer, LayerwiseOptimizer):
         raise TypeError(
             f"describe wants an optimizer of layerlr, got {type(optimizer).__name__}: "
@@ -40,7 +42,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     skipped: list[str] = []
     growing: list[str] = []
     for index, group in enumerate(optimizer.param_groups):
-        rows: dict[str, list[tuple[str, ...]]] = {}
+        rows: dict[int, list[tuple[str, ...]]] = {}
         base = _of_base(optimizer, index)
         for of_table in optimizer.plans.fitting(index).tables:
             table, backend = of_table.table, of_table.backend
@@ -52,7 +54,7 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
                 for name, radius in zip(table.layers, radii, strict=True)
                 if radius
             ]
-            for span in () if base and group["rule"] is None else table.spans:
+            for span in table.spans:
                 p, name = table.params[span.tensor], table.names[span.tensor]
                 ruled = table.ruled[span.layer]
                 role = "adapted" if ruled else "plain"
@@ -61,13 +63,13 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
                 layer = table.layers[span.layer] if ruled else "-"
                 decay = base[1] if base else _short(group["weight_decay"])
                 line = (name, str(tuple(p.shape)), layer, rule, role, lr, decay, backend)
-                rows.setdefault(name, []).append(line)
-        for name, p in zip(names_of(group, index), group["params"], strict=True):
+                rows.setdefault(id(p), []).append(line)
+        for name, p in dict.fromkeys(zip(names_of(group, index), group["params"], strict=True)):
             shape = str(tuple(p.shape))
             others = [(name, shape, "-", "-", "frozen", "0", "0", "-")]
             if base and p.requires_grad:
                 others = [(name, shape, "-", "-", "base", *base)]
-            lines += rows.get(name, others)
+            lines += rows.get(id(p), others)
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
     text = "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()

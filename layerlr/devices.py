@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+
+def scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number in float64 on a device, for which nobody waits: it is written there, not copied."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.to(device, torch.float64)
+    return torch.full((), float(value), dtype=torch.float64, device=device)
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on a device. To a GPU they go from pinned memory, so nobody waits."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:

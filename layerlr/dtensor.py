@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layers import Span, rows
+from .layer_table import Span, rows
 
 
 def is_sharded(x: object) -> bool:

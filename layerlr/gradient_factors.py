@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtensor
+from . import devices, dtensor
 from .backends import COLUMNS, Plan, StepConfig
 from .group_plans import GroupPlans
 from .rules import LayerStats
-from .sharded_plan import ShardedPlan, reduce
+from .sharded_plan import ShardedPlan, measure
 
-_ONCE = [COLUMNS.index(name) for name in ("ww", "gg", "uu", "wu", "scale", "lr")]
+#: the first columns: ww gg uu wu scale lr
+_KNOWN = COLUMNS.index("lr") + 1
 
 
 @contextmanager
@@ -26,16 +27,14 @@ def scaled_gradients(
 
     ``groups``: plans that have read their gradients.
     """
-    plans = [(plan, group.group, numbers(group.group)) for group in groups for plan in group.plans]
-    sums = [plan.measure(config) for plan, _, config in plans]
-    reduce([(p, s) for (p, _, _), s in zip(plans, sums, strict=True) if isinstance(p, ShardedPlan)])
+    plans = [(plan, group.group) for group in groups for plan in group.plans]
+    sums = measure([(plan, numbers(group)) for plan, group in plans])
     own: list[tuple[Tensor, Tensor]] = []
     try:
-        for (plan, group, _), of_layers in zip(plans, sums, strict=True):
+        for (plan, group), of_layers in zip(plans, sums, strict=True):
             factor = _factors(plan, group, of_layers)
             table, values = plan.spec.table, factor
             if isinstance(plan, ShardedPlan):
-                plan.finish()
                 table, values = plan.layout.table, factor[plan.layout.layer_of]
             for i, p in enumerate(plan.spec.table.params):
                 if p.grad is None:
@@ -57,10 +56,9 @@ def _factors(plan: Plan, group: dict[str, Any], sums: Tensor) -> Tensor:
     rule, stats = plan.spec.rule, plan.spec.stats
     assert rule is not None
     found = LayerStats(*sums[:, :4].unbind(1))
-    lr = torch.as_tensor(group["lr"], dtype=torch.float64, device=stats.device)
-    lr = lr.expand_as(found.gg)  # a base has one for all layers
+    lr = devices.scalar(group["lr"], stats.device).expand_as(found.gg)  # a base has one for all
     factor = rule.factor(found, lr, 0.0)  # the base's decay is none of the gradient
     unknown = torch.full_like(factor, torch.nan)
     rows = torch.stack([found.ww, found.gg, unknown, unknown, factor, lr * factor], 1)
-    stats[:, _ONCE] = rows
+    stats[:, :_KNOWN] = rows
     return factor

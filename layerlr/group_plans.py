@@ -12,7 +12,7 @@ from .backends import Backend, Plan, PlanSpec
 from .directions import Direction
 from .dtensor import is_sharded
 from .group_key import GroupKey
-from .layers import LayerTable
+from .layer_table import LayerTable
 from .sharded_plan import ShardedPlan
 
 if TYPE_CHECKING:

@@ -2,121 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .conditions import holds, plain_value
+from .layer_table import LayerTable, Span, row_length, rows
 
 if TYPE_CHECKING:
     from .rules import LayerRule
 
 LayerKey = Callable[[str, Tensor], Hashable]
 Adapt = Callable[[str, Tensor], bool]
-
-
-class Span(NamedTuple):
-    """Rows ``begin:end`` of dim 0 of one tensor, all in one layer (a 0-dim tensor is one row)."""
-
-    tensor: int
-    begin: int
-    end: int
-    layer: int
-
-
-@dataclasses.dataclass
-class LayerTable:
-    """The layers of one param group on one device, the table every backend works from.
-
-    Attributes
-    ----------
-    params, names
-        The parameters that take steps, in group order.
-    spans
-        Their parts, in order; each part belongs to one layer.
-    layers
-        Name of each layer.
-    ruled
-        Whether the rule governs the layer. A parameter outside every layer has a row of its own
-        here with ``ruled`` false: it takes the plain step, and its non-finite gradient is its own.
-    lr_scale
-        Factor on lr for each layer: the group's ``lr_factor``, and the ratio of ``plain_lr`` to lr
-        where the rule does not govern.
-    start_radius
-        The norm at which a layer that starts at zero comes under a rule with a radius; the number
-        of its weights under a rule that averages; 0 under others.
-    places
-        The layer's place in a list of ``lr_factor``; None outside every layer.
-    again
-        Whether tables before it have the same parameters, listed twice in their group.
-    """
-
-    params: list[Tensor]
-    names: list[str]
-    spans: list[Span]
-    layers: list[str]
-    ruled: list[bool]
-    lr_scale: list[float]
-    start_radius: list[float]
-    places: list[int | None] = dataclasses.field(default_factory=list)
-    again: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        """Device of every parameter of the table."""
-        return self.params[0].device
-
-    @functools.cached_property
-    def parts(self) -> list[list[Span]]:
-        """The spans of each tensor, in row order."""
-        parts: list[list[Span]] = [[] for _ in self.params]
-        for span in self.spans:
-            parts[span.tensor].append(span)
-        return parts
-
-    def sum(self, tensor: int, x: Tensor, total: Tensor) -> None:
-        """Add the sum of each part of ``x``, which has the tensor's shape, to its layer."""
-        for span in self.parts[tensor]:
-            part = x if len(self.parts[tensor]) == 1 else x[span.begin : span.end]
-            total[span.layer] += part.sum()
-
-    def spread(self, tensor: int, values: Tensor, like: Tensor) -> Tensor:
-        """Each element's entry of a per-layer tensor, rounded once to the dtype of ``like``."""
-        if values.dtype != torch.bool:
-            values = values.to(like.dtype)
-        spans = self.parts[tensor]
-        if len(spans) == 1:
-            return values[spans[0].layer]
-        sizes = torch.tensor([s.end - s.begin for s in spans], device=like.device)
-        of_rows = values[[s.layer for s in spans]].repeat_interleave(sizes)
-        return of_rows.view(-1, *[1] * (like.dim() - 1))
-
-    def leaders(self, states: Sequence[object | None]) -> list[tuple[int, int, int]]:
-        """(layer, tensor, place among its parts) of each layer's first part with a state.
-
-        The state of that parameter holds the layer's memory.
-        """
-        seen: dict[int, tuple[int, int]] = {}
-        for i, spans in enumerate(self.parts):
-            for k, span in enumerate(spans if states[i] is not None else ()):
-                seen.setdefault(span.layer, (i, k))
-        return [(layer, i, k) for layer, (i, k) in sorted(seen.items()) if self.ruled[layer]]
-
-
-def rows(p: Tensor) -> int:
-    """Length of dim 0, counting a 0-dim tensor as one row."""
-    return p.shape[0] if p.dim() else 1
-
-
-def row_length(p: Tensor) -> int:
-    """Numbers in a row of dim 0; a complex number is two."""
-    return p.numel() * (1 + p.is_complex()) // max(rows(p), 1)
 
 
 def names_of(group: dict[str, Any], index: int) -> list[str]:
@@ -132,10 +34,21 @@ def names_of(group: dict[str, Any], index: int) -> list[str]:
     return [f"group{index}.param{i}" for i in range(len(group["params"]))]
 
 
+def _ask(option: str, given: Callable[[str, Tensor], Any], name: str, p: Tensor) -> Any:
+    """What a callable says of a parameter; it must take both arguments."""
+    try:
+        inspect.signature(given).bind(name, p)
+    except TypeError as error:
+        raise TypeError(f"{option} is called as (name, param): {error}") from error
+    except ValueError:
+        pass  # one of C's, which nobody can ask
+    return given(name, p)
+
+
 def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, str]:
     """Key of the layer that a parameter belongs to, and the layer's name."""
     if callable(layers):
-        key = layers(name, p)
+        key = _ask("layers", layers, name, p)
         if not holds(lambda given: hash(given) is not None, key):
             raise ValueError(f"layers gave {key!r} for {name!r}, wanted a key of dicts: a string")
         return key, str(key)
@@ -153,7 +66,7 @@ def is_kernel(p: Tensor) -> bool:
 def governs(adapt: str | Adapt, name: str, p: Tensor) -> bool:
     """Whether ``adapt`` puts a parameter under the rule."""
     if callable(adapt):
-        return bool(adapt(name, p))
+        return bool(_ask("adapt", adapt, name, p))
     return adapt == "all" or (adapt == "kernels" and is_kernel(p))
 
 
@@ -185,7 +98,7 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
     governed = 0
     for name, p in zip(names_of(group, index), group["params"], strict=True):
         inside = governs(adapt, name, p)
-        if not inside and frozen:
+        if frozen and not (inside and rule is not None):
             continue
         if layers == "module" and named.setdefault(name, p) is not p:
             raise ValueError(
@@ -251,6 +164,7 @@ def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
 
 def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
     n, split = rows(p), plain_value(split)
+    split = list(split) if isinstance(split, Iterator) else split
     if isinstance(split, int):
         if split < 1 or n % split:
             raise ValueError(

@@ -100,9 +100,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `torch.amp.GradScaler` leaves scale and verdict to the step (attributes
-        ``grad_scale`` and ``found_inf``): by ``fused=True``, as in torch, and second derivatives.
-        """  # noqa: D205
+        """Whether a GradScaler leaves its scale and overflows to `step`, as by ``fused=True``."""
         return self._estimation.differentiates() or all(g.get("fused") for g in self.param_groups)
 
     # -- stepping ------------------------------------------------------------------------------

@@ -173,9 +173,9 @@ class LayerwiseOptions(TypedDict, total=False):
         takes the steps, the weight is its rounding. ``"kahan"``: a second number of the weight's
         dtype holds what the first has lost, in float16 nothing below 2^-24. ``"stochastic"``: the
         weight is rounded up or down with probability in proportion, bfloat16 only, by bits that
-        follow from a seed in the state: `torch.initial_seed` or the group key ``seed``. None:
-        rounded to nearest. Of memory they take 4, 2, 0 and 0 bytes a weight; a pass over the
-        weights reads 6, 4, 2 and 2, a step writes as many. See `layerlr.precision`.
+        follow from a seed in the state: the group key ``seed``, or 0. None: rounded to nearest. Of
+        memory they take 4, 2, 0 and 0 bytes a weight; a pass over the weights reads 6, 4, 2 and 2,
+        a step writes as many. See `layerlr.precision`.
     state_dtype : str
         ``"float32"``; ``"bfloat16"``: 2 bytes a number instead of 4; ``"8bit"``: 1 byte and a
         sixteenth, for what the rule governs (without a rule: kernels) with two or more dimensions
@@ -214,7 +214,8 @@ class GroupOptions(TypedDict, total=False):
     reference_lr : float
         The lr at which ``plain_lr`` is meant, which the optimizer remembers; a state dict has it.
     seed : int or None
-        Seed of stochastic rounding, read when the state is made.
+        Seed of stochastic rounding, read when the state is made; the same one in every process,
+        as copies of a model would part otherwise. None: 0.
     """
 
     split: Annotated[int | Sequence[int] | None, Option(None)]

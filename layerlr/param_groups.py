@@ -81,13 +81,14 @@ def param_groups(
     >>> layerlr.describe(opt)  # what is adapted and what plain, at which lr and decay
     """
     checks.module("param_groups", model)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: names are its own
     params: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         checks.lazy(name, p)
         params[id(p)] = p
         names.setdefault(id(p), []).append(name)
-    said = {key for pattern in _said_by(model) for key in _found(names, pattern)}
+    said = {key for pattern in _patterns(_said_by(model)) for key in _found(names, pattern)}
     embeddings, norms = (
         _of_modules(m for m in model.modules() if isinstance(m, kind))
         for kind in (_EMBEDDINGS, _NORMS)
@@ -143,17 +144,21 @@ def _heads(model: nn.Module) -> list[nn.Module]:
 def _said_by(model: nn.Module) -> Patterns:
     """What the model says should not decay."""
     answer: Any = getattr(model, "no_weight_decay", None)
-    return answer() if callable(answer) else ()
+    return (answer() or ()) if callable(answer) else ()
 
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
+def _patterns(given: Patterns) -> list[Any]:
+    one = isinstance(given, str) or not isinstance(given, Iterable)
+    return [given] if one else list(given)
+
+
 def _matching(names: dict[int, list[str]], argument: str, given: Patterns) -> set[int]:
     found: set[int] = set()
-    one = isinstance(given, str) or not isinstance(given, Iterable)
-    patterns: list[Any] = [given] if one else list(given)
+    patterns = _patterns(given)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"Invalid {argument}: {given!r}, wanted a pattern, or several")
     for pattern in patterns:

@@ -46,9 +46,9 @@ def reference(group: Group, what: str, where: str = "", instead: str = "") -> fl
         For an lr that nothing can follow.
     """
     known = group.get("reference_lr")
-    if known is not None and not holds(lambda x: 0.0 <= x < float("inf"), known):
+    if known is not None and not holds(lambda x: 0.0 < x < float("inf"), known):
         raise ValueError(f"Invalid reference_lr{where}: {known!r}, wanted a finite number > 0")
-    found = float(known or group["lr"])
+    found = float(group["lr"] if known is None else known)
     if not 0.0 < found < float("inf"):
         raise ValueError(
             f"{what} follows lr by its ratio, and lr{where} is {found}: give a nonzero lr and let "

@@ -18,7 +18,8 @@ from .backends import COLUMNS, PlanSpec, StepConfig
 from .backends.config import DIRECTION, RULE
 from .group_key import group_key
 from .group_plans import GroupPlans, TablePlan, every_plan, make_plan
-from .layers import LayerTable, build_tables, set_lr_scale
+from .layer_table import LayerTable
+from .layers import build_tables, set_lr_scale
 from .precision import of as precision_of
 
 if TYPE_CHECKING:
@@ -108,7 +109,13 @@ class PlanCache:
         except (TypeError, ValueError):
             checks.hyper_parameters(group, self.optimizer.defaults, self.groups.index(plans))
             raise
+        if group.get("reference_lr") is not None:
+            advice.give_of_lr(self._said, group)
         return config
+
+    def say_once(self, kind: str, message: str) -> None:
+        """Warn, unless something of the kind was said of this optimizer before."""
+        advice.once(self._said, kind, message)
 
     def unfit(self) -> Iterator[int]:
         """Numbers of the groups that have no plans, or plans of another step."""
@@ -143,8 +150,15 @@ class PlanCache:
         advice.give_of_all(
             optimizer.param_groups,
             governed=any(any(t.table.ruled) for t in tables),
+            plain=frozen or not all(all(t.table.ruled) for t in tables),
             coded=frozen
-            or any(codes.is_coded(x) for of in optimizer.state.values() for x in of.values()),
+            or any(
+                codes.is_coded(state[key])
+                for plans in self.groups
+                for of_table in plans.tables
+                for state in filter(None, of_table.states)
+                for key in plans.direction.states
+            ),
             held=any(t.plan is not None and t.plan.spec.precision for t in tables),
         )
 
@@ -203,6 +217,7 @@ class PlanCache:
         _check_capture(group, index)
         group["rule"] = optimizer.rule(group)
         options.check(group, index)
+        checks.flags_of_group(group, index)
         checks.params(group, index)
         checks.corrected_decay(group, index, optimizer.decoupled(group))
         direction = optimizer.direction(group)
@@ -228,7 +243,8 @@ class PlanCache:
             tables.append(TablePlan(table, states, backend.name, stats, plan, view, known))
         self._snapshot = _C.Snapshot(optimizer.state)
         governed = any(any(t.table.ruled) for t in tables)
-        advice.give(self._said, type(optimizer), group, direction, governed)
+        owner, defaults = type(optimizer), optimizer.defaults
+        advice.give(self._said, owner, group, defaults, direction, governed)
         key = group_key(optimizer, group)
         built = GroupPlans(group, key, list(group["params"]), direction, tables)
         if _rated(group, optimizer.state) - rated:

@@ -56,14 +56,13 @@ def complete(
     """What the state of p holds, or else its first value.
 
     The seed of the optimizer's parameter ``number`` is the number-th that splitmix64 draws from
-    ``seed``, or from `torch.initial_seed`.
+    ``seed``, or from 0: copies of a model round alike, whatever the seeds of their processes.
     """
     key = KEYS[precision]
     value = state.get(key)
     if precision == "stochastic":
         if value is None:
-            first = torch.initial_seed() if seed is None else seed
-            seed_of = torch.tensor(_signed(first), device="cpu")
+            seed_of = torch.tensor(_signed(seed or 0), device="cpu")
             value = splitmix64(seed_of, torch.tensor(number, device="cpu"))
         return value.to("cpu", torch.int64)
     dtype = torch.float32 if precision == "master" else p.dtype

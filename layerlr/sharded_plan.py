@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, dtensor
-from .backends import COLUMNS, Backend, PlanSpec, StepConfig
-from .layers import LayerTable, Span
+from . import _C, devices, dtensor
+from .backends import COLUMNS, Backend, Plan, PlanSpec, StepConfig
+from .layer_table import LayerTable, Span
 from .precision import splitmix64
 
-#: columns that a gradient rule knows after its second pass only
 _OF_STEP = [COLUMNS.index(c) for c in ("ww", "uu", "wu")]
 
 
@@ -34,6 +33,16 @@ def reduce(sums: Sequence[tuple[ShardedPlan, Tensor]]) -> None:
             x[at] = total
 
 
+def measure(steps: Sequence[tuple[Plan, StepConfig]]) -> list[Tensor]:
+    """The sums that the first pass of each plan takes, over processes, where no step follows it."""
+    sums = [plan.measure(config) for plan, config in steps]
+    shared = zip((plan for plan, _ in steps), sums, strict=True)
+    reduce([(plan, x) for plan, x in shared if isinstance(plan, ShardedPlan)])
+    for plan, _ in steps:
+        plan.forget()
+    return sums
+
+
 class ShardLayout:
     """How the layers of a table lie over processes, and the table of this process's shards.
 
@@ -50,6 +59,9 @@ class ShardLayout:
         Whether there are more rows than layers.
     layer_of, first_row
         The layer of each row, and the first row of each layer.
+    of_step
+        Columns that a gradient rule knows after its second pass only. An index on the device, as
+        the two above: a list would be copied there at each use, and waited for.
     parts
         How many times the row's sums are counted over all processes, each process counting its
         share.
@@ -76,21 +88,14 @@ class ShardLayout:
             ranges = dtensor.local_rows(whole.params[i], of_tensor)
             for (begin, end), span in zip(ranges, of_tensor, strict=True):
                 spans.append(Span(i, begin, end, rows[span.layer, tuple(of_tensors[i])]))
-        self.table = LayerTable(
-            local,
-            whole.names,
-            spans,
-            [whole.layers[k] for k in layers],
-            [whole.ruled[k] for k in layers],
-            [whole.lr_scale[k] for k in layers],
-            [whole.start_radius[k] for k in layers],
-        )
+        self.table = whole.part(layers, local, whole.names, spans)
 
         self.mixed = len(rows) > len(of_layers)
         self.layer_of = torch.tensor(layers, device=whole.device)
         self.first_row = torch.tensor(
             [layers.index(k) for k in range(len(of_layers))], device=whole.device
         )
+        self.of_step = torch.tensor(_OF_STEP, device=whole.device)
         shares, counted = [], [0.0] * len(of_layers)
         for layer, names in rows:
             others = (g for name, g in of_layers[layer].items() if name not in names)
@@ -172,7 +177,7 @@ class ShardedPlan:
         self._took = slice(None)
         if not all(active):
             found = {s.layer for s in table.spans if active[s.tensor]}
-            self._took = torch.tensor(sorted(found), dtype=torch.long, device=table.device)
+            self._took = devices.numbers(sorted(found), torch.long, table.device)
         return self._plan.prepare()
 
     def norms(self, config: StepConfig) -> Tensor:
@@ -194,12 +199,12 @@ class ShardedPlan:
         self._plan.apply(config, whole[self.layout.layer_of] if self.layout.mixed else whole)
         for x, radius in hidden:
             x.copy_(radius)
-        self.finish()
+        self._finish()
         if self._own:
             rows = self._stats[self.layout.first_row]
             if not self._update:
                 self._waiting[self._took] = self._late()[self._took]
-                rows[:, _OF_STEP] = of_last
+                rows[:, self.layout.of_step] = of_last
             self.spec.stats[self._took] = rows[self._took]
 
     def step(self, config: StepConfig) -> None:
@@ -210,7 +215,7 @@ class ShardedPlan:
             self.apply(config, sums)
         else:
             self._plan.step(config)
-            self.finish()
+            self._finish()
 
     def refresh(self, config: StepConfig) -> None:
         """Bring the numbers to where captured steps of this process's shards read them."""
@@ -241,16 +246,24 @@ class ShardedPlan:
         if self._own:
             self._stats.copy_(self.spec.stats[self.layout.layer_of])
             if not self._update:
-                self._stats[:, _OF_STEP] /= self.layout.parts
+                self._stats[:, self.layout.of_step] /= self.layout.parts
 
     def _late(self) -> Tensor:
-        return self.layout.of_layers(self._stats[:, _OF_STEP])
+        return self.layout.of_layers(self._stats[:, self.layout.of_step])
 
-    def finish(self) -> None:
-        """Let go of the gradients, and tell autograd what changed."""
-        changed = []
-        for p, local in zip(self.spec.table.params, self.layout.table.params, strict=True):
-            if p is not local and local.grad is not None:
-                changed.append(p)
-                local.grad = None
+    def forget(self) -> None:
+        """Let go of the gradients."""
+        for _, local in self._shards():
+            local.grad = None
+        self._plan.forget()
+
+    def _finish(self) -> None:
+        """Tell autograd what changed, and let go of the gradients."""
+        changed = [p for p, local in self._shards() if local.grad is not None]
         torch.autograd.graph.increment_version(changed)
+        self.forget()
+
+    def _shards(self) -> list[tuple[Tensor, Tensor]]:
+        """Sharded parameters and their local parts."""
+        pairs = zip(self.spec.table.params, self.layout.table.params, strict=True)
+        return [(p, local) for p, local in pairs if p is not local]

@@ -13,11 +13,13 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from . import advice, codes, dtensor, layers, memory, options, precision, rules
 from .backends.base import state_dtype
+from .conditions import is_number, plain_value
 from .directions import Direction
-from .layers import LayerTable
+from .layer_table import LayerTable
 
-#: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
+#: dtypes of state of every element that a state dict may bring
 _KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *codes.CODES)
+#: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
 _MAYBE_CALLABLE = ("layers", "adapt")
 _CALLABLE = "callable"
 
@@ -37,7 +39,7 @@ def complete(
     ``of_layers``: keys and first values of the numbers that the rule stores for each of the
     parameter's ``parts`` that it governs; ``number``: the parameter's in the optimizer. State moves
     to its parameter's device, or is made anew where it was on ``meta``, and into the bits that
-    ``state_dtype`` says; other dtypes are left alone once a step was taken.
+    ``state_dtype`` says: float32 where it was in fewer. float64 stays once a step was taken.
 
     Raises
     ------
@@ -52,8 +54,8 @@ def complete(
         for key in [k for k, x in state.items() if isinstance(x, Tensor) and x.is_meta]:
             del state[key]
     present = [key for key in direction.states if state.get(key) is not None]
-    if "dampening" in group and len(present) < len(direction.states):
-        state.pop("step", None)  # torch never dampens a new buffer, and the count tells a new one
+    if len(present) < len(direction.states) and ("dampening" in group or not present):
+        _start_afresh(state, quietly="dampening" in group)
     coded = layers.governs(layers.adapted(group, "kernels"), name, p)
     for key in direction.states:
         value = state.get(key)
@@ -71,10 +73,11 @@ def complete(
         )
     step = state.get("step")
     if not isinstance(step, Tensor):
-        # torch's SGD has no count; a buffer that is there has seen a step
-        count = float(bool(present)) if step is None else float(step)
+        if step is None and present:  # others count in the group; SGD's buffer has seen a step
+            step = group["step"] if is_number(group.get("step")) else 1
         # on the device: whether a step is skipped is decided there
-        state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=p.device)
+        count = torch.full((), float(step or 0), dtype=_get_scalar_dtype(), device=p.device)
+        state["step"] = count
     else:
         state["step"] = memory.writable(step.to(p.device))
     for key, initial in of_layers.items() if parts else ():
@@ -92,6 +95,21 @@ def complete(
         if key != "rounding_seed":
             value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
         state[key] = memory.writable(value)
+
+
+def _start_afresh(state: dict[str, Any], quietly: bool) -> None:
+    """Take the count away where the moments that it counts are none.
+
+    Quietly of SGD: torch never dampens a new buffer, and the count tells a new one.
+    """
+    step = state.pop("step", None)
+    others = [key for key, x in state.items() if isinstance(x, Tensor) and x.dim() > 0]
+    if step is not None and others and not quietly and float(step) > 0:
+        warnings.warn(
+            f"state that was loaded has {', '.join(map(repr, others))}, as another optimizer's "
+            "has, and no moments of this one: they start afresh, at step 0",
+            stacklevel=advice.level_of_the_caller(),
+        )
 
 
 def _never_used(state: dict[str, Any], value: Any, p: Tensor) -> bool:
@@ -183,6 +201,9 @@ def pack_groups(groups: list[dict[str, Any]]) -> None:
         for key in _MAYBE_CALLABLE:
             if callable(group[key]):
                 group[key] = _CALLABLE
+        for key in options.OPTIONS.keys() | options.GROUP_ONLY.keys():
+            if key in group:
+                group[key] = plain_value(group[key])  # NumPy's cannot be loaded with weights alone
 
 
 def unpack_groups(
@@ -190,11 +211,14 @@ def unpack_groups(
 ) -> None:
     """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default.
 
+    A warning names our own options that a state dict changes, as torch's way is to load them all.
+
     Raises
     ------
     ValueError
         For the groups of a wrapper.
     """
+    replaced: dict[tuple[str, str, str], list[str]] = {}
     for index, group in enumerate(groups):
         old = current[index] if index < len(current) else {}
         if any(key.startswith("base.") for key in group):
@@ -205,21 +229,23 @@ def unpack_groups(
         for key in _MAYBE_CALLABLE:
             if group.get(key) == _CALLABLE:
                 del group[key]
-        for key in {"state_dtype", "precision"} & group.keys() & old.keys():
+        if not isinstance(group.get("lr_scale", 1.0), (int, float)):
+            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name
+        group["rule"] = rules.resolve(group.get("rule", old.get("rule", defaults["rule"])))
+        for key in options.OPTIONS.keys() & group.keys() & old.keys():
             if group[key] != old[key]:
-                warnings.warn(
-                    f"{key}={group[key]!r} came with the state dict and replaces {old[key]!r} in "
-                    f"param group {index}: to have it back, set the group's {key!r} after loading",
-                    stacklevel=advice.level_of_the_caller(),
-                )
+                replaced.setdefault((key, repr(group[key]), repr(old[key])), []).append(str(index))
         for key, default in defaults.items():
             group.setdefault(key, old.get(key, default))
         for key in options.GROUP_ONLY:
             if key in old:
                 group.setdefault(key, old[key])
-        if not isinstance(group.get("lr_scale", 1.0), (int, float)):
-            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name
-        group["rule"] = rules.resolve(group["rule"])
+    for (key, new, before), indices in replaced.items():
+        warnings.warn(
+            f"{key}={new} came with the state dict and replaces {before} in param group "
+            f"{', '.join(indices)}: to have it back, set the group's {key!r} after loading",
+            stacklevel=advice.level_of_the_caller(),
+        )
 
 
 def restore_dtypes(

@@ -20,8 +20,6 @@ from .optimizer import LayerwiseOptimizer
 from .steppable import Unit, units
 from .wrapping import Wrapped
 
-_taken: weakref.WeakSet[LayerwiseOptimizer] = weakref.WeakSet()  # they have a handle
-
 
 def steps_in_backward(optimizer: Optimizer) -> bool:
     """Whether an optimizer's layers step before its ``step()``."""
@@ -102,16 +100,14 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
             "step_in_backward wants an optimizer of layerlr, got "
             f"{type(optimizer).__name__}{wrapper}"
         )
-    if optimizer in _taken:
+    if steps_in_backward(optimizer):
         raise RuntimeError("the optimizer steps in backward already: remove() that handle first")
     if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise ValueError(
             "step_in_backward does not work under DistributedDataParallel, which averages "
             "gradients after a layer has stepped"
         )
-    handle = StepInBackward(model, optimizer)
-    _taken.add(optimizer)
-    return handle
+    return StepInBackward(model, optimizer)
 
 
 class StepInBackward:
@@ -161,8 +157,6 @@ class StepInBackward:
             hook.remove()
         for hook in self._of_step:
             hook.remove()
-        if self._of_step:
-            _taken.discard(self._optimizer)
         self._of_step, self._hooks, self._units, self._built, self._params = [], {}, {}, [], []
 
     # -- what hooks call -----------------------------------------------------------------------
@@ -209,6 +203,8 @@ class StepInBackward:
         optimizer = self._optimizer
         _refuse(optimizer)
         built = optimizer.plans.every()
+        if any(of_table.table.again for plans in built for of_table in plans.tables):
+            raise ValueError("step_in_backward does not work with a parameter that is listed twice")
         if [id(x) for x in built] != [id(x) for x in self._built]:
             of_model = {id(p) for p in self._model.parameters()}
             every = (p for group in optimizer.param_groups for p in group["params"])

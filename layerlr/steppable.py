@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import BACKENDS, Plan, PlanSpec, StepConfig
 from .group_plans import GroupPlans, TablePlan, make_plan
-from .layers import LayerTable, Span
+from .layer_table import LayerTable, Span
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,6 +43,7 @@ class Unit:
 
     def prepare(self) -> bool:
         """Read the gradients and check them; False: the group's plans are out of date."""
+        self._join()  # before one is copied
         if self.plan is None:
             if not self.of_table.fits():
                 return False
@@ -52,7 +53,6 @@ class Unit:
     def step(self, config: StepConfig) -> None:
         """One step with the gradients that `prepare` read, on the current stream."""
         assert self.plan is not None
-        self._join()
         self.plan.step(config)
 
     def _join(self) -> None:
@@ -104,16 +104,8 @@ def _components(table: LayerTable) -> list[tuple[list[int], list[int]]]:
 def _part(table: LayerTable, tensors: list[int], layers: list[int]) -> LayerTable:
     """The table of some tensors and of all their layers."""
     place, row = ({old: new for new, old in enumerate(taken)} for taken in (tensors, layers))
-    return LayerTable(
-        [table.params[i] for i in tensors],
-        [table.names[i] for i in tensors],
-        [
-            Span(place[s.tensor], s.begin, s.end, row[s.layer])
-            for i in tensors
-            for s in table.parts[i]
-        ],
-        [table.layers[k] for k in layers],
-        [table.ruled[k] for k in layers],
-        [table.lr_scale[k] for k in layers],
-        [table.start_radius[k] for k in layers],
-    )
+    spans = [
+        Span(place[s.tensor], s.begin, s.end, row[s.layer]) for i in tensors for s in table.parts[i]
+    ]
+    params, names = [table.params[i] for i in tensors], [table.names[i] for i in tensors]
+    return table.part(layers, params, names, spans)

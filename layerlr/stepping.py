@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from . import devices
 from .backends import Plan, StepConfig
 from .backends.config import GRAD_FACTOR
 from .sharded_plan import ShardedPlan, reduce
@@ -60,9 +61,7 @@ def clip(steps: Sequence[Step], bounds: Mapping[int, float]) -> tuple[list[Step]
     factors: dict[int, Tensor] = {}
     for k in bounds:  # on the device, as the step's will be: a graph reads one or the other
         plan, config = steps[k]
-        factors[k] = torch.as_tensor(
-            config.get(GRAD_FACTOR), dtype=torch.float64, device=plan.spec.table.device
-        )
+        factors[k] = devices.scalar(config.get(GRAD_FACTOR), plan.spec.table.device)
         clipped[k] = plan, config.replaced(GRAD_FACTOR, factors[k])
     squares = [plan.norms(config) for plan, config in (clipped[k] for k in bounds)]
     shared = zip((clipped[k][0] for k in bounds), squares, strict=True)

@@ -11,16 +11,23 @@ from . import rules
 
 #: names that apex, timm, bitsandbytes and others have for what is here; more in docs/moving.md
 _ELSEWHERE = {
-    "adam_w_mode": "True: layerlr.AdamW, False: layerlr.Adam",
+    "adam_w_mode": "layerlr.AdamW for True, layerlr.Adam for False",
     "always_adapt": "adapt='all'",
+    "clamp_value": "rule=layerlr.rules.Lamb(clip=...)",
     "clip_grad_norm": "max_grad_norm=...",
     "decoupled_decay": "rule='relative' for True, rule='lamb' for False",
     "layer_decay": "layerlr.param_groups, or the key lr_factor of param groups",
+    "decoupled_weight_decay": "layerlr.AdamW for True, layerlr.Adam for False",
+    "eta": "rule=layerlr.rules.Lars(trust=...)",
+    "exclude_from_layer_adaptation": "adapt, which governs kernels unless it says otherwise",
+    "exclude_from_weight_decay": "layerlr.param_groups(model, no_decay=...)",
     "learning_rate": "lr=...",
+    "no_decay": "layerlr.param_groups(model, no_decay=...)",
     "optim_bits": "state_dtype='8bit' for 8",
     "trust_coeff": "rule=layerlr.rules.Lars(trust=...)",
     "trust_coefficient": "rule=layerlr.rules.Lars(trust=...)",
     "use_nvlamb": "adapt='none' in groups without weight decay for False",
+    "weight_decouple": "layerlr.AdamW for True, layerlr.Adam for False",
 }
 
 
@@ -46,7 +53,8 @@ def remedy(owner: type, name: str, value: Any, of_groups: Collection[str]) -> st
         places.append(f"it belongs to the rule, {uses}")
     if name in _ELSEWHERE:
         places.append(f"here it is {_ELSEWHERE[name]}")
-    close = difflib.get_close_matches(name, inspect.signature(owner).parameters, 1, 0.8)
+    known = [*inspect.signature(owner).parameters, *of_groups]
+    close = difflib.get_close_matches(name.lower(), known, 1, 0.8)
     if not places and close:
         places.append(f"was {close[0]!r} meant?")
     return f": {'; or '.join(places)}" if places else ""

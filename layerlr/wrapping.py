@@ -140,13 +140,13 @@ class Wrapped(LayerwiseOptimizer):
         adapt: Adapt | str | None,
         backend: str,
     ) -> None:
-        wrapped_checks.base(base)
+        wrapped_checks.base(base, LayerwiseOptimizer)
         self.base = base
         self._joined = False  # the base has the groups already
         groups = []
         for theirs in base.param_groups:
-            taken = SHARED if isinstance(base, LayerwiseOptimizer) else (*SHARED, *_OURS)
-            groups.append({key: theirs[key] for key in taken if key in theirs})
+            keys = SHARED if isinstance(base, LayerwiseOptimizer) else (*SHARED, *_OURS)
+            groups.append({key: theirs[key] for key in keys if key in theirs})
         defaults = dict[str, Any](lr=lr, weight_decay=0.0, maximize=False, differentiable=False)
         super().__init__(
             groups,
@@ -207,7 +207,8 @@ class Wrapped(LayerwiseOptimizer):
         added = self.base.param_groups[-1]
         ours = {key: param_group[key] for key in _OURS if key in param_group}
         ours |= {key: added[key] for key in SHARED if key in added}
-        if own and "lr" in param_group:
+        beside_own = base_lr.has_own(rules.resolve(self.defaults["rule"]))
+        if "lr" in param_group and (own or not beside_own):
             ours["lr"] = param_group["lr"]
         try:
             self._add(ours, added)
@@ -232,7 +233,9 @@ class Wrapped(LayerwiseOptimizer):
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
         wrapped_checks.capture(self.param_groups)
-        wrapped_checks.same_groups(self.param_groups, self.base.param_groups)
+        wrapped_checks.groups(self.param_groups, self.base.param_groups)
+        if wrapped_checks.scheduled(self.base):
+            self.plans.say_once("schedule", wrapped_checks.SCHEDULED)
         every = self.plans.every()
         for of_group in every:
             if _order(of_group):

@@ -10,16 +10,17 @@ namespace layerlr {
 
 // Not in the unnamed namespace: nvcc would put a hash of this file's path into the kernel's name.
 
-/// What a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1.
+/// Bytes that a launch can carry along: 4 KB of arguments, 32 KB since CUDA 12.1. All of them go
+/// to the device, and a step's new numbers are few.
+constexpr int little = 1024, most = CUDART_VERSION >= 12010 ? 32 * 1024 - 64 : 3840;
+
+template <int room>
 struct Payload {
-#if CUDART_VERSION >= 12010
-  char bytes[32 * 1024 - 64];
-#else
-  char bytes[3840];
-#endif
+  char bytes[room];
 };
 
-__global__ void upload_kernel(char* to, const __grid_constant__ Payload payload, int bytes) {
+template <int room>
+__global__ void upload_kernel(char* to, const __grid_constant__ Payload<room> payload, int bytes) {
   for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) {
     *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(payload.bytes + i);
   }
@@ -90,22 +91,33 @@ bool capturing(void*) { return false; }
 
 const char* info(int device, DeviceInfo* answer) {
   answer->tile_elements = tile_elements;
+  int driver = 0;
+  const char* const error = outcome(cudaDriverGetVersion(&driver));
+  if (error) return error;
+  if (most > 4096 && driver < 12010) return "the driver is older than 530, which has CUDA 12.1";
   return outcome(
       cudaDeviceGetAttribute(&answer->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+}
+
+template <int room>
+const char* upload_part(char* to, const char* from, int bytes, void* stream) {
+  Payload<room> payload;
+  std::memcpy(payload.bytes, from, bytes);
+  void* arguments[] = {&to, &payload, &bytes};
+  const void* const kernel = reinterpret_cast<const void*>(upload_kernel<room>);
+  return outcome(cudaLaunchKernel(kernel, 1, std::min(1024, room / 4), arguments, 0,
+                                  static_cast<cudaStream_t>(stream)));
 }
 
 /// The bytes travel as arguments of a kernel: in stream order, without pinned memory or a wait.
 const char* upload(void* to, const void* from, size_t bytes, int device, void* stream) {
   const char* error = select_device(device);
-  for (size_t done = 0; done < bytes && !error; done += sizeof(Payload)) {
-    Payload payload;
-    const size_t part = std::min(bytes - done, sizeof payload);
-    std::memcpy(payload.bytes, static_cast<const char*>(from) + done, part);
-    char* at = static_cast<char*>(to) + done;
-    int n = static_cast<int>(part);
-    void* arguments[] = {&at, &payload, &n};
-    error = outcome(cudaLaunchKernel(reinterpret_cast<const void*>(upload_kernel), 1, 1024,
-                                     arguments, 0, static_cast<cudaStream_t>(stream)));
+  for (size_t done = 0; done < bytes && !error; done += most) {
+    const int part = static_cast<int>(std::min<size_t>(bytes - done, most));
+    char* const at = static_cast<char*>(to) + done;
+    const char* const of = static_cast<const char*>(from) + done;
+    error = part <= little ? upload_part<little>(at, of, part, stream)
+                           : upload_part<most>(at, of, part, stream);
   }
   return error;
 }

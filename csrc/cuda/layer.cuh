@@ -49,7 +49,9 @@ LAYERLR_OUTLINED void conclude(const StepArgs& args, int l, ComingStep step, Lay
                       config.plain,
                       config.taken,
                       step.t};
-  const Verdict v = decide(args.rule, c, sums);
+  RuleConfig rule = args.rule;
+  for (int k = 0; k < max_rule_hyper; ++k) rule.hyper[k] = config.rule[k];  // a graph's are old
+  const Verdict v = decide(rule, c, sums);
   args.verdicts[l] = {v.scale.grad, v.scale.a, v.scale.b, v.skip};
   if (!absent) write_row(args.stats + int64_t(l) * columns, v, c.lr);
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerlr import memory
 from layerlr.directions import Direction
-from layerlr.layers import LayerTable
+from layerlr.layer_table import LayerTable
 from layerlr.precision import Precision
 from layerlr.rules import LayerRule
 
@@ -63,6 +63,9 @@ class Plan(Protocol):
         Of a rule that scales gradients, ``ww uu wu`` in the statistics are sums over the table's
         own parameters.
         """
+
+    def forget(self) -> None:
+        """Let go of what `prepare` read, where no step follows `measure`."""
 
     def refresh(self, config: StepConfig) -> None:
         """Bring the numbers to where captured steps read them."""

@@ -122,5 +122,9 @@ class NativePlan:
         if not config.changes_nothing:
             self._native.apply(*self.numbers(config), sums)
 
+    def forget(self) -> None:
+        """Let go of the gradients, and of copies of what lies otherwise than the plan."""
+        self._native.forget()
+
     def refresh(self, config: StepConfig) -> None:
         """Nothing is captured on the host."""

@@ -102,6 +102,9 @@ class ReferencePlan:
             x.copy_(torch.where(found != 0, old, x))
         self.before = None
 
+    def forget(self) -> None:
+        self.before = None
+
     def refresh(self, config: StepConfig) -> None:
         """Nothing is captured here."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerlr import _C, codes, devices
-from layerlr.layers import Span, row_length
+from layerlr.layer_table import Span, row_length
 
 from . import native
 from .base import PlanSpec
@@ -113,6 +113,10 @@ class TritonPlan:
         self._totals.copy_(sums)
         self._launch("apply", config)
         self._native.finish()
+
+    def forget(self) -> None:
+        """Let go of the gradients, and of copies of what lies otherwise than the plan."""
+        self._native.forget()
 
     @property
     def _totals(self) -> Tensor:

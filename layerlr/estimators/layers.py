@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerlr import devices
 from layerlr.backends import PlanSpec, StepConfig
 from layerlr.backends.base import accumulator
 from layerlr.backends.reference import ReferencePlan
@@ -152,7 +153,7 @@ class LayerSet:
         count = [0.0] * len(self)
         for p, begin, end, layer in self.parts():
             count[layer] += _elements(p, begin, end)
-        return torch.tensor(count, dtype=torch.float64, device=self.device)
+        return devices.numbers(count, torch.float64, self.device)
 
     def scaled(self, values: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
         """Each x times the value of its layer."""
@@ -174,7 +175,7 @@ class LayerSet:
         sizes = [len(view.table.layers) for view in self.views]
         values = [value(view.config) for view in self.views]
         listed = [v for v, n in zip(values, sizes, strict=True) for _ in range(n)]
-        return torch.tensor(listed, dtype=torch.float64, device=self.device)
+        return devices.numbers(listed, torch.float64, self.device)
 
     def read(self, key: str) -> Tensor:
         """The numbers of the layers under a key of ``rule.memory``."""

@@ -12,12 +12,13 @@ from layerlr import backends, checks, devices, dtensor, options, rules, statisti
 from layerlr.layers import Adapt, LayerKey
 from layerlr.optimizer import LayerwiseOptimizer
 from layerlr.step_in_backward import steps_in_backward
+from layerlr.wrapped_checks import innermost
 from layerlr.wrapping import Wrapped
 
 from .copies import Snapshot, distinct
 from .measured import MeasuredSteps
 from .sinks import Sink
-from .stream import Stream, watched_optimizer
+from .stream import Stream
 
 _QUANTITIES = ("angle", "relative")
 
@@ -107,7 +108,7 @@ class AngularRates(Stream):
         model: nn.Module | None = None,
         backend: str = "auto",
     ) -> None:
-        watched = watched_optimizer(optimizer)
+        watched = innermost(optimizer)
         if not isinstance(watched, Optimizer):
             raise TypeError(f"wanted a torch.optim.Optimizer, got {type(watched).__name__}")
         backends.validate(backend)
@@ -118,6 +119,8 @@ class AngularRates(Stream):
             for option in (options.OPTIONS["adapt"], options.OPTIONS["layers"]):
                 if option.check is not None:
                     option.check(like, index)
+        if model is not None:
+            checks.module("attach", model)
         super().__init__(to, every)
         self.optimizer = watched
         self._options = (adapt, layers, backend)

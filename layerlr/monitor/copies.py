@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerlr import advice
+from layerlr.wrapped_checks import innermost
 
 
 class HasLayerStats(Protocol):
@@ -20,13 +21,14 @@ class HasLayerStats(Protocol):
 
 
 def with_layer_stats(optimizer: Any) -> Any:
-    """The optimizer, if it is one that tells.
+    """The optimizer that tells; Accelerate's and Lightning's have it as their ``optimizer``.
 
     Raises
     ------
     TypeError
         For others.
     """
+    optimizer = innermost(optimizer)
     if not hasattr(optimizer, "layer_stats"):
         kind = type(optimizer).__name__
         raise TypeError(f"wanted an optimizer of layerlr, with layer_stats, not {kind}")

@@ -15,7 +15,7 @@ from layerlr.group_plans import make_plan
 from layerlr.layers import Adapt, LayerKey, build_tables, names_of
 from layerlr.names import of_model
 from layerlr.rules import Lamb
-from layerlr.sharded_plan import ShardedPlan, reduce
+from layerlr.sharded_plan import measure
 
 from .cosine import moved
 
@@ -60,15 +60,11 @@ class MeasuredSteps:
                 if not all([plan.prepare() for plan in self._plans]):
                     return None
             config = taken.config()
-            sums = [(plan, plan.measure(config)) for plan in self._plans]
-            sharded = [(plan, x) for plan, x in sums if isinstance(plan, ShardedPlan)]
-            reduce(sharded)
-            for plan, _ in sharded:
-                plan.finish()
+            sums = measure([(plan, config) for plan in self._plans])
         names = [name for plan in self._plans for name in plan.spec.table.layers]
-        devices = [x.device for _, x in sums]
+        devices = [x.device for x in sums]
         home = next((device for device in devices if device.type != "cpu"), devices[0])
-        rows = torch.cat([moved(x[:, :4], home) for _, x in sums])
+        rows = torch.cat([moved(x[:, :4], home) for x in sums])
         return {"names": names, **_rates(rows)}
 
     def _fit(self) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from layerlr.conditions import is_number
 from layerlr.optimizer import LayerwiseOptimizer
+from layerlr.wrapped_checks import innermost
 
 from .copies import distinct
 
@@ -71,11 +73,14 @@ class Trace:
                     ) from error
                 if not (isinstance(row, dict) and {"step", "layer", "angle"} <= row.keys()):
                     raise ValueError(f"{path}, line {number} has no step, layer or angle")
-                step, layer = row["step"], row["layer"]
+                step, layer, angle = row["step"], row["layer"], row["angle"]
+                if not (isinstance(step, int) and isinstance(layer, str)):
+                    raise ValueError(f"{path}, line {number}: step is no int, or layer no name")
+                if not (angle is None or is_number(angle)):
+                    raise ValueError(f"{path}, line {number}: angle {angle!r} is no number")
                 if step < last or layer in rows.get(step, ()):
                     rows = {known: angles for known, angles in rows.items() if known < step}
-                angle = math.nan if row["angle"] is None else row["angle"]
-                rows.setdefault(step, {})[layer] = angle
+                rows.setdefault(step, {})[layer] = math.nan if angle is None else angle
                 last = step
         for step, angles in rows.items():
             trace._append(step, angles.items())
@@ -121,6 +126,8 @@ class Replay(LRScheduler):
         angles = self.trace.at(self.last_epoch + 1)
         groups = self.optimizer.param_groups
         turned = [_turned(self.optimizer, index) for index in range(len(groups))]
+        if not any(turned):
+            raise ValueError("replay turns no layer: give rule='layca' or rule='hyperball'")
         named = iter(distinct(name for layers in turned for name in layers))
         found, factors = [], []
         for group, own in zip(groups, turned, strict=True):
@@ -196,6 +203,7 @@ def replay(
     Carbonnelle & De Vleeschouwer (arXiv:1806.01603) train Layca with rotations that other
     optimizers showed.
     """
+    optimizer = innermost(optimizer)
     if not isinstance(optimizer, LayerwiseOptimizer):
         raise TypeError(
             f"replay wants an optimizer of layerlr, got {type(optimizer).__name__}: put a rule on "

@@ -116,13 +116,6 @@ class Stream:
         """See a table, and perhaps change it, before the sinks do."""
 
 
-def watched_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, which Accelerate's and Lightning's have as their ``optimizer``."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _raise(errors: list[tuple[str, Exception]]) -> None:
     if errors:
         message, first = errors[0]

@@ -11,7 +11,7 @@ from layerlr import devices, statistics
 
 from .copies import HasLayerStats, snapshot, with_layer_stats
 from .sinks import Sink
-from .stream import Stream, watched_optimizer
+from .stream import Stream
 
 # A layer that was left out in so many steps on end is reported: one bad batch is not.
 _SKIPPED_ON_END = 10
@@ -82,7 +82,7 @@ class Telemetry(Stream):
     """
 
     def __init__(self, optimizer: HasLayerStats, *to: Sink, every: int = 100) -> None:
-        self.optimizer = with_layer_stats(watched_optimizer(optimizer))
+        self.optimizer = with_layer_stats(optimizer)
         super().__init__(to, every)
         self._taking_part: dict[str, tuple[int, int]] = {}  # step and skips when last known to
         self._reported: set[str] = set()

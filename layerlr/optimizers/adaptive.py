@@ -107,7 +107,7 @@ class RMSprop(LayerwiseOptimizer):
 
     def direction(self, group: dict[str, Any]) -> Direction:
         name = "rmsprop_centered" if group["centered"] else "rmsprop"
-        if group["momentum"] > 0:
+        if group["momentum"] != 0:
             name += "_momentum"
         return DIRECTIONS[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,13 @@ def resolve(rule: Rule) -> LayerRule | None:
             raise ValueError(
                 f"a rule that is a mapping needs its name, {{'name': 'lamb', ...}}, got {options}"
             )
-        return _lookup(str(options.pop("name")))(**options)
+        cls = _lookup(str(options.pop("name")))
+        known = inspect.signature(cls).parameters
+        for key in options.keys() - known.keys():
+            raise TypeError(
+                f"rule {cls.name!r} has no {key!r}, known are {', '.join(known) or 'no others'}"
+            )
+        return cls(**options)
     raise TypeError(f"rule must be None, a name or a layerlr.rules.LayerRule, got {rule!r}")
 
 
@@ -68,7 +75,9 @@ def _lookup(name: str) -> type[LayerRule]:
         return (RULES | ESTIMATED)[name.lower()]
     except KeyError:
         known = ", ".join(repr(n) for n in KNOWN)
-        raise ValueError(f"unknown rule {name!r}, known are {known}") from None
+        raise ValueError(
+            f"unknown rule {name!r}, known are {known}, and None (null in YAML) for none"
+        ) from None
 
 
 __all__ = [

@@ -284,8 +284,7 @@ def test_state_dicts_convert(old, new):
     for p, coded in zip(theirs, CODED, strict=True):
         dtype = other.state[p]["exp_avg"].dtype
         wanted = {"8bit": torch.int8 if coded else F32, "bfloat16": torch.bfloat16, "float32": F32}
-        left = wanted[new] == F32 and old == "bfloat16"  # as what torch has saved of such a model
-        assert dtype == (torch.bfloat16 if left else wanted[new])
+        assert dtype == wanted[new]
 
 
 @each_kind

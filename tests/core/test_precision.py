@@ -109,10 +109,10 @@ def test_the_hashes_are_the_published_ones():
 
 
 def test_vectors_of_stochastic(engine):
-    torch.manual_seed(-7)
     values = cases.random([(300,), (7, 100)], F32, seed=3)
     params = engine.params(values, BF16)
-    opt = layerlr.SGD(params, 2**-9, backend=engine.backend, precision="stochastic")
+    group = {"params": params, "seed": -7}
+    opt = layerlr.SGD([group], 2**-9, backend=engine.backend, precision="stochastic")
     seeds = [opt.state[p]["rounding_seed"].item() for p in params]
     assert [s % 2**64 for s in seeds] == [splitmix64(2**64 - 7, n) for n in range(2)]
     for t in (1, 2):

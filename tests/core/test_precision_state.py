@@ -33,11 +33,11 @@ from layerlr.rules import Lamb
 # -- random bits -----------------------------------------------------------------------------------
 
 
-def trained(engine, seed, **kwargs):
-    torch.manual_seed(seed)
+def trained(engine, seed, process=0):
+    torch.manual_seed(process)
     params = halves(engine)
-    opt = layerlr.SGD(params, 1e-3, backend=engine.backend, precision="stochastic", **kwargs)
-    torch.rand(seed)  # the generator's state is of no account
+    group = {"params": params, "seed": seed}
+    opt = layerlr.SGD([group], 1e-3, backend=engine.backend, precision="stochastic")
     train(opt, params, 3)
     return params
 
@@ -45,6 +45,12 @@ def trained(engine, seed, **kwargs):
 def test_runs_are_reproducible(engine):
     assert same_bits(trained(engine, 1), trained(engine, 1))
     assert not same_bits(trained(engine, 1), trained(engine, 2))
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_processes_round_alike(engine, seed):
+    """Each has a seed of torch's own: copies of a model must not part."""
+    assert same_bits(trained(engine, seed, process=1), trained(engine, seed, process=2))
 
 
 @pytest.mark.asked(triton=NONE, simt=NONE)

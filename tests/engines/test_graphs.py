@@ -21,7 +21,16 @@ missing = simt_engine.unavailable()
 pytestmark = pytest.mark.skipif(missing is not None, reason=missing or "")
 
 SHAPES = ((3, 700), (5,), (20, 30))
-CASES = ["sgd-none", "nag-none", "adamw-none", "nag-lars", "mom-singh", "adamw-layca", "ams-lamb"]
+CASES = [
+    "sgd-none",
+    "nag-none",
+    "adamw-none",
+    "adam-mini",
+    "nag-lars",
+    "mom-singh",
+    "adamw-layca",
+    "ams-lamb",
+]
 
 
 @pytest.fixture

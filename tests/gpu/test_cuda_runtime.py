@@ -17,11 +17,16 @@ each_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 
 
-def warm(case, backend, device="cuda", lr=None):
+clipped_or_not = pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.5}], ids=["", "clipped"]
+)
+
+
+def warm(case, backend, device="cuda", **options):
     """An optimizer that has taken two steps, its parameters with gradients that stay in place."""
     engine = Engine(backend, device)
     params = engine.params(cases.random(SHAPES, seed=3), torch.float32)
-    opt = engine.make(case, params, **({} if lr is None else {"lr": lr}))
+    opt = engine.make(case, params, **options)
     set_grads(params, 0)
     for _ in range(2):
         opt.step()
@@ -50,12 +55,28 @@ def test_current_stream(case, backend):
 
 @each_backend
 @each_case
-def test_nobody_waits(case, backend):
-    opt, _ = warm(case, backend)
+@clipped_or_not
+def test_nobody_waits(case, backend, options):
+    opt, _ = warm(case, backend, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step()
         opt.layer_stats()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+@pytest.mark.parametrize("rule", ["singh", "layca"])
+def test_nobody_waits_for_a_wrapper(rule, backend):
+    params = Engine(backend, "cuda").params(cases.random(SHAPES, seed=3), torch.float32)
+    base = torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True)
+    opt = layerlr.wrap(base, rule, lr=0.1, backend=backend)
+    set_grads(params, 0)
+    opt.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -74,10 +95,12 @@ def test_a_step_allocates_nothing(case, backend):
 
 @each_backend
 @each_case
-def test_graph(case, backend):
+@clipped_or_not
+def test_graph(case, backend, options):
     """Replays are steps: they count, read the gradients of the moment and a tensor lr."""
     rate = torch.tensor(case.args["lr"], device="cuda")
-    (opt, params), (twin, same) = warm(case, backend, lr=rate), warm(case, backend, lr=rate.clone())
+    opt, params = warm(case, backend, lr=rate, **options)
+    twin, same = warm(case, backend, lr=rate.clone(), **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         opt.step()

@@ -22,7 +22,7 @@ MODULES = [path for path in SOURCES if path.suffix == ".py" and "layerlr" in pat
 #: From the ground up: a module imports from its own room and from lower floors. A package is a
 #: room, a module of ``layerlr`` itself too.
 FLOORS = (
-    "_C conditions devices directions",
+    "_C conditions devices directions layer_table",
     "layers rules",
     "dtensor plain_lr precision",
     "memory unknown_arguments",

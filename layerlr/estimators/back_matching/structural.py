@@ -87,7 +87,7 @@ class Structure:
         """f_p of every parameter that the output depends on, a float64 scalar on its device.
 
         The model runs once on the arguments, so buffers and random numbers move as in any pass:
-        call this within :meth:`ModelWatch.replay`.
+        call this within :meth:`ModelReplay.replay`.
 
         Parameters
         ----------

@@ -1,6 +1,0 @@
-from typing import Any
-
-architectures: list[str]
-
-def engine() -> Any: ...
-def device_info(index: int) -> dict[str, Any]: ...
