@@ -158,7 +158,7 @@ checkers() {
 check() {
   local beside agreed
   load
-  stage self-check 30 "$python" -m layerlr
+  stage self-check 60 "$python" -m layerlr
   stage agree-triton 60 "$python" -m bench.agree --backend triton --shapes small resnet50 \
     --threads 4 --seconds 40 & # no times are taken meanwhile
   beside=$!

@@ -22,6 +22,11 @@ def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def home(devices: Sequence[torch.device]) -> torch.device:
+    """Where values of several devices are put together: on the first that is no CPU, if any."""
+    return next((device for device in devices if device.type != "cpu"), devices[0])
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on the device is recorded for a CUDA graph, not run."""
     if device.type != "cuda":

@@ -56,45 +56,74 @@ def complete(
     present = [key for key in direction.states if state.get(key) is not None]
     if len(present) < len(direction.states) and ("dampening" in group or not present):
         _start_afresh(state, quietly="dampening" in group)
-    coded = layers.governs(layers.adapted(group, "kernels"), name, p)
     for key in direction.states:
-        value = state.get(key)
-        if value is None or _never_used(state, value, p):
-            value = _new(p, direction.initial(group, key))
-        else:
-            _check_shape(key, value, tuple(p.shape), name)
-            _check_kind(key, value, p, name)
-            value = memory.writable(value.to(p.device))
-            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
-        state[key] = value
-        nonnegative = key in direction.nonnegative
-        codes.convert(
-            state, key, p, codes.dtype_of(p, group["state_dtype"], coded, nonnegative), name
-        )
-    step = state.get("step")
-    if not isinstance(step, Tensor):
-        if step is None and present:  # others count in the group; SGD's buffer has seen a step
-            step = group["step"] if is_number(group.get("step")) else 1
-        # on the device: whether a step is skipped is decided there
-        count = torch.full((), float(step or 0), dtype=_get_scalar_dtype(), device=p.device)
-        state["step"] = count
-    else:
-        state["step"] = memory.writable(step.to(p.device))
+        _complete_moments(state, key, p, name, group, direction)
+    _complete_count(state, p, group, bool(present))
     for key, initial in of_layers.items() if parts else ():
-        stored = state.get(key)
-        if stored is None or (isinstance(stored, Tensor) and stored.numel() != parts):
-            stored = initial
-        if not isinstance(stored, Tensor):
-            stored = torch.full((parts,), float(stored), dtype=torch.float64, device="cpu")
-        state[key] = memory.writable(stored.to(p.device, torch.float64).contiguous())
+        _complete_numbers(state, key, p, initial, parts)
     if group["precision"] is not None and precision.applies(p):
-        key = precision.KEYS[group["precision"]]
-        if state.get(key) is not None:
-            _check_shape(key, state[key], () if key == "rounding_seed" else tuple(p.shape), name)
-        value = precision.complete(state, p, group["precision"], group.get("seed"), number)
-        if key != "rounding_seed":
-            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
-        state[key] = memory.writable(value)
+        _complete_weights(state, p, name, group, number)
+
+
+def _complete_moments(
+    state: dict[str, Any],
+    key: str,
+    p: Tensor,
+    name: str,
+    group: dict[str, Any],
+    direction: Direction,
+) -> None:
+    """A number of each element, in the bits that ``state_dtype`` says."""
+    value = state.get(key)
+    if value is None or _never_used(state, value, p):
+        value = _new(p, direction.initial(group, key))
+    else:
+        _check_shape(key, value, tuple(p.shape), name)
+        _check_kind(key, value, p, name)
+        value = memory.writable(value.to(p.device))
+        value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+    state[key] = value
+    coded = layers.governs(layers.adapted(group, "kernels"), name, p)
+    wanted = codes.dtype_of(p, group["state_dtype"], coded, key in direction.nonnegative)
+    codes.convert(state, key, p, wanted, name)
+
+
+def _complete_count(
+    state: dict[str, Any], p: Tensor, group: dict[str, Any], has_moments: bool
+) -> None:
+    """The number of steps, on the device: whether a step is skipped is decided there."""
+    step = state.get("step")
+    if isinstance(step, Tensor):
+        state["step"] = memory.writable(step.to(p.device))
+        return
+    if step is None and has_moments:  # others count in the group; SGD's buffer has seen a step
+        step = group["step"] if is_number(group.get("step")) else 1
+    state["step"] = torch.full((), float(step or 0), dtype=_get_scalar_dtype(), device=p.device)
+
+
+def _complete_numbers(
+    state: dict[str, Any], key: str, p: Tensor, initial: float, parts: int
+) -> None:
+    """Numbers that a rule stores, one for each part of the parameter that it governs."""
+    stored = state.get(key)
+    if stored is None or (isinstance(stored, Tensor) and stored.numel() != parts):
+        stored = initial
+    if not isinstance(stored, Tensor):
+        stored = torch.full((parts,), float(stored), dtype=torch.float64, device="cpu")
+    state[key] = memory.writable(stored.to(p.device, torch.float64).contiguous())
+
+
+def _complete_weights(
+    state: dict[str, Any], p: Tensor, name: str, group: dict[str, Any], number: int
+) -> None:
+    """What ``precision`` holds beside the weights."""
+    key = precision.KEYS[group["precision"]]
+    if state.get(key) is not None:
+        _check_shape(key, state[key], () if key == "rounding_seed" else tuple(p.shape), name)
+    value = precision.complete(state, p, group["precision"], group.get("seed"), number)
+    if key != "rounding_seed":
+        value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+    state[key] = memory.writable(value)
 
 
 def _start_afresh(state: dict[str, Any], quietly: bool) -> None:

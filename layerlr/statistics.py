@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
 from .backends import COLUMNS
 from .group_plans import TablePlan
 from .plans import PlanCache
@@ -116,7 +117,7 @@ def _measured(cache: PlanCache) -> list[tuple[LayerRule | None, TablePlan]]:
 def _together(rows: list[Tensor]) -> Tensor:
     """Rows of several tables as one tensor."""
     # not to the host, if there is a device: a copy there would have to be waited for
-    device = next((r.device for r in rows if r.device.type != "cpu"), torch.device("cpu"))
+    device = devices.home([r.device for r in rows])
     return torch.cat([r.to(device, non_blocking=True) for r in rows])
 
 

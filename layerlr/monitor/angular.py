@@ -154,29 +154,16 @@ class AngularRates(Stream):
         else:
             self._steps.begin()
 
-    @torch._disable_dynamo
-    def after_step(self) -> None:
-        """Count a step, measure it if it is due, hand on what has arrived; the hook calls this.
-
-        Raises
-        ------
-        RuntimeError
-            From a sink that raised.
-        """
-        if devices.capturing_now():
-            return
-        self.step += 1
-        if self.step % self.every == 0:
-            found = self._steps.end()
-            if self._told():
-                plans = cast(LayerwiseOptimizer, self.optimizer).plans
-                found = statistics.rates(plans, self._before)
-            self._before = None
-            if found is not None:
-                self._rates, self._measured_at = found, self.step
-                if self._sinks:
-                    self._send(self._snapshot)
-        self._hand_on(wait=False)
+    def _record(self) -> None:
+        found = self._steps.end()
+        if self._told():
+            plans = cast(LayerwiseOptimizer, self.optimizer).plans
+            found = statistics.rates(plans, self._before)
+        self._before = None
+        if found is not None:
+            self._rates, self._measured_at = found, self.step
+            if self._sinks:
+                self._send(self._snapshot)
 
     def rates(self) -> dict[str, Any]:
         """Return what was measured last, without waiting for the device.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from layerlr import backends, statistics, taken
+from layerlr import backends, devices, statistics, taken
 from layerlr.backends import COLUMNS, Plan, PlanSpec
 from layerlr.directions import DIRECTIONS
 from layerlr.group_plans import make_plan
@@ -62,8 +62,7 @@ class MeasuredSteps:
             config = taken.config()
             sums = measure([(plan, config) for plan in self._plans])
         names = [name for plan in self._plans for name in plan.spec.table.layers]
-        devices = [x.device for x in sums]
-        home = next((device for device in devices if device.type != "cpu"), devices[0])
+        home = devices.home([x.device for x in sums])
         rows = torch.cat([moved(x[:, :4], home) for x in sums])
         return {"names": names, **_rates(rows)}
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from layerlr.conditions import is_number
+from layerlr.layer_table import LayerTable
 from layerlr.optimizer import LayerwiseOptimizer
 from layerlr.wrapped_checks import innermost
 
@@ -128,21 +129,22 @@ class Replay(LRScheduler):
         turned = [_turned(self.optimizer, index) for index in range(len(groups))]
         if not any(turned):
             raise ValueError("replay turns no layer: give rule='layca' or rule='hyperball'")
-        named = iter(distinct(name for layers in turned for name in layers))
+        named = iter(distinct(name for layers in turned for name, _ in layers))
         found, factors = [], []
         for group, own in zip(groups, turned, strict=True):
-            layers = [next(named) for _ in own]
-            missing = [name for name in layers if name not in angles]
+            layers = [(next(named), trains) for _, trains in own]
+            missing = [name for name, trains in layers if trains and name not in angles]
             if missing:
                 raise ValueError(
                     f"the trace does not know layer {missing[0]!r}: it has {', '.join(angles)}; "
                     "give both optimizers names (model.named_parameters(), or attach)"
                 )
-            rates = [math.tan(angles[name]) for name in layers]
-            if not rates:
+            known = [angles[name] for name, _ in layers if name in angles]
+            if not known:
                 found.append(group["lr"])
                 continue
-            mean = math.tan(sum(angles[name] for name in layers) / len(layers))
+            mean = math.tan(sum(known) / len(known))
+            rates = [math.tan(angles[name]) if name in angles else mean for name, _ in layers]
             found.append(mean)
             factors.append((group, [rate / mean if mean else 1.0 for rate in rates]))
         for group, factor in factors if self.per_layer else ():
@@ -213,17 +215,23 @@ def replay(
     return Replay(trace, optimizer, per_layer, last_epoch)
 
 
-def _turned(optimizer: Any, index: int) -> list[str]:
-    """Names of the layers that a group's rule turns, in the order of ``lr_factor``."""
+def _turned(optimizer: Any, index: int) -> list[tuple[str, bool]]:
+    """The layers that a group's rule turns, in ``lr_factor``'s order: name, and if it trains."""
     tables = [of_table.table for of_table in optimizer.plans.fitting(index).tables]
     rule = optimizer.param_groups[index]["rule"]
     if rule is None:
         return []
     if rule.name not in ("layca", "hyperball") or not rule.sets_length:
         raise ValueError(f"lr is no angle under {rule!r}: replay is for Layca and Hyperball")
-    names = [[n for n, r in zip(t.layers, t.ruled, strict=True) if r] for t in tables]
-    if len([n for n in names if n]) > 1:
+    found = [_ruled(table) for table in tables]
+    if len([layers for layers in found if layers]) > 1:
         raise ValueError(
             f"param group {index} has layers on several devices: give each its own group"
         )
-    return [name for of_table in names for name in of_table]
+    return [layer for layers in found for layer in layers]
+
+
+def _ruled(table: LayerTable) -> list[tuple[str, bool]]:
+    trains = {span.layer for span in table.spans if table.params[span.tensor].requires_grad}
+    layers = enumerate(zip(table.layers, table.ruled, strict=True))
+    return [(name, k in trains) for k, (name, ruled) in layers if ruled]

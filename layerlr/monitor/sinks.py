@@ -76,8 +76,8 @@ class Scalars:
             flush()
 
 
-def resolve(sink: Sink) -> Callback:
-    """Return what to call for a sink.
+def check(sink: Sink) -> None:
+    """Refuse what nothing can be sent to, before a file is made.
 
     Raises
     ------
@@ -87,15 +87,17 @@ def resolve(sink: Sink) -> Callback:
         For anything that is neither a path, nor a writer, nor callable.
     """
     if isinstance(sink, (str, os.PathLike)):
-        path = Path(sink)
-        if path.suffix != ".jsonl":
-            raise ValueError(f"do not know how to write {str(path)!r}: wanted a path like x.jsonl")
-        return JsonLines(path)
-    if hasattr(sink, "add_scalar"):
-        return Scalars(sink)
-    if callable(sink):
-        return sink
-    raise TypeError(
-        "a sink is a callable (step, table), a path ending in .jsonl or a writer with add_scalar, "
-        f"not a {type(sink).__name__}"
-    )
+        if Path(sink).suffix != ".jsonl":
+            raise ValueError(f"do not know how to write {str(sink)!r}: wanted a path like x.jsonl")
+    elif not (hasattr(sink, "add_scalar") or callable(sink)):
+        raise TypeError(
+            "a sink is a callable (step, table), a path ending in .jsonl or a writer with "
+            f"add_scalar, not a {type(sink).__name__}"
+        )
+
+
+def resolve(sink: Sink) -> Callback:
+    """Return what to call for a sink."""
+    if isinstance(sink, (str, os.PathLike)):
+        return JsonLines(Path(sink))
+    return Scalars(sink) if hasattr(sink, "add_scalar") else sink

@@ -7,6 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from layerlr import devices
+
 from . import sinks
 from .copies import Copy, Snapshot
 
@@ -28,12 +32,31 @@ class Stream:
         self.step = 0
         self.skipped = 0
         self._copies: deque[Copy] = deque()
+        for sink in to:
+            sinks.check(sink)
         self._sinks = [sinks.resolve(sink) for sink in to]
         self._hooks: list[Any] = []
 
     def __repr__(self) -> str:
         """Return the class with its sinks."""
         return f"{type(self).__name__}({self._sinks}, every={self.every}, step={self.step})"
+
+    @torch._disable_dynamo
+    def after_step(self) -> None:
+        """Count a step, record it if it is due, hand on what has arrived; the hook calls this.
+
+        Raises
+        ------
+        RuntimeError
+            From a sink that raised.
+        """
+        if devices.capturing_now():
+            return
+        self.step += 1
+        if self.step % self.every == 0:
+            self._record()
+        if self._copies:
+            _raise(self._deliver(wait=False))
 
     def flush(self) -> None:
         """Wait for the copies that are under way, and hand them on.
@@ -43,7 +66,7 @@ class Stream:
         RuntimeError
             From a sink that raised; the other sinks have had every record.
         """
-        self._hand_on(wait=True)
+        _raise(self._deliver(wait=True))
 
     def close(self) -> None:
         """Stop watching, `flush`, close the files and flush the writers. May be called twice.
@@ -85,9 +108,9 @@ class Stream:
         """Count on from a saved number of steps."""
         self.step = int(state["step"])
 
-    def _hand_on(self, wait: bool) -> None:
-        if self._copies:
-            _raise(self._deliver(wait))
+    def _record(self) -> None:
+        """Look at the step that was taken; `_send` it."""
+        raise NotImplementedError
 
     def _deliver(self, wait: bool) -> list[tuple[str, Exception]]:
         """Give the sinks what has arrived, oldest first; return what went wrong."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-
-from layerlr import devices, statistics
+from layerlr import statistics
+from layerlr.optimizer import LayerwiseOptimizer
 
 from .copies import HasLayerStats, snapshot, with_layer_stats
 from .sinks import Sink
@@ -88,26 +87,14 @@ class Telemetry(Stream):
         self._reported: set[str] = set()
         self._hooks = [self.optimizer.register_step_post_hook(lambda *_: self.after_step())]
 
-    @torch._disable_dynamo
-    def after_step(self) -> None:
-        """Count a step, record it if it is due, hand on what has arrived; the hook calls this.
-
-        Raises
-        ------
-        RuntimeError
-            From a sink that raised.
-        """
-        if devices.capturing_now():
-            return
-        self.step += 1
-        if self.step % self.every == 0:
-            self._send(lambda: snapshot(self._table()))
-        self._hand_on(wait=False)
+    def _record(self) -> None:
+        self._send(lambda: snapshot(self._table()))
 
     def _table(self) -> dict[str, Any]:
         """Statistics, with the radii that layers may be growing to."""
         stats = self.optimizer.layer_stats()
-        radii = statistics.growing(self.optimizer.plans)
+        ours = isinstance(self.optimizer, LayerwiseOptimizer)
+        radii = statistics.growing(self.optimizer.plans) if ours else None
         return stats if radii is None else {**stats, _GROWS_TO: radii}
 
     def _look(self, step: int, table: dict[str, Any]) -> None:

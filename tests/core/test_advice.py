@@ -55,6 +55,32 @@ WARNED = {
         {"state_dtype": "8bit"},
         ["state_dtype='8bit' has no effect: no parameter has state that it changes"],
     ),
+    "8 bits beside what kahan keeps": (
+        layerlr.SGD,
+        {"state_dtype": "8bit", "precision": "kahan"},
+        ["state_dtype='8bit' has no effect"],
+        torch.bfloat16,
+    ),
+    "layers without a rule": (
+        layerlr.SGD,
+        {"layers": lambda _, p: "one"},
+        ["layers=<function", "has no effect without a rule: was rule='layca' or another meant?"],
+    ),
+    "adapt without a rule": (
+        layerlr.AdamW,
+        {"adapt": "all"},
+        ["adapt='all' has no effect without a rule"],
+    ),
+    "a plain rate where all is governed": (
+        layerlr.SGD,
+        {"rule": "singh", "plain_lr": 0.1},
+        ["plain_lr=0.1 has no effect: the rule governs every parameter"],
+    ),
+    "names that are none": (
+        layerlr.SGD,
+        {"rule": "layca", "adapt": lambda name, p: not name.startswith("head")},
+        ["adapt is asked with names such as 'group0.param0'", "model.named_parameters()"],
+    ),
     "held weights": (
         layerlr.SGD,
         {"precision": "kahan"},
@@ -71,6 +97,11 @@ SILENT = {
         {"rule": "layca", "adapt": "none", "weight_decay": 0.1},
     ),
     "L2, which the buffers see": (layerlr.SGD, {"rule": "layca", "weight_decay": 0.1}),
+    "adapt that looks at no name": (layerlr.SGD, {"rule": "layca", "adapt": lambda _, p: True}),
+    "adapt that says what is in 8 bits": (
+        layerlr.SGD,
+        {"adapt": "all", "on_nonfinite": "skip"},
+    ),
     "amsgrad": (layerlr.Adam, {"rule": Lamb(bias_correction=False), "amsgrad": True}),
     "averaging on Adam": (layerlr.AdamW, {"rule": Lamb(grad_averaging=False)}),
 }
@@ -78,12 +109,12 @@ SILENT = {
 
 @pytest.mark.parametrize("what", WARNED)
 def test_options_without_effect(what):
-    cls, options, words = WARNED[what]
-    groups = [{"params": [p]} for p in weights()]
+    cls, options, words, *dtype = WARNED[what]
+    groups = [{"params": [Parameter(p.detach().to(*dtype))]} for p in weights()]
     messages, opt = said(lambda: cls(groups, lr=0.1, **options))
     assert len(messages) == 1, messages  # once, not for each group
     assert all(word in messages[0] for word in words)
-    opt.param_groups[0]["layers"] = lambda name, p: "one"  # plans are built again
+    opt.param_groups[0]["layers"] = lambda _, p: "two"  # plans are built again
     set_grads([p for group in opt.param_groups for p in group["params"]], 0)
     assert said(opt.step)[0] == []
 
@@ -152,6 +183,43 @@ def test_foreign_keys_are_not_spoken_of():
     group |= {"momentum": 0.5, "nesterov": False, "eps": 1e-8, "dampening": 0.0}
     for cls in (layerlr.SGD, layerlr.Adagrad):
         assert said(lambda cls=cls: cls([dict(group)], rule="singh"))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("trust", 0.02, "'trust': it belongs to the rule, rule=layerlr.rules.Lars(trust=...)"),
+        ("weight_deacy", 0.3, "'weight_deacy': was 'weight_decay' meant?"),
+        ("Rule", "layca", "'Rule': a rule is given as rule='layca'"),
+        ("layerwise", "lamb", "'layerwise': a rule is given as rule='lamb'"),
+        ("always_adapt", True, "'always_adapt': here it is adapt='all'"),
+    ],
+)
+def test_a_key_of_a_group_that_belongs_elsewhere(key, value, words):
+    groups = [{"params": weights(), key: value}]
+    messages, _ = said(lambda: layerlr.SGD(groups, rule="lars"))
+    assert messages == [f"layerlr knows no param-group key {words}"]
+
+
+@pytest.mark.parametrize("cls", cases.CLASSES)
+def test_own_keys_are_not_spoken_of(cls):
+    assert said(lambda: cls(weights()))[0] == []
+
+
+def test_an_lr_above_the_one_that_others_follow():
+    """OneCycleLR and CyclicLR set a peak of their own."""
+    params = weights()
+    opt = layerlr.AdamW(params, rule="lamb", plain_lr=4e-3)
+    set_grads(params, 0)
+    assert said(opt.step)[0] == []
+    opt.param_groups[0]["lr"] = 0.02
+    [message] = said(opt.step)[0]
+    assert "lr=0.02 is above reference_lr=0.001" in message and "20 times" in message
+    assert said(opt.step)[0] == []  # once
+    opt = layerlr.AdamW(params, lr=0.02, rule="lamb", plain_lr=4e-3)
+    for lr in (0.001, 0.02):  # as a warm-up goes
+        opt.param_groups[0]["lr"] = lr
+        assert said(opt.step)[0] == []
 
 
 def test_a_list_of_lr_scale_was_ours():

@@ -145,6 +145,18 @@ def test_timm_s_word_on_what_decays():
     assert "pos" in sort(model, governed="pos")["all", False]
 
 
+def test_the_model_s_word_under_torch_compile():
+    """What it wraps is asked, whose names are its own; the word may be one string, or none."""
+    model = Gpt()
+    model.no_weight_decay = lambda: "pos"
+    compiled = layerlr.param_groups(torch.compile(model))
+    for one, two in zip(compiled, layerlr.param_groups(model), strict=True):
+        assert one["param_names"] == two["param_names"]
+    assert "pos" in sort(model)["none", False]
+    model.no_weight_decay = lambda: None
+    assert "pos" in sort(model)["all", True]
+
+
 # -- with an optimizer ---------------------------------------------------------------------------
 
 

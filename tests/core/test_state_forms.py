@@ -149,7 +149,7 @@ def test_scales_of_codes_in_another_form(engine, form):
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_weights_that_became_double_beside_state_in_fewer_bits(engine, state_dtype, steps):
-    """Right, or refused by name: state of such weights is float64."""
+    """Right, or refused by name: state of such weights is float64; float32 stays."""
     opt, params = pair(engine, BY_ID["mom-none"], state_dtype=state_dtype)[0]
     train(opt, params, steps)
     for p in params:
@@ -162,7 +162,7 @@ def test_weights_that_became_double_beside_state_in_fewer_bits(engine, state_dty
         assert steps and engine.backend != "reference" and "'layer." in str(refused)
         assert same_bits(params, before)
     else:
-        assert not steps or engine.backend == "reference"
+        assert not steps or engine.backend == "reference" or state_dtype == "bfloat16"
         assert all(p.isfinite().all() for p in params)
 
 

@@ -226,3 +226,51 @@ def test_betas_set_to_nonsense(engine, value):
         opt.step()
     opt.param_groups[0]["betas"] = (0.9, 0.999)
     assert same(photograph(opt), before)
+
+
+@pytest.mark.parametrize(
+    ("cls", "key"),
+    [("AdamW", "corrected_decay"), ("SGD", "maximize"), ("SGD", "nesterov"), ("Adam", "amsgrad")],
+)
+def test_a_string_is_no_flag(cls, key):
+    """Configurations have them, and any of them would be true."""
+    more = {"momentum": 0.9} if key == "nesterov" else {}
+    words = f"Invalid {key} of param group 0: 'false', wanted True or False"
+    with pytest.raises(ValueError, match=words):
+        getattr(layerlr, cls)([Parameter(torch.ones(2, 2))], **more, **{key: "false"})
+
+
+def test_what_a_rule_does_not_have():
+    with pytest.raises(TypeError, match="rule 'lamb' has no 'trust', known are clip, "):
+        layerlr.SGD([Parameter(torch.ones(2, 2))], rule={"name": "lamb", "trust": 10})
+    with pytest.raises(ValueError, match=r"unknown rule 'none', .* None \(null in YAML\) for none"):
+        layerlr.SGD([Parameter(torch.ones(2, 2))], rule="none")
+
+
+@pytest.mark.parametrize("option", ["adapt", "layers"])
+def test_a_callable_of_one_argument(option):
+    params = [("a", Parameter(torch.ones(2, 2)))]
+    with pytest.raises(TypeError, match=rf"{option} is called as \(name, param\): too many"):
+        layerlr.SGD(params, rule="layca", **{option: lambda p: True})
+
+
+def test_sizes_of_blocks_from_a_generator():
+    group = {"params": [Parameter(torch.ones(4, 2))], "split": (n for n in (1, 3))}
+    opt = layerlr.SGD([group], rule="layca")
+    assert opt.layer_stats()["names"] == ["group0.param0[0]", "group0.param0[1]"]
+
+
+def test_a_reference_of_zero():
+    with pytest.raises(
+        ValueError, match=r"Invalid reference_lr .*: 0.0, wanted a finite number > 0"
+    ):
+        group = {"params": [Parameter(torch.ones(2, 2))], "reference_lr": 0.0}
+        layerlr.SGD([group], lr=0.1, rule="layca", plain_lr=0.1)
+
+
+def test_a_momentum_of_rmsprop_that_is_none():
+    opt = layerlr.RMSprop([Parameter(torch.ones(2, 2))], rule="layca")
+    opt.param_groups[0]["momentum"] = "x"
+    set_grads(opt.param_groups[0]["params"], 0)
+    with pytest.raises(ValueError, match="Invalid momentum of param group 0: 'x'"):
+        opt.step()

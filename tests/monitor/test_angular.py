@@ -190,6 +190,15 @@ def test_changes_nothing_and_measures_seldom():
     assert same_bits(*found)
 
 
+def test_a_refused_monitor_leaves_no_file(tmp_path):
+    opt, path = torch.optim.SGD([torch.ones(2, 2, requires_grad=True)]), tmp_path / "d" / "a.jsonl"
+    with pytest.raises(TypeError):
+        AngularRates(opt, path, 5)
+    with pytest.raises(TypeError):
+        AngularRates(opt, path, model="x")
+    assert not path.parent.exists()
+
+
 def test_closures_late_groups_and_frozen_parameters():
     a, b, c = params_of(torch.float64, shapes=((7, 5), (6, 4), (3, 3)))
     b.requires_grad_(False)

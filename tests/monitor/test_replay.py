@@ -161,6 +161,46 @@ def test_refusals(trace, tmp_path):
         Trace.load(path)
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": "layca", "adapt": "none"}])
+def test_an_optimizer_that_turns_nothing(trace, options):
+    """Its rule was forgotten: a scheduler without effect."""
+    with pytest.raises(ValueError, match="replay turns no layer: give rule='layca' or"):
+        replay(trace, layerlr.SGD(mlp().named_parameters(), lr=0.1, **options))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"step": "3", "layer": "a", "angle": 0.1}', "line 1: step is no int, or layer no name"),
+        ('{"step": 3, "layer": ["a"], "angle": 0.1}', "line 1: step is no int, or layer no name"),
+        ('{"step": 3, "layer": "a", "angle": "x"}', "line 1: angle 'x' is no number"),
+    ],
+)
+def test_files_of_something_else(tmp_path, line, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=words):
+        Trace.load(path)
+
+
+def test_a_frozen_layer_needs_no_record(trace):
+    """`AngularRates` has none of a layer that no step moves."""
+    model = mlp()
+    weight = model[2].weight.requires_grad_(False)
+    without = Trace()
+    for step, angles in zip(trace.steps, trace.angles, strict=True):
+        without._append(step, ((name, x) for name, x in angles.items() if name != "2.weight"))
+    opt = under("layca", model)
+    scheduler = replay(without, opt)
+    before = weight.clone()
+    found = train(model, opt, 3, scheduler)
+    assert torch.equal(weight, before)
+    for angles, table in zip(without.angles, found, strict=False):
+        turned = dict(zip(table["names"], table["angle"].tolist(), strict=True))
+        for name in ("0.weight", "4.weight"):
+            assert turned[name] == pytest.approx(angles[name], rel=1e-3)
+
+
 def test_groups_without_a_rule_keep_their_lr(trace):
     model = mlp()
     groups = [

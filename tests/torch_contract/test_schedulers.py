@@ -376,6 +376,8 @@ def test_state_data_of_another_form_is_noticed(rule):
         opt.state[params[2]]["step"].data = torch.tensor(5.0, dtype=torch.float64)
         train(opt, params, 2, seed=1)
         runs.append(photograph(opt))
+        value = opt.state[params[0]]["exp_avg"]
+        assert value.dtype == torch.float32
         value.data = torch.zeros(2)
         with pytest.raises(RuntimeError, match=r"'layer0.weight'"):
             opt.step()

@@ -21,6 +21,11 @@ class Ddp(nn.parallel.DistributedDataParallel):
         self.module = module
 
 
+def listed_twice(net):
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        return layerlr.SGD([net.weight, net.weight, net.bias])
+
+
 @pytest.mark.parametrize(
     "make, error, words",
     [
@@ -47,6 +52,7 @@ class Ddp(nn.parallel.DistributedDataParallel):
             ValueError,
             "max_grad_norm",
         ),
+        (lambda n: (n, listed_twice(n)), ValueError, "a parameter that is listed twice"),
         (
             lambda n: (n, layerlr.SGD(n.parameters(), differentiable=True)),
             ValueError,
