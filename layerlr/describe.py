@@ -31,6 +31,10 @@ def describe(optimizer: LayerwiseOptimizer) -> str:
     ------
     TypeError
         For an optimizer of another package.
+
+    Examples
+    --------
+    >>> layerlr.describe(layerlr.AdamW(model.named_parameters(), lr=0.01, rule="lamb"))
     """
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, LayerwiseOptimizer):

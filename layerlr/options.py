@@ -273,7 +273,8 @@ def check(group: Group, index: int) -> None:
 def documented(cls: type) -> type:
     """Write the options into the docstring and the signature of a class that takes them."""
     _, _, options = (LayerwiseOptions.__doc__ or "").partition("\n\n")
-    cls.__doc__ = (cls.__doc__ or "").rstrip() + "\n" + options
+    own, heading, examples = (cls.__doc__ or "").rstrip().partition("\n    Examples\n")
+    cls.__doc__ = own.rstrip() + "\n" + options.rstrip() + "\n" + heading + examples + "\n"
     init: Any = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -201,6 +201,11 @@ def depth_multipliers(n_layers: int, alpha: float) -> list[float]:
     ValueError
         For values out of range.
 
+    Examples
+    --------
+    >>> depth_multipliers(3, 0.5)
+    [0.03125, 0.1767766952966369, 1.0]
+
     References
     ----------
     Carbonnelle, De Vleeschouwer, arXiv:1806.01603, and the authors' code.

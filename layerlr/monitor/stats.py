@@ -67,6 +67,14 @@ class StatsLog(Recorder):
     one name (in two groups) become ``name``, ``name#2``.
 
     Writers see the tags ``layer_ww/<name>``, ``layer_gg/<name>`` and so on.
+
+    Examples
+    --------
+    >>> log = StatsLog(opt)
+    >>> for x, y in batches:
+    ...     train(model, opt, x, y)
+    ...     log.record()
+    >>> log.plot("angles.png", "angle")
     """
 
     def __init__(self, optimizer: HasLayerStats) -> None:

@@ -27,6 +27,10 @@ class Adagrad(LayerwiseOptimizer):
     ----------
     params, lr, ...
         The arguments of `torch.optim.Adagrad`, as there; weight decay is L2.
+
+    Examples
+    --------
+    >>> opt = layerlr.Adagrad(model.named_parameters(), lr=0.004, rule="singh")
     """
 
     def __init__(
@@ -78,6 +82,10 @@ class RMSprop(LayerwiseOptimizer):
     ----------
     params, lr, ...
         The arguments of `torch.optim.RMSprop`, as there; weight decay is L2.
+
+    Examples
+    --------
+    >>> opt = layerlr.RMSprop(model.named_parameters(), lr=3**-3, rule="layca")
     """
 
     def __init__(
@@ -124,6 +132,10 @@ class Adam(LayerwiseOptimizer):
     params, lr, ...
         The arguments of `torch.optim.Adam`, as there; weight decay is L2 unless
         ``decoupled_weight_decay``.
+
+    Examples
+    --------
+    >>> opt = layerlr.Adam(layerlr.param_groups(model), lr=2**-6, plain_lr=2**-8, rule="hyperball")
     """
 
     def __init__(
@@ -175,6 +187,10 @@ class AdamW(Adam):
     ----------
     params, lr, ...
         The arguments of `torch.optim.AdamW`, as there.
+
+    Examples
+    --------
+    >>> opt = layerlr.AdamW(model.named_parameters(), lr=2**-6, weight_decay=0.1, rule="lamb")
     """
 
     def __init__(

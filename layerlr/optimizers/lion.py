@@ -42,6 +42,10 @@ class Lion(LayerwiseOptimizer):
         Decoupled weight decay: three to ten times AdamW's.
     maximize, foreach, differentiable, fused, capturable
         As in `torch.optim.AdamW`.
+
+    Examples
+    --------
+    >>> opt = layerlr.Lion(model.named_parameters(), lr=1e-4, weight_decay=0.1)
     """
 
     def __init__(

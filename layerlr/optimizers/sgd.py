@@ -28,6 +28,10 @@ class SGD(LayerwiseOptimizer):
     ----------
     params, lr, ...
         The arguments of `torch.optim.SGD`, as there; weight decay is L2.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=3**-3, momentum=0.9, rule="layca")
     """
 
     def __init__(
@@ -78,6 +82,10 @@ class AMomSGD(LayerwiseOptimizer):
         mu in [0, 1].
     weight_decay : float
         L2 coefficient.
+
+    Examples
+    --------
+    >>> opt = layerlr.AMomSGD(model.named_parameters(), lr=3**-3, momentum=0.9, rule="layca")
     """
 
     def __init__(

@@ -54,6 +54,11 @@ class BackMatching(Estimated):
     Approximating Back-matching Propagation, 2018, arXiv:1802.09750. The abstract states the
     matching in least squares and that its approximation is SGD with layer-wise rates; the scalars,
     their composition, the probe, the rescaling and the bounds are our derivation.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule=BackMatching())
+    >>> opt.attach(model)
     """
 
     estimator: Literal["structural", "probe"] = "structural"

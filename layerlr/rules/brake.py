@@ -33,6 +33,10 @@ class Brake(LayerRule):
     ----------
     The radial brake of the modded-nanogpt speed runs (track 3, #294) and of NVIDIA's
     Emerging-Optimizers; the closed form is ours.
+
+    Examples
+    --------
+    >>> opt = layerlr.AdamW(model.named_parameters(), lr=1e-3, rule=Brake(outward=0.3))
     """
 
     outward: float = 0.5

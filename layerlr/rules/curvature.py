@@ -84,6 +84,11 @@ class Curvature(Estimated):
     Learning, 2023, arXiv:2305.13664. The abstract states the idea: curvature from the diagonal
     blocks of the Hessian, on SGD with momentum and AdamW, for about one more gradient. The rest is
     our reconstruction: signs, coupling, averaging, damping and guards.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=1.0, rule=Curvature("fisher"))
+    >>> opt.attach(model)
     """
 
     curvature: Kind = "hessian"

@@ -55,6 +55,10 @@ class Hyperball(LayerRule):
     References
     ----------
     Hyperball (AdamH, MuonH), arXiv:2606.16899. What becomes of layers that start at zero is ours.
+
+    Examples
+    --------
+    >>> opt = layerlr.Adam(model.named_parameters(), lr=0.01, rule=Hyperball(radius="current"))
     """
 
     radius: Literal["initial", "current"] | float = "initial"

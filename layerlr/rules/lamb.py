@@ -42,6 +42,10 @@ class Lamb(LayerRule):
     ----------
     You et al.: Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020,
     arXiv:1904.00962, algorithm 2. The floor: modded-nanogpt's track 3, #274.
+
+    Examples
+    --------
+    >>> opt = layerlr.AdamW(model.named_parameters(), lr=2**-6, rule=Lamb(clip=10.0))
     """
 
     clip: float | None = None
@@ -93,6 +97,10 @@ class Relative(Lamb):
     Notes
     -----
     Known as relative update or ELR control. The parameters are those of `Lamb`.
+
+    Examples
+    --------
+    >>> opt = layerlr.AdamW(model.named_parameters(), lr=2**-6, rule="relative")
     """
 
     name = kernel = "relative"

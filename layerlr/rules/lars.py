@@ -36,6 +36,10 @@ class Lars(LayerRule):
     ----------
     You, Gitman, Ginsburg: Large Batch Training of Convolutional Networks, 2017, arXiv:1708.03888,
     equation 6 and algorithm 1.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=1.0, momentum=0.9, rule=Lars(trust=0.02))
     """
 
     trust: float = 1e-3

@@ -67,6 +67,10 @@ class Layca(LayerRule):
     relative eps are ours (the authors' code compares an absolute norm with 1e-7), and so is what
     becomes of layers that start at zero. The cap: Training nGPT, arXiv:2608.01284, from its
     abstract.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule=Layca(max_angle=0.05))
     """
 
     radius: Literal["initial", "current"] = "initial"

@@ -27,6 +27,12 @@ class Rated(LayerRule):
     -----
     Decoupled weight decay is scaled by the rate too. A rate of 0 leaves every bit of the layer's
     weights. Two passes, 28 bytes per float32 parameter on SGD with momentum, 40 on Adam.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=0.1, rule="rated")
+    >>> opt.state[model[0].weight]["rate"].fill_(0.5)
+    tensor([0.5000], dtype=torch.float64)
     """
 
     name = "rated"

@@ -30,6 +30,10 @@ class Singh(LayerRule):
     ----------
     Singh, De, Zhang, Goldstein, Taylor: Layer-Specific Adaptive Learning Rates for Deep Networks,
     2015, arXiv:1510.04609, equation 9.
+
+    Examples
+    --------
+    >>> opt = layerlr.SGD(model.named_parameters(), lr=0.1, layers="module", rule="singh")
     """
 
     name = "singh"

@@ -8,12 +8,14 @@ setting defines. Of the others (other people's trainers, GPUs) the names are loo
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.util
 import inspect
 import re
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from ranks import run
@@ -227,6 +229,23 @@ IN_A_SETTING = [pytest.param(*rest, id=page) for page, *rest in BLOCKS if rest[0
 @pytest.mark.parametrize(("setting", "code"), IN_A_SETTING)
 def test_code_runs_in_its_setting(setting, code, tmp_path):
     runs(setting, code, tmp_path)
+
+
+EXAMPLES = [*cases.CLASSES, *layerlr.rules.KNOWN.values(), layerlr.depth_multipliers]
+EXAMPLES.remove(layerlr.rules.Plain)
+
+
+@pytest.mark.parametrize("of", EXAMPLES, ids=lambda of: of.__name__)
+def test_examples_of_docstrings(of):
+    """What optimizers and rules show runs, and prints what it says."""
+    names = {**vars(layerlr.rules), **vars(layerlr), "layerlr": layerlr, "torch": torch}
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    found = doctest.DocTestParser().get_doctest(of.__doc__, names, of.__name__, None, None)
+    assert found.examples
+    printed = []
+    runner = doctest.DocTestRunner()
+    runner.run(found, out=printed.append)
+    assert runner.failures == 0, "".join(printed)
 
 
 def test_settings_are_in_use():
