@@ -142,7 +142,7 @@ class ReferencePlan:
         """Ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
         d = self.spec.direction
         f = rule.factor(sums, lr, config.values[L2])
-        skip = self._skips(config, [sums.gg, sums.ww] if "ww" in rule.measures else [sums.gg])
+        skip = self._skips(config, [sums.gg, sums.ww] if rule.measures_ww else [sums.gg])
         ones = torch.ones_like(lr)
         a = 1.0 - lr * config.values[DECOUPLED_DECAY]
         grad, b = (f, -lr) if d.first_order else (ones, -(lr * f))

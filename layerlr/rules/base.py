@@ -46,8 +46,8 @@ class LayerRule:
     order
         ``"gradient"``: the gradient is scaled before momentum sees it (Caffe); subclasses define
         `factor`. ``"update"``: the step is scaled; subclasses define `scale`.
-    measures
-        Which of ``ww``, ``gg`` the first pass of a gradient rule needs.
+    measures_ww
+        True where a gradient rule needs ``ww`` of its first pass, beside ``gg``.
     raw_gradient
         True where ``gg`` is taken before L2 decay is added.
     adapts
@@ -56,7 +56,7 @@ class LayerRule:
 
     name: ClassVar[str]
     order: ClassVar[Literal["gradient", "update"]]
-    measures: ClassVar[tuple[str, ...]] = ("gg",)
+    measures_ww: ClassVar[bool] = False
     raw_gradient: ClassVar[bool] = False
     adapts: ClassVar[Literal["all", "kernels"]] = "kernels"
     #: whether parameters that the rule does not govern stay where they are

@@ -48,7 +48,7 @@ class Lars(LayerRule):
 
     name = "lars"
     order = "gradient"
-    measures = ("ww", "gg")
+    measures_ww = True
     raw_gradient = True
 
     def __post_init__(self) -> None:

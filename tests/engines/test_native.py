@@ -45,7 +45,7 @@ def test_registries_agree():
         update = rule.order == "update"
         assert flags == {
             "update": update,
-            "measures_ww": update or "ww" in rule.measures,  # an update rule takes every sum
+            "measures_ww": update or rule.measures_ww,  # an update rule takes every sum
             "raw_gradient": rule.raw_gradient,
             "latches": rule.latches,
             "decays_apart": rule.decays_apart,

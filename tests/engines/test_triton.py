@@ -44,7 +44,7 @@ def test_rules_agree():
     for name, ours in kernels.RULES.items():
         theirs = layerlr.rules.RULES[name]
         update = theirs.order == "update"
-        weights = update or "ww" in theirs.measures  # an update rule takes every sum
+        weights = update or theirs.measures_ww  # an update rule takes every sum
         flags = update, weights, theirs.raw_gradient, theirs.latches, theirs.decays_apart
         assert ours[1:] == (*flags, theirs.averages), name
 
