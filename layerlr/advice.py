@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import warnings
@@ -14,8 +15,13 @@ from . import options, rules, unknown_arguments
 from .directions import Direction
 from .directions.adam import Adam
 
-#: keys of a group beside options and constructor arguments; eps is other optimizers', too
-_OTHERS = ("params", "param_names", "estimated", "eps")
+#: keys of a group beside options and arguments: other optimizers have them, or they are labels
+_OTHERS = {
+    *("params", "param_names", "estimated", "amsgrad", "betas", "capturable", "centered"),
+    *("dampening", "decoupled_weight_decay", "differentiable", "eps", "etas", "foreach", "fused"),
+    *("initial_lr", "lr", "maximize", "momentum", "nesterov", "step", "weight_decay"),
+    *("group_name", "label", "name", "tag"),
+}
 
 
 def give(
@@ -39,7 +45,7 @@ def give(
     governed
         Whether the rule governs a parameter of the group.
     """
-    known = defaults.keys() | {*_OTHERS}
+    known = _OTHERS | defaults.keys()
     for kind, message in _about(owner, group, known, direction, governed):
         once(said, kind, message)
 
@@ -51,21 +57,31 @@ def once(said: set[str], kind: str, message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
 
 
-def give_of_lr(said: set[str], group: dict[str, Any]) -> None:
-    """Warn, once, of an lr above the one at which what follows it by its ratio is meant."""
-    lr, reference = group["lr"], group["reference_lr"]
-    if "reference_lr" not in said and not isinstance(lr, Tensor) and lr > reference * (1 + 1e-6):
+def give_of_step(said: set[str], group: dict[str, Any]) -> None:
+    """Warn, once, of what a group's coming step does that was hardly meant.
+
+    That is an lr above the one at which what follows it by its ratio is meant, and an ``adapt`` by
+    names that nobody gave.
+    """
+    lr, reference = group["lr"], group.get("reference_lr")
+    if reference is not None and not isinstance(lr, Tensor) and lr > reference * (1 + 1e-6):
         message = (
             f"lr={lr:g} is above reference_lr={reference:g}, so what follows lr by its ratio "
             f"(plain_lr, corrected_decay, a wrapper's base) is {lr / reference:.3g} times what was "
             "given: give the constructor the largest lr of the schedule, or set the group's "
             "'reference_lr'"
         )
-        once(said, "reference_lr", message)
+        once(said, key_of("reference_lr"), message)
+    if group.get("param_names") is None and _asks_names(group["adapt"]):
+        message = (
+            "adapt is asked with names such as 'group0.param0', as the parameters came without: "
+            "pass model.named_parameters() or call attach(model)"
+        )
+        once(said, "adapt without names", message)
 
 
 def give_of_all(
-    groups: Sequence[dict[str, Any]], *, governed: bool, plain: bool, coded: bool, held: bool
+    groups: Sequence[dict[str, Any]], *, governed: bool, forgotten: bool, coded: bool, held: bool
 ) -> None:
     """Warn of options that nothing in any group follows.
 
@@ -73,16 +89,17 @@ def give_of_all(
     ----------
     groups
         All of a new optimizer's.
-    governed, plain, coded, held
-        Whether a parameter is governed, takes the plain step, has state in fewer bits, is held in
-        16 bits with more.
+    governed, coded, held
+        Whether a parameter is governed, has state in fewer bits, is held in 16 bits with more.
+    forgotten
+        Whether no rule was given, not even None.
     """
-    for message in _of_all(groups, governed, plain, coded, held):
+    for message in _of_all(groups, governed, forgotten, coded, held):
         warnings.warn(message, UserWarning, stacklevel=level_of_the_caller())
 
 
 def _of_all(
-    groups: Sequence[dict[str, Any]], governed: bool, plain: bool, coded: bool, held: bool
+    groups: Sequence[dict[str, Any]], governed: bool, forgotten: bool, coded: bool, held: bool
 ) -> Iterator[str]:
     wanted = [g["rule"] for g in groups if g["rule"] is not None and g["adapt"] != "none"]
     if wanted and not governed:
@@ -90,9 +107,6 @@ def _of_all(
             f"rule {wanted[0].name!r} governs none of the parameters, and all take the plain step: "
             "it is for kernels (two or more dimensions larger than 1) unless adapt='all'"
         )
-    rates = [g["plain_lr"] for g in groups if g.get("plain_lr") is not None]
-    if rates and not plain:
-        yield f"plain_lr={rates[0]} has no effect: the rule governs every parameter"
     in_bits = [g["state_dtype"] for g in groups if g["state_dtype"] != "float32"]
     chosen = [
         f"{key}={g[key]!r}"
@@ -100,7 +114,8 @@ def _of_all(
         for key, usual in (("adapt", None), ("layers", "tensor"))
         if g[key] != usual
     ]
-    if chosen and not in_bits and all(g["rule"] is g["on_nonfinite"] is None for g in groups):
+    unused = not in_bits and all(g["rule"] is g["on_nonfinite"] is None for g in groups)
+    if chosen and forgotten and unused:
         yield f"{chosen[0]} has no effect without a rule: was rule='layca' or another meant?"
     if in_bits and not coded:
         yield (
@@ -124,17 +139,27 @@ def level_of_the_caller() -> int:
     return level
 
 
+def key_of(key: str) -> str:
+    """The kind of what is said of a key, for ``said``."""
+    return f"key {key}"
+
+
 @functools.cache
 def _arguments(owner: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(owner).parameters
 
 
+@functools.cache
 def _asks_names(adapt: Any) -> bool:
-    """Whether a callable looks at names, which it would call ``_`` if it did not."""
-    try:
-        return callable(adapt) and not next(iter(inspect.signature(adapt).parameters))[0] == "_"
-    except (ValueError, StopIteration):  # one of C's, or of any arguments
+    """Whether a function looks at its first argument."""
+    code = getattr(adapt, "__code__", None)
+    if code is None or not code.co_argcount:
         return False
+    return any(code.co_varnames[0] in _names(i.argval) for i in dis.get_instructions(code))
+
+
+def _names(of_instruction: Any) -> tuple[Any, ...]:
+    return of_instruction if isinstance(of_instruction, tuple) else (of_instruction,)
 
 
 def _about(
@@ -143,20 +168,13 @@ def _about(
     rule = group["rule"]
     arguments = _arguments(owner)
     ours = options.OPTIONS | options.GROUP_ONLY
-    for key in group.keys() - arguments.keys() - ours.keys() - known:
+    for key in sorted(group.keys() - arguments.keys() - ours.keys() - known):
         remedy = unknown_arguments.remedy(owner, key, group[key], options.GROUP_ONLY)
         if key.replace("_", "") == "lrscale":
             foreign = key == "lr_scale" and isinstance(group[key], (int, float))  # timm's, a number
             remedy = "" if foreign else ": was 'lr_factor' meant?"
         if remedy:
-            yield key, f"layerlr knows no param-group key {key!r}{remedy}"
-    if group.get("param_names") is None and _asks_names(group["adapt"]):
-        yield (
-            "adapt",
-            "adapt is asked with names such as 'group0.param0', as the parameters came without: "
-            "pass model.named_parameters() or call attach(model); an adapt that looks at no name "
-            "takes it as '_'",
-        )
+            yield key_of(key), f"layerlr knows no param-group key {key!r}{remedy}"
     if "backend" in group:
         yield "backend", "backend is no param-group key and has no effect: give the constructor one"
     decay = group["weight_decay"]  # a default is nobody's wish, and not spoken of

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import devices
+
 
 class Span(NamedTuple):
     """Rows ``begin:end`` of dim 0 of one tensor, all in one layer (a 0-dim tensor is one row)."""
@@ -97,8 +99,19 @@ class LayerTable:
         spans = self.parts[tensor]
         if len(spans) == 1:
             return values[spans[0].layer]
-        of_rows = torch.cat([values[s.layer].expand(s.end - s.begin) for s in spans])
+        of_rows = values[self._layers_of_rows(tensor)]
         return of_rows.view(-1, *[1] * (like.dim() - 1))
+
+    def _layers_of_rows(self, tensor: int) -> Tensor:
+        """An index on the device, made once: a list would be copied there and waited for."""
+        if tensor not in self._indices:
+            listed = [s.layer for s in self.parts[tensor] for _ in range(s.begin, s.end)]
+            self._indices[tensor] = devices.numbers(listed, torch.long, self.device)
+        return self._indices[tensor]
+
+    @functools.cached_property
+    def _indices(self) -> dict[int, Tensor]:
+        return {}
 
     def leaders(self, states: Sequence[object | None]) -> list[tuple[int, int, int]]:
         """(layer, tensor, place among its parts) of each layer's first part with a state.

@@ -89,6 +89,8 @@ def build_tables(group: dict[str, Any], index: int, plain: float | None) -> list
         layers, a layer has parameters on several devices, or names do not tell modules apart.
     """
     rule, layers, split = group["rule"], group["layers"], group.get("split")
+    if isinstance(split, Iterator):  # which the next parameter, or build, would find empty
+        split = group["split"] = list(split)
     adapt = adapted(group, "all")
     frozen = plain is None or (rule is not None and rule.freezes)
     tables: dict[tuple[torch.device, int], LayerTable] = {}
@@ -164,7 +166,6 @@ def _start_radii(table: LayerTable, rule: LayerRule | None) -> list[float]:
 
 def _blocks(split: int | Sequence[int], name: str, p: Tensor) -> list[int]:
     n, split = rows(p), plain_value(split)
-    split = list(split) if isinstance(split, Iterator) else split
     if isinstance(split, int):
         if split < 1 or n % split:
             raise ValueError(
@@ -190,6 +191,8 @@ def set_lr_scale(tables: Sequence[LayerTable], group: dict[str, Any], plain: flo
     ValueError
         Where ``lr_factor`` is no factor, or has another length than there are layers.
     """
+    if not tables:
+        return
     factor, plain = group.get("lr_factor", 1.0), plain or 0.0
     if isinstance(factor, Iterator):  # which the next build would find empty
         factor = group["lr_factor"] = list(factor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checks, compiled, hooks, names, numbers, options, rules, state, statistics, stepping
+from . import checks, compiled, hooks, names, numbers, options, rules, statistics, stepping
 from ._C import GradMode
 from .backends import StepConfig
 from .directions import Direction
@@ -19,6 +19,7 @@ from .graphs import CapturedSteps, check_capturable
 from .options import LayerwiseOptions
 from .plain_lr import ratio
 from .plans import PlanCache
+from .state_dicts import pack_groups, restore_state, unpack_groups
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -45,7 +46,7 @@ class LayerwiseOptimizer(Optimizer):
         defaults |= given
         checks.flags(defaults)
         super().__init__(params, defaults)
-        self.plans.check_use()
+        self.plans.check_use("rule" not in layerwise)
 
     def _equip(self) -> None:
         """Give the optimizer what copies and pickles of it do not take along."""
@@ -91,6 +92,7 @@ class LayerwiseOptimizer(Optimizer):
             group["rule"] = copy.copy(self.rule(group))
             if group["rule"] is None and "lr" in own and "plain_lr" not in own:
                 group["plain_lr"] = None  # its lr is a plain rate already
+            self.plans.take_as_said({"reference_lr"} & {*own})
             self.plans.rebuild(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
@@ -255,7 +257,7 @@ class LayerwiseOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; a rule is stored as its name and plain numbers, callables are left out."""
         handle = self.register_state_dict_post_hook(
-            lambda _, packed: state.pack_groups(packed["param_groups"]), prepend=True
+            lambda _, packed: pack_groups(packed["param_groups"]), prepend=True
         )
         try:
             return super().state_dict()
@@ -264,7 +266,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its saved dtype; torch.optim's own state dicts load too."""
+        """As torch's, but state is in the bits that the options say; torch.optim's loads too."""
         loaded: dict[str, Any] = {}
 
         def last(_: Optimizer, final: dict[str, Any]) -> None:
@@ -272,8 +274,7 @@ class LayerwiseOptimizer(Optimizer):
                 rules.resolve(group.get("rule"))  # an unknown rule is refused before any change
             loaded.update(final)
 
-        handle = self.register_load_state_dict_pre_hook(last)
-        self._loading = loaded
+        handle, self._loading = self.register_load_state_dict_pre_hook(last), loaded
         before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
@@ -290,9 +291,10 @@ class LayerwiseOptimizer(Optimizer):
     def __setstate__(self, new: dict[str, Any]) -> None:
         current = self.__dict__.get("param_groups", [])
         super().__setstate__(new)
-        state.unpack_groups(self.param_groups, current, self.defaults)
+        unpack_groups(self.param_groups, current, self.defaults)
         if hasattr(self, "_loading"):
-            state.restore_dtypes(self.state, self.param_groups, self._loading)
+            restore_state(self.state, self.param_groups, self._loading)
         if "plans" not in self.__dict__:
             self._equip()
+        self.plans.take_as_said(key for group in self.param_groups for key in group)
         self.plans.rebuild_all()

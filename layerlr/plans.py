@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,13 +109,17 @@ class PlanCache:
         except (TypeError, ValueError):
             checks.hyper_parameters(group, self.optimizer.defaults, self.groups.index(plans))
             raise
-        if group.get("reference_lr") is not None:
-            advice.give_of_lr(self._said, group)
+        if group.get("reference_lr") is not None or callable(group["adapt"]):
+            advice.give_of_step(self._said, group)
         return config
 
     def say_once(self, kind: str, message: str) -> None:
         """Warn, unless something of the kind was said of this optimizer before."""
         advice.once(self._said, kind, message)
+
+    def take_as_said(self, keys: Iterable[str]) -> None:
+        """Speak of these keys of groups no more: they were chosen, or are a state dict's."""
+        self._said.update(map(advice.key_of, keys))
 
     def unfit(self) -> Iterator[int]:
         """Numbers of the groups that have no plans, or plans of another step."""
@@ -141,8 +145,11 @@ class PlanCache:
             self._snapshot = before
             raise
 
-    def check_use(self) -> None:
-        """Refuse a constructor's ``plain_lr`` without a rule; warn of what nothing follows."""
+    def check_use(self, forgotten: bool) -> None:
+        """Refuse a constructor's ``plain_lr`` without a rule; warn of what nothing follows.
+
+        ``forgotten``: no rule was given, not even None.
+        """
         optimizer = self.optimizer
         plain_lr.check_use(optimizer.defaults["plain_lr"], optimizer.param_groups)
         tables = [table for plans in self.groups for table in plans.tables]
@@ -150,7 +157,7 @@ class PlanCache:
         advice.give_of_all(
             optimizer.param_groups,
             governed=any(any(t.table.ruled) for t in tables),
-            plain=frozen or not all(all(t.table.ruled) for t in tables),
+            forgotten=forgotten,
             coded=frozen
             or any(
                 codes.is_coded(state[key])

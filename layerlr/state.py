@@ -1,8 +1,7 @@
-"""Optimizer state: what is created, what a state dict may hold, how it is brought back."""
+"""Optimizer state: what is created, and checked where it is there."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import advice, codes, dtensor, layers, memory, options, precision, rules
+from . import advice, codes, dtensor, layers, memory, precision
 from .backends.base import state_dtype
-from .conditions import is_number, plain_value
 from .directions import Direction
 from .layer_table import LayerTable
-
-#: dtypes of state of every element that a state dict may bring
-_KEPT = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *codes.CODES)
-#: group keys that may hold a callable, which a state dict cannot carry, and what stands for it
-_MAYBE_CALLABLE = ("layers", "adapt")
-_CALLABLE = "callable"
 
 
 def complete(
@@ -54,11 +46,12 @@ def complete(
         for key in [k for k, x in state.items() if isinstance(x, Tensor) and x.is_meta]:
             del state[key]
     present = [key for key in direction.states if state.get(key) is not None]
-    if len(present) < len(direction.states) and ("dampening" in group or not present):
-        _start_afresh(state, quietly="dampening" in group)
+    of_sgd = direction.states == ("momentum_buffer",) and "dampening" in group
+    if len(present) < len(direction.states) and (of_sgd or not present):
+        _start_afresh(state, p, quietly=of_sgd)
     for key in direction.states:
         _complete_moments(state, key, p, name, group, direction)
-    _complete_count(state, p, group, bool(present))
+    _complete_count(state, p, bool(present))
     for key, initial in of_layers.items() if parts else ():
         _complete_numbers(state, key, p, initial, parts)
     if group["precision"] is not None and precision.applies(p):
@@ -88,17 +81,15 @@ def _complete_moments(
     codes.convert(state, key, p, wanted, name)
 
 
-def _complete_count(
-    state: dict[str, Any], p: Tensor, group: dict[str, Any], has_moments: bool
-) -> None:
+def _complete_count(state: dict[str, Any], p: Tensor, has_moments: bool) -> None:
     """The number of steps, on the device: whether a step is skipped is decided there."""
     step = state.get("step")
     if isinstance(step, Tensor):
         state["step"] = memory.writable(step.to(p.device))
         return
-    if step is None and has_moments:  # others count in the group; SGD's buffer has seen a step
-        step = group["step"] if is_number(group.get("step")) else 1
-    state["step"] = torch.full((), float(step or 0), dtype=_get_scalar_dtype(), device=p.device)
+    # torch's SGD has no count; a buffer that is there has seen a step
+    count = float(has_moments) if step is None else float(step)
+    state["step"] = torch.full((), count, dtype=_get_scalar_dtype(), device=p.device)
 
 
 def _complete_numbers(
@@ -126,14 +117,19 @@ def _complete_weights(
     state[key] = memory.writable(value)
 
 
-def _start_afresh(state: dict[str, Any], quietly: bool) -> None:
+def _start_afresh(state: dict[str, Any], p: Tensor, quietly: bool) -> None:
     """Take the count away where the moments that it counts are none.
 
     Quietly of SGD: torch never dampens a new buffer, and the count tells a new one.
     """
     step = state.pop("step", None)
-    others = [key for key, x in state.items() if isinstance(x, Tensor) and x.dim() > 0]
-    if step is not None and others and not quietly and float(step) > 0:
+    others = [
+        key
+        for key, x in state.items()
+        if isinstance(x, Tensor) and x.shape == p.shape and x.dim() > 0
+        if key not in precision.KEYS.values() and not key.endswith("_scale")
+    ]
+    if others and not quietly and (step is None or float(step) > 0):
         warnings.warn(
             f"state that was loaded has {', '.join(map(repr, others))}, as another optimizer's "
             "has, and no moments of this one: they start afresh, at step 0",
@@ -220,76 +216,3 @@ def complete_table(
         complete(optimizer_state[p], p, name, group, direction, of_layers, n, numbers[id(p)])
         states.append(optimizer_state[p])
     return states
-
-
-def pack_groups(groups: list[dict[str, Any]]) -> None:
-    """Turn the groups of a state dict into plain values, in place."""
-    for group in groups:
-        rule = rules.resolve(group["rule"])
-        group["rule"] = None if rule is None else rule.to_dict()
-        for key in _MAYBE_CALLABLE:
-            if callable(group[key]):
-                group[key] = _CALLABLE
-        for key in options.OPTIONS.keys() | options.GROUP_ONLY.keys():
-            if key in group:
-                group[key] = plain_value(group[key])  # NumPy's cannot be loaded with weights alone
-
-
-def unpack_groups(
-    groups: list[dict[str, Any]], current: list[dict[str, Any]], defaults: dict[str, Any]
-) -> None:
-    """Undo `pack_groups` in place; what a group lacks comes from the current one, or a default.
-
-    A warning names our own options that a state dict changes, as torch's way is to load them all.
-
-    Raises
-    ------
-    ValueError
-        For the groups of a wrapper.
-    """
-    replaced: dict[tuple[str, str, str], list[str]] = {}
-    for index, group in enumerate(groups):
-        old = current[index] if index < len(current) else {}
-        if any(key.startswith("base.") for key in group):
-            raise ValueError(
-                "this is the state dict of an optimizer of layerlr.wrap, whose moments and lr are "
-                "its base's: load it into a wrapper of such a base"
-            )
-        for key in _MAYBE_CALLABLE:
-            if group.get(key) == _CALLABLE:
-                del group[key]
-        if not isinstance(group.get("lr_scale", 1.0), (int, float)):
-            group.setdefault("lr_factor", group.pop("lr_scale"))  # its former name
-        group["rule"] = rules.resolve(group.get("rule", old.get("rule", defaults["rule"])))
-        for key in options.OPTIONS.keys() & group.keys() & old.keys():
-            if group[key] != old[key]:
-                replaced.setdefault((key, repr(group[key]), repr(old[key])), []).append(str(index))
-        for key, default in defaults.items():
-            group.setdefault(key, old.get(key, default))
-        for key in options.GROUP_ONLY:
-            if key in old:
-                group.setdefault(key, old[key])
-    for (key, new, before), indices in replaced.items():
-        warnings.warn(
-            f"{key}={new} came with the state dict and replaces {before} in param group "
-            f"{', '.join(indices)}: to have it back, set the group's {key!r} after loading",
-            stacklevel=advice.level_of_the_caller(),
-        )
-
-
-def restore_dtypes(
-    state: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]], loaded: dict[str, Any]
-) -> None:
-    """Give loaded state its saved dtype back: torch casts it to the parameter's.
-
-    Not where state of every element is in a dtype that would cut it off, as integers do that are no
-    codes.
-    """
-    saved_ids = itertools.chain.from_iterable(g["params"] for g in loaded["param_groups"])
-    params = itertools.chain.from_iterable(g["params"] for g in groups)
-    for saved_id, p in zip(saved_ids, params, strict=True):
-        for key, value in loaded["state"].get(saved_id, {}).items():
-            if isinstance(value, Tensor) and state[p][key].dtype != value.dtype:
-                of_element = value.shape == p.shape and key not in precision.KEYS.values()
-                if not of_element or value.dtype in _KEPT:
-                    state[p][key] = value.to(device=p.device)

@@ -12,7 +12,7 @@ from . import rules
 #: names that apex, timm, bitsandbytes and others have for what is here; more in docs/moving.md
 _ELSEWHERE = {
     "adam_w_mode": "layerlr.AdamW for True, layerlr.Adam for False",
-    "always_adapt": "adapt='all'",
+    "always_adapt": "adapt='all' for True",
     "clamp_value": "rule=layerlr.rules.Lamb(clip=...)",
     "clip_grad_norm": "max_grad_norm=...",
     "decoupled_decay": "rule='relative' for True, rule='lamb' for False",

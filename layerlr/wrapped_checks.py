@@ -7,21 +7,20 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from . import _C, devices, rules
+from . import _C, devices, options, rules
 from .rules import LayerRule
 
 #: what is said where a scheduler works on the base
 SCHEDULED = (
-    "a scheduler was made for the base of a wrapper: it does not reach the layers under the rule. "
-    "Make it for the wrapper, which layerlr.wrap returned"
+    "a scheduler was made for the base of a wrapper, and does not reach the layers under the rule: "
+    "make it for the wrapper, which layerlr.wrap returned (if it is gone, all is well)"
 )
 
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer itself, which Accelerate's and Lightning's have as their ``optimizer``."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    inside = getattr(optimizer, "optimizer", None)
+    return optimizer if inside is None or inside is optimizer else innermost(inside)
 
 
 def base(optimizer: object, ours: type) -> None:
@@ -33,13 +32,8 @@ def base(optimizer: object, ours: type) -> None:
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"wrap wants a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if type(optimizer).state_dict is not Optimizer.state_dict and not (
-        {"state", "param_groups"} <= optimizer.state_dict().keys()
-    ):
-        raise TypeError(
-            f"state dicts of {type(optimizer).__name__} have a form of their own, which a wrapper "
-            "cannot hold: wrap the optimizer inside of it, and put it around the result"
-        )
+    if not isinstance(optimizer, ours):
+        _form(optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -48,12 +42,27 @@ def base(optimizer: object, ours: type) -> None:
         )
 
 
-#: keys of a wrapper's group that say something, and those that must say nothing
-_HERE = {"params", "param_names", "lr", "initial_lr", "rule", "layers", "adapt", "split"}
-_HERE |= {"lr_factor", "reference_lr", "seed", "on_nonfinite", "differentiable", "estimated"}
+def _form(optimizer: Optimizer) -> None:
+    """Refuse state dicts that cannot lie beside a wrapper's, where there are some by now."""
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return
+    try:
+        keys = optimizer.state_dict().keys()
+    except Exception:  # ZeRO's wants to be gathered first
+        return
+    if not {"state", "param_groups"} <= keys:
+        raise TypeError(
+            f"state dicts of {type(optimizer).__name__} have a form of their own, which a wrapper "
+            "cannot hold: wrap the optimizer inside of it, and put it around the result"
+        )
+
+
+#: our keys that say nothing in a wrapper's group, and what they are there
 _OF_BASE: dict[str, Any] = {"weight_decay": 0.0, "maximize": False, "max_grad_norm": None}
 _OF_BASE |= {"precision": None, "state_dtype": "float32", "plain_lr": None}
 _OF_BASE |= {"corrected_decay": False}
+#: keys of both that may differ
+_OF_BOTH = {*options.OPTIONS, *options.GROUP_ONLY, "lr", "differentiable"} - {*_OF_BASE}
 
 
 def scheduled(optimizer: Optimizer) -> bool:
@@ -70,24 +79,27 @@ def capture(groups: list[dict[str, Any]]) -> None:
         )
 
 
-def groups(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+def groups(ours: list[dict[str, Any]], base: Optimizer) -> None:
     """Refuse to step a base that has got groups of its own, and numbers that reach nothing."""
+    theirs = base.param_groups
     if len(ours) != len(theirs):
         raise RuntimeError(
             f"the base has {len(theirs)} param groups, its wrapper {len(ours)}: add groups by the "
             "wrapper's add_param_group"
         )
-    for index, (group, base) in enumerate(zip(ours, theirs, strict=True)):
-        if not _C.same_objects(group["params"], base["params"]):
+    of_base = base.defaults.keys() - _OF_BOTH
+    for index, (group, other) in enumerate(zip(ours, theirs, strict=True)):
+        if not _C.same_objects([*group["params"]], [*other["params"]]):
             raise RuntimeError(
                 f"param group {index} of a wrapper has other parameters than its base's: change "
                 "both lists alike, or wrap the base again"
             )
-        for key in (group.keys() & base.keys() | _OF_BASE.keys()) - _HERE:
-            if key not in _OF_BASE or group[key] != _OF_BASE[key]:
+        for key in of_base & group.keys() | _OF_BASE.keys():
+            value = group.get(key)
+            if value not in (None, _OF_BASE.get(key)) and value != other.get(key):
                 raise ValueError(
-                    f"{key}={group[key]!r} of param group {index} has no effect on a wrapper, "
-                    f"whose base has its own: set optimizer.base.param_groups[{index}][{key!r}]"
+                    f"{key}={value!r} of param group {index} has no effect on a wrapper, whose "
+                    f"base has its own: set optimizer.base.param_groups[{index}][{key!r}]"
                 )
 
 

@@ -68,7 +68,8 @@ def wrap(
     Raises
     ------
     TypeError
-        For what is no optimizer, and for one that steps several times with its closure (L-BFGS).
+        For what is no optimizer, for one that steps several times with its closure (L-BFGS), has
+        state dicts of another form (Lookahead), or has an optimizer of ours inside.
     ValueError
         For a rule that looks at the model, ``others="freeze"``, bounds of LAMB on a base without
         lr, a missing lr, or one of zero.
@@ -233,7 +234,7 @@ class Wrapped(LayerwiseOptimizer):
     def eager_step(self) -> None:
         """The base's step between the two halves of the rule's."""
         wrapped_checks.capture(self.param_groups)
-        wrapped_checks.groups(self.param_groups, self.base.param_groups)
+        wrapped_checks.groups(self.param_groups, self.base)
         if wrapped_checks.scheduled(self.base):
             self.plans.say_once("schedule", wrapped_checks.SCHEDULED)
         every = self.plans.every()

@@ -120,7 +120,7 @@ class AngularRates(Stream):
                 if option.check is not None:
                     option.check(like, index)
         if model is not None:
-            checks.module("attach", model)
+            checks.module("AngularRates", model)
         super().__init__(to, every)
         self.optimizer = watched
         self._options = (adapt, layers, backend)

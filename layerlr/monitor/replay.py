@@ -139,12 +139,12 @@ class Replay(LRScheduler):
                     f"the trace does not know layer {missing[0]!r}: it has {', '.join(angles)}; "
                     "give both optimizers names (model.named_parameters(), or attach)"
                 )
-            known = [angles[name] for name, _ in layers if name in angles]
+            known = [angles[name] for name, trains in layers if trains]
             if not known:
                 found.append(group["lr"])
                 continue
             mean = math.tan(sum(known) / len(known))
-            rates = [math.tan(angles[name]) if name in angles else mean for name, _ in layers]
+            rates = [math.tan(angles[name]) if trains else mean for name, trains in layers]
             found.append(mean)
             factors.append((group, [rate / mean if mean else 1.0 for rate in rates]))
         for group, factor in factors if self.per_layer else ():

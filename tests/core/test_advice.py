@@ -71,16 +71,6 @@ WARNED = {
         {"adapt": "all"},
         ["adapt='all' has no effect without a rule"],
     ),
-    "a plain rate where all is governed": (
-        layerlr.SGD,
-        {"rule": "singh", "plain_lr": 0.1},
-        ["plain_lr=0.1 has no effect: the rule governs every parameter"],
-    ),
-    "names that are none": (
-        layerlr.SGD,
-        {"rule": "layca", "adapt": lambda name, p: not name.startswith("head")},
-        ["adapt is asked with names such as 'group0.param0'", "model.named_parameters()"],
-    ),
     "held weights": (
         layerlr.SGD,
         {"precision": "kahan"},
@@ -97,7 +87,7 @@ SILENT = {
         {"rule": "layca", "adapt": "none", "weight_decay": 0.1},
     ),
     "L2, which the buffers see": (layerlr.SGD, {"rule": "layca", "weight_decay": 0.1}),
-    "adapt that looks at no name": (layerlr.SGD, {"rule": "layca", "adapt": lambda _, p: True}),
+    "adapt for a baseline": (layerlr.SGD, {"rule": None, "adapt": "all"}),
     "adapt that says what is in 8 bits": (
         layerlr.SGD,
         {"adapt": "all", "on_nonfinite": "skip"},
@@ -177,6 +167,49 @@ def test_a_key_that_is_nearly_one_of_ours(cls, key):
     assert messages == [f"layerlr knows no param-group key {key!r}: was {KEYS[key]!r} meant?"]
 
 
+def test_adapt_by_names_that_nobody_gave():
+    """Said at the first step: a framework may hand names on later, by `attach`."""
+
+    def stepped(adapt, attach=False):
+        model = nn.Linear(3, 4)
+        opt = layerlr.SGD(model.parameters(), lr=0.1, rule="layca", adapt=adapt)
+        if attach:
+            opt.attach(model)
+        set_grads(model.parameters(), 0)
+        return said(opt.step)[0] + said(opt.step)[0]
+
+    def in_a_closure(name, p):
+        return any(word in name for word in ("weight",))
+
+    by_name = lambda name, p: not name.startswith("head")  # noqa: E731
+    for adapt in (by_name, in_a_closure):
+        [message] = stepped(adapt)
+        assert "adapt is asked with names such as 'group0.param0'" in message
+        assert stepped(adapt, attach=True) == []
+    assert stepped(lambda name, p: p.ndim > 1) == []
+
+
+@pytest.mark.parametrize("theirs", ["Adam", "AdamW", "NAdam", "RAdam", "Rprop", "RMSprop"])
+def test_groups_of_torch_s_optimizers_are_not_spoken_of(theirs):
+    of = getattr(torch.optim, theirs)(weights())
+    assert said(lambda: layerlr.SGD(of.param_groups, lr=0.1, rule="lars"))[0] == []
+    opt = layerlr.SGD(weights(), lr=0.1, rule="lars")
+    assert said(lambda: opt.load_state_dict(of.state_dict()))[0] == []
+
+
+def test_a_state_dict_of_timm_s_lamb_is_loaded_quietly():
+    groups = [dict(bias_correction=True, grad_averaging=True, trust_clip=False, always_adapt=False)]
+    packed = layerlr.AdamW(weights()).state_dict()
+    packed["param_groups"][0] |= groups[0] | {"caution": False, "decoupled_decay": False}
+    opt = layerlr.AdamW(weights())
+    assert said(lambda: opt.load_state_dict(packed))[0] == []
+
+
+def test_labels_are_not_spoken_of():
+    groups = [{"params": weights(), "name": "lamb", "tag": "layca"}]
+    assert said(lambda: layerlr.SGD(groups, rule="lars"))[0] == []
+
+
 def test_foreign_keys_are_not_spoken_of():
     keys = ("initial_lr", "max_lr", "min_lr", "lr_mult", "name", "swa_lr", "use_fallback", "betas")
     group = {"params": weights(), "lr_scale": 0.5} | dict.fromkeys(keys, 0.5)
@@ -192,7 +225,7 @@ def test_foreign_keys_are_not_spoken_of():
         ("weight_deacy", 0.3, "'weight_deacy': was 'weight_decay' meant?"),
         ("Rule", "layca", "'Rule': a rule is given as rule='layca'"),
         ("layerwise", "lamb", "'layerwise': a rule is given as rule='lamb'"),
-        ("always_adapt", True, "'always_adapt': here it is adapt='all'"),
+        ("always_adapt", True, "'always_adapt': here it is adapt='all' for True"),
     ],
 )
 def test_a_key_of_a_group_that_belongs_elsewhere(key, value, words):
@@ -216,6 +249,10 @@ def test_an_lr_above_the_one_that_others_follow():
     [message] = said(opt.step)[0]
     assert "lr=0.02 is above reference_lr=0.001" in message and "20 times" in message
     assert said(opt.step)[0] == []  # once
+    group = {"params": weights(), "reference_lr": 0.01}  # chosen
+    opt = layerlr.AdamW([group], lr=0.02, rule="lamb", plain_lr=4e-3)
+    set_grads(group["params"], 0)
+    assert said(opt.step)[0] == []
     opt = layerlr.AdamW(params, lr=0.02, rule="lamb", plain_lr=4e-3)
     for lr in (0.001, 0.02):  # as a warm-up goes
         opt.param_groups[0]["lr"] = lr

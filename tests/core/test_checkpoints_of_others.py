@@ -102,14 +102,58 @@ def test_a_momentum_that_is_new_says_nothing():
         ours.load_state_dict(opt.state_dict())
 
 
+@pytest.mark.parametrize("step", [-3, float("nan"), 2.5])
+def test_a_count_in_the_group_that_is_none(step):
+    packed = train(layerlr.AdamW(params := weights(), lr=0.01), params, 1).state_dict()
+    for state in packed["state"].values():
+        del state["step"]
+    packed["param_groups"][0]["step"] = step
+    with pytest.raises(RuntimeError, match="wanted is the number of steps"):
+        layerlr.AdamW(weights(), lr=0.01).load_state_dict(packed)
+
+
+def test_moments_without_a_count_of_another_optimizer():
+    """A momentum buffer, for one; a count in the group is not theirs."""
+    params = weights()
+    packed = train(torch.optim.SGD(params, lr=0.1, momentum=0.9), params, 2).state_dict()
+    packed["param_groups"][0]["step"] = 50
+    ours = layerlr.AdamW(weights(), lr=0.01)
+    with pytest.warns(UserWarning, match="'momentum_buffer', as another optimizer's has"):
+        ours.load_state_dict(packed)
+    assert {state["step"].item() for state in ours.state.values()} == {0.0}
+
+
+@pytest.mark.parametrize("options", [{"rule": "hyperball"}, {"precision": "master"}])
+def test_moments_that_a_program_resets(options):
+    """What a rule and ``precision`` store is no other optimizer's."""
+    params = [Parameter(v.bfloat16()) for v in random(((6, 5),))]
+    opt = train(layerlr.AdamW(params, lr=0.01, **options), params, 1)
+    for state in opt.state.values():
+        del state["exp_avg"], state["exp_avg_sq"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(opt, params, 1)
+
+
+def test_a_rule_that_is_set_by_its_name_is_the_same():
+    opt = layerlr.AdamW(weights(), lr=0.01, rule="layca")
+    packed = opt.state_dict()
+    opt.param_groups[0]["rule"] = "layca"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(packed)
+
+
 def test_numbers_of_numpy_can_be_loaded_with_weights_alone():
     params = weights()
-    opt = layerlr.SGD([{"params": params, "lr_factor": np.ones(2)}], max_grad_norm=np.float64(1.0))
+    opt = layerlr.Adam([{"params": params, "lr_factor": np.ones(2)}], max_grad_norm=np.float64(1.0))
+    opt.param_groups[0].update(lr=np.float64(0.1), betas=(np.float64(0.8), 0.9))
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
     [group] = torch.load(file, weights_only=True)["param_groups"]
     assert type(group["max_grad_norm"]) is float and group["lr_factor"] == [1.0, 1.0]
+    assert group["lr"] == 0.1 and group["betas"] == (0.8, 0.9)
 
 
 def test_rates_under_their_former_name():

@@ -255,9 +255,12 @@ def test_a_callable_of_one_argument(option):
 
 
 def test_sizes_of_blocks_from_a_generator():
-    group = {"params": [Parameter(torch.ones(4, 2))], "split": (n for n in (1, 3))}
-    opt = layerlr.SGD([group], rule="layca")
-    assert opt.layer_stats()["names"] == ["group0.param0[0]", "group0.param0[1]"]
+    params = [Parameter(torch.ones(4, 2)) for _ in range(2)]
+    opt = layerlr.SGD([{"params": params, "split": (n for n in (1, 3))}], rule="layca")
+    opt.param_groups[0]["layers"] = lambda _, p: id(p)  # plans are built again
+    set_grads(params, 0)
+    opt.step()
+    assert len(opt.layer_stats()["names"]) == 4
 
 
 def test_a_reference_of_zero():
@@ -268,7 +271,7 @@ def test_a_reference_of_zero():
         layerlr.SGD([group], lr=0.1, rule="layca", plain_lr=0.1)
 
 
-def test_a_momentum_of_rmsprop_that_is_none():
+def test_a_momentum_of_rmsprop_that_is_no_number():
     opt = layerlr.RMSprop([Parameter(torch.ones(2, 2))], rule="layca")
     opt.param_groups[0]["momentum"] = "x"
     set_grads(opt.param_groups[0]["params"], 0)

@@ -22,7 +22,8 @@ MODULES = [path for path in SOURCES if path.suffix == ".py" and "layerlr" in pat
 #: From the ground up: a module imports from its own room and from lower floors. A package is a
 #: room, a module of ``layerlr`` itself too.
 FLOORS = (
-    "_C conditions devices directions layer_table",
+    "_C conditions devices directions",
+    "layer_table",
     "layers rules",
     "dtensor plain_lr precision",
     "memory unknown_arguments",
@@ -30,7 +31,7 @@ FLOORS = (
     "backends",
     "checks estimators group_key hooks names numbers options sharded_plan",
     "advice",
-    "group_plans state",
+    "group_plans state state_dicts",
     "plans",
     "compiled gradient_factors graphs statistics steppable stepping taken",
     "estimation",

@@ -183,15 +183,19 @@ def test_files_of_something_else(tmp_path, line, words):
         Trace.load(path)
 
 
-def test_a_frozen_layer_needs_no_record(trace):
-    """`AngularRates` has none of a layer that no step moves."""
+@pytest.mark.parametrize("there", [False, True])
+def test_a_frozen_layer_is_left_out(trace, there):
+    """`AngularRates` has no record of it, `Telemetry` one of 0: of the mean it is no part."""
     model = mlp()
     weight = model[2].weight.requires_grad_(False)
     without = Trace()
     for step, angles in zip(trace.steps, trace.angles, strict=True):
-        without._append(step, ((name, x) for name, x in angles.items() if name != "2.weight"))
+        others = {name: x for name, x in angles.items() if name != "2.weight"}
+        without._append(step, (others | ({"2.weight": 0.0} if there else {})).items())
     opt = under("layca", model)
     scheduler = replay(without, opt)
+    first = [without.angles[0][name] for name in ("0.weight", "4.weight")]
+    assert opt.param_groups[0]["lr"] == pytest.approx(math.tan(sum(first) / 2))
     before = weight.clone()
     found = train(model, opt, 3, scheduler)
     assert torch.equal(weight, before)

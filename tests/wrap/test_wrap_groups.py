@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import random, set_grads
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 import layerlr
 
@@ -90,6 +90,46 @@ def test_other_parameters_than_the_base_has(change):
         opt.param_groups.reverse()
     with pytest.raises(RuntimeError, match=r"param group . of a wrapper has other parameters than"):
         opt.step()
+
+
+def test_keys_that_schedulers_and_programs_leave_on_both():
+    """OneCycleLR has some; a label, or a number that the base has too, says nothing."""
+    params = weights()
+    base = torch.optim.AdamW(params, lr=0.1)
+    opt = layerlr.wrap(base, "hyperball", lr=0.1)
+    for optimizer in (base, opt):
+        OneCycleLR(optimizer, max_lr=0.1, total_steps=10, cycle_momentum=False)
+        optimizer.param_groups[0] |= {"name": "all", "betas": (0.9, 0.999)}
+    set_grads(params, 0)
+    with pytest.warns(UserWarning, match="a scheduler was made for the base"):
+        opt.step()
+
+
+def test_parameters_in_a_tuple():
+    _, base, opt = wrapped()
+    base.param_groups[0]["params"] = tuple(base.param_groups[0]["params"])
+    opt.step()
+
+
+def test_a_base_that_gives_no_state_dict_yet():
+    """ZeRO's wants to be gathered first."""
+
+    class Gathered(torch.optim.SGD):
+        def state_dict(self):
+            raise RuntimeError("not been consolidated")
+
+    params = weights()
+    opt = layerlr.wrap(Gathered(params, lr=0.1), "hyperball", lr=0.1)
+    before = params[0].clone()
+    set_grads(params, 0)
+    opt.step()
+    assert not torch.equal(before, params[0])
+
+
+def test_rates_of_a_group_without_layers():
+    base = torch.optim.SGD([{"params": weights(), "rule": None, "lr_factor": [2.0]}], lr=0.1)
+    opt = layerlr.wrap(base, "hyperball", lr=0.1)
+    assert opt.layer_stats()["names"] == []
 
 
 def test_both_lists_may_change():
