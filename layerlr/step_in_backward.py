@@ -64,10 +64,10 @@ def step_in_backward(model: nn.Module, optimizer: LayerwiseOptimizer) -> StepInB
     TypeError
         For another optimizer, a wrapper, or no module.
     ValueError
-        For an optimizer that has none of the model's parameters; ``differentiable=True``; what
-        needs every gradient at once: rules that look at the model, a group's ``max_grad_norm``;
-        `DistributedDataParallel`, which averages gradients after the layers would have stepped.
-        Settings that change later are refused in ``backward()``.
+        For an optimizer that has none of the model's parameters, or one of them twice;
+        ``differentiable=True``; what needs every gradient at once: rules that look at the model, a
+        group's ``max_grad_norm``; `DistributedDataParallel`, which averages gradients after the
+        layers would have stepped. Settings that change later are refused in ``backward()``.
     RuntimeError
         For an optimizer that steps in backward already.
 
