@@ -139,6 +139,14 @@ def level_of_the_caller() -> int:
     return level
 
 
+def _share(group: dict[str, Any], direction: Direction) -> float:
+    """The least share that a step has in a second moment, 0 of a sum; 1 where there is none."""
+    if not {*direction.nonnegative} & {*direction.states}:
+        return 1.0
+    beta = group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
+    return 1.0 - float(beta)
+
+
 def key_of(key: str) -> str:
     """The kind of what is said of a key, for ``said``."""
     return f"key {key}"
@@ -190,6 +198,13 @@ def _about(
             "weight_decay",
             f"weight_decay={decay} has no effect on layers under {rule.name!r}, which keeps their "
             "norms; other parameters decay",
+        )
+    if group["state_dtype"] == "bfloat16" and _share(group, direction) < 2.0**-8:
+        yield (
+            "state_dtype",
+            "second moments in bfloat16 stand still where what a step adds is below half of their "
+            "last bit, and steps stay small after large gradients: take a beta2 (alpha) of 0.99 or "
+            "less, or state_dtype='float32'",
         )
     lr = group["lr"]
     if governed and isinstance(rule, rules.Curvature) and isinstance(lr, (int, float)) and lr != 1:

@@ -238,10 +238,10 @@ class LayerwiseOptimizer(Optimizer):
         -------
         dict
             ``names`` (list, parameter order), then 1-D tensors: float64 ``ww gg uu wu`` (sums over
-            the weights before the update, the gradient and the step), ``scale`` (the rule's
-            number), ``lr`` (effective: lr times the group's ``lr_factor`` or the ratio of
-            ``plain_lr``, times scale), ``angle`` (radians between the weights before and after)
-            and int64 ``skipped`` (steps left out because of a non-finite gradient).
+            the weights before the update, the gradient and the step, as the rule sees them, decay
+            included), ``scale`` (the rule's number), ``lr`` (effective: lr times ``lr_factor`` or
+            the ratio of ``plain_lr``, times scale), ``angle`` (radians between the weights before
+            and after), int64 ``skipped`` (steps left out because of a non-finite gradient).
 
             Of sharded parameters under a rule in gradient order ``ww uu wu`` are those of the step
             before, as they are summed over processes with the next one's message, and ``angle``

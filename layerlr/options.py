@@ -160,7 +160,7 @@ class LayerwiseOptions(TypedDict, total=False):
         Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
         ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
         that have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
-        clipping. A layer that is skipped counts nothing in it. ``.grad`` is left as it is. Costs
+        clipping. A layer that is skipped counts nothing in it, nor does what ``others="freeze"`` keeps. ``.grad`` is left as it is. Costs
         another pass over the gradients, under sharding another message.
     corrected_decay : bool
         Decoupled weight decay in proportion to lr, ``weight_decay * lr / reference_lr`` (AdamC,

@@ -17,7 +17,7 @@ class Singh(LayerRule):
     The norm is over the whole layer and taken of the gradient that is used, after L2 decay. The
     factor is always above 1; for a layer whose gradient is exactly zero it is infinite, and the
     step is 0. First-order buffers (SGD momentum, Nesterov, averaged momentum) see ``f*g`` as in
-    Caffe; for Adagrad, RMSprop and Adam the factor multiplies the step.
+    Caffe; for Adagrad, RMSprop, Adam and Lion the factor multiplies the step.
 
     Notes
     -----

@@ -66,6 +66,18 @@ WARNED = {
         {"layers": lambda _, p: "one"},
         ["layers=<function", "has no effect without a rule: was rule='layca' or another meant?"],
     ),
+    "second moments in bfloat16": (
+        layerlr.AdamW,
+        {"state_dtype": "bfloat16"},
+        ["second moments in bfloat16 stand still", "beta2 (alpha) of 0.99 or less"],
+        torch.float32,
+    ),
+    "a sum in bfloat16": (
+        layerlr.Adagrad,
+        {"state_dtype": "bfloat16"},
+        ["stand still"],
+        torch.float32,
+    ),
     "adapt without a rule": (
         layerlr.AdamW,
         {"adapt": "all"},
@@ -87,6 +99,17 @@ SILENT = {
         {"rule": "layca", "adapt": "none", "weight_decay": 0.1},
     ),
     "L2, which the buffers see": (layerlr.SGD, {"rule": "layca", "weight_decay": 0.1}),
+    "second moments that fall": (
+        layerlr.AdamW,
+        {"state_dtype": "bfloat16", "betas": (0.9, 0.99)},
+        torch.float32,
+    ),
+    "RMSprop's in bfloat16": (layerlr.RMSprop, {"state_dtype": "bfloat16"}, torch.float32),
+    "momentum in bfloat16": (
+        layerlr.SGD,
+        {"state_dtype": "bfloat16", "momentum": 0.9},
+        torch.float32,
+    ),
     "adapt for a baseline": (layerlr.SGD, {"rule": None, "adapt": "all"}),
     "adapt that says what is in 8 bits": (
         layerlr.SGD,
@@ -117,8 +140,9 @@ def test_warnings_point_at_who_called():
 
 @pytest.mark.parametrize("what", SILENT)
 def test_options_with_effect(what):
-    cls, options = SILENT[what]
-    assert said(lambda: cls(weights(), lr=0.1, **options))[0] == []
+    cls, options, *dtype = SILENT[what]
+    params = [Parameter(p.detach().to(*dtype)) for p in weights()]
+    assert said(lambda: cls(params, lr=0.1, **options))[0] == []
 
 
 def test_a_rule_that_governs_nothing():

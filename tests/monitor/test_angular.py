@@ -118,7 +118,7 @@ def test_layers_that_step_inside_backward_are_no_zeros():
         ({"layers": "modul"}, ValueError, "Invalid layers: 'modul'"),
         ({"layers": "module"}, ValueError, "layers='module' needs parameter names"),
         ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
-        ({"model": 3}, TypeError, "attach wants a torch.nn.Module, got int"),
+        ({"model": 3}, TypeError, "AngularRates wants a torch.nn.Module, got int"),
     ],
 )
 def test_arguments_that_are_refused(options, error, words):
