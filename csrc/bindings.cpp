@@ -52,6 +52,7 @@ py::dict rules() {
     flags["latches"] = info.latches;
     flags["decays_apart"] = info.decays_apart;
     flags["averages"] = info.averages;
+    flags["plain_at_zero"] = info.plain_at_zero;
     every[info.name] = flags;
   }
   return every;

@@ -23,7 +23,7 @@ struct LayerConfig {
   double* memory;        // the number that the layer stores, or null: none
   bool whole;            // all of its tensors have a gradient
   double constant = 0;   // the radius of a layer which starts at zero, or the number of its weights
-  double plain = 1;      // on lr, until it has that radius
+  double plain = 1;      // on lr, until it has that radius, and where the rule steps so at zero
   double taken = 0;      // not 0: w is v - taken*u, a step at that rate; the rule says what stays
   double step = 1;       // number of the coming step
 };
@@ -89,6 +89,10 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
       v.scale = {1, 1, -(c.lr * c.plain), c.plain};
     } else {
       v.scale = evaluate(id, v.seen, c.lr, c.l2, memory, config.hyper);
+      if (info.plain_at_zero && !(ww > 0)) {
+        v.scale.b *= c.plain;
+        v.scale.scale *= c.plain;
+      }
       if (memory == 0 && ww > 0 && v.scale.b != 0) memory = sqrt(ww);
     }
     // a step of nothing, as checkpoint libraries take one, leaves no trace
@@ -102,7 +106,8 @@ LAYERLR_HD Verdict decide(const RuleConfig& config, const LayerConfig& c, const 
     return v;
   }
   v.skip = c.skip && !(finite(sums.gg) && (!info.measures_ww || finite(sums.ww)));
-  const LayerScale f = evaluate(id, sums, c.lr, c.l2, 0, config.hyper);
+  LayerScale f = evaluate(id, sums, c.lr, c.l2, 0, config.hyper);
+  if (info.plain_at_zero && !(sums.ww > 0)) f.grad = f.scale = f.grad * c.plain;
   v.shown_a = 1 - c.lr * c.decoupled;
   v.scale = c.first_order ? LayerScale{f.grad, v.shown_a, -c.lr, f.scale}
                           : LayerScale{1, v.shown_a, -(c.lr * f.grad), f.scale};

@@ -88,7 +88,7 @@ def launches(
         first += over_tiles(measure, MEASURES_WW=r.measures_ww, RAW=r.raw_gradient, BARE=False)
     asked = {"SCALE": r.scale, "MEASURES_WW": r.measures_ww, "LATCHES": r.latches}
     asked["DECAYS_APART"], asked["AVERAGES"] = r.decays_apart, r.averages
-    asked["FIRST_ORDER"] = d.first_order
+    asked["PLAIN_AT_ZERO"], asked["FIRST_ORDER"] = r.plain_at_zero, d.first_order
     here, given = (
         Launch(decide, None, {**asked, **passes, "TOTAL": t, **of_rows}) for t in (False, True)
     )

@@ -126,6 +126,7 @@ def decide(
     LATCHES: tl.constexpr,
     DECAYS_APART: tl.constexpr,
     AVERAGES: tl.constexpr,
+    PLAIN_AT_ZERO: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
     MEASURED: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -181,6 +182,10 @@ def decide(
         skip = skipped(t, good)
         memory = 0.0
     grad, a, b, scale = SCALE(ww, gg, uu, wu, lr, l2, memory, h)
+    if PLAIN_AT_ZERO:
+        share = tl.where(ww > 0, 1.0, tl.load(t.config + PLAIN))
+        b, scale = b * share, scale * share
+        grad = grad if UPDATE else grad * share
     plain_grad, plain_a, plain_b, plain_scale = plain(ww, gg, uu, wu, lr, l2, memory, h)
     grad = tl.where(ruled, grad, plain_grad)
     a, b = tl.where(ruled, a, plain_a), tl.where(ruled, b, plain_b)

@@ -22,6 +22,7 @@ class Rule(NamedTuple):
     latches: bool = False  # the memory is the layer's radius
     decays_apart: bool = False  # decoupled decay is no part of the step it sees
     averages: bool = False  # the memory is a running mean of gg/n, see `rows.decide`
+    plain_at_zero: bool = False  # a layer of zeros takes the plain step
 
 
 @triton.jit
@@ -129,12 +130,12 @@ def _brake(ww, gg, uu, wu, lr, l2, memory, h):
 RULES: dict[str, Rule] = {
     "plain": Rule(plain),
     "singh": Rule(_singh),
-    "lars": Rule(_lars, measures_ww=True, raw_gradient=True),
-    "lamb": Rule(_lamb, update=True, measures_ww=True),
-    "layca": Rule(_layca, update=True, measures_ww=True, latches=True),
+    "lars": Rule(_lars, measures_ww=True, raw_gradient=True, plain_at_zero=True),
+    "lamb": Rule(_lamb, update=True, measures_ww=True, plain_at_zero=True),
+    "layca": Rule(_layca, update=True, measures_ww=True, latches=True, plain_at_zero=True),
     "rated": Rule(_rated, update=True, measures_ww=True),
-    "hyperball": Rule(_hyperball, update=True, measures_ww=True, latches=True),
-    "relative": Rule(_lamb, update=True, measures_ww=True, decays_apart=True),
+    "hyperball": Rule(_hyperball, update=True, measures_ww=True, latches=True, plain_at_zero=True),
+    "relative": Rule(_lamb, update=True, measures_ww=True, decays_apart=True, plain_at_zero=True),
     "brake": Rule(_brake, update=True, measures_ww=True),
     "adam_mini": Rule(_rated, update=True, measures_ww=True, decays_apart=True, averages=True),
 }

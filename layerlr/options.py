@@ -149,7 +149,8 @@ class LayerwiseOptions(TypedDict, total=False):
         Rate of the plain step, where lr is what it was when the group was added (the group key
         ``reference_lr``); schedulers, which write lr, scale it along: ``plain_lr * lr /
         reference_lr``. It goes for every parameter that the rule does not govern, those of a group
-        with ``rule=None`` included, unless that group has an lr of its own. None: lr.
+        with ``rule=None`` included, unless that group has an lr of its own, and for a layer of
+        zeros under a rule that measures steps by the weights. None: lr.
     backend : str
         ``"auto"`` takes the fastest that supports the case; a name that does not support it raises.
     on_nonfinite : str or None
@@ -158,10 +159,11 @@ class LayerwiseOptions(TypedDict, total=False):
         without).
     max_grad_norm : float or None
         Clip gradients inside the step, as `torch.nn.utils.clip_grad_norm_` before it: times
-        ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups
-        that have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
-        clipping. A layer that is skipped counts nothing in it, nor does what ``others="freeze"`` keeps. ``.grad`` is left as it is. Costs
-        another pass over the gradients, under sharding another message.
+        ``min(1, max_grad_norm / (n + 1e-6))``, n being the norm of all gradients of the groups that
+        have it, found at ``optimizer.grad_norm`` after the step, on the device. None or 0: no
+        clipping. A layer that is skipped counts nothing in it, nor does what ``others="freeze"``
+        keeps. ``.grad`` is left as it is. Costs another pass over the gradients, under sharding
+        another message.
     corrected_decay : bool
         Decoupled weight decay in proportion to lr, ``weight_decay * lr / reference_lr`` (AdamC,
         arXiv:2506.02285): the norm at which decay and steps balance then stays where it is while a

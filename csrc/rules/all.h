@@ -30,7 +30,7 @@ constexpr int max_rule_hyper = 4;
 
 struct RuleInfo {
   const char* name;
-  bool update, measures_ww, raw_gradient, latches, decays_apart, averages;
+  bool update, measures_ww, raw_gradient, latches, decays_apart, averages, plain_at_zero;
 };
 
 enum class RuleId : int32_t {
@@ -50,7 +50,7 @@ LAYERLR_HD constexpr RuleInfo rule_info(RuleId rule) {
 #define LAYERLR_CASE(R)                                                   \
   case RuleId::R:                                                         \
     return {R::name,    R::update,       R::measures_ww, R::raw_gradient, \
-            R::latches, R::decays_apart, R::averages};
+            R::latches, R::decays_apart, R::averages,    R::plain_at_zero};
     LAYERLR_RULES(LAYERLR_CASE)
 #undef LAYERLR_CASE
   }

@@ -13,6 +13,7 @@ struct GradientRule {
   static constexpr bool latches = false;
   static constexpr bool decays_apart = false;
   static constexpr bool averages = false;
+  static constexpr bool plain_at_zero = false;  // a layer of zeros takes the plain step
 
   LAYERLR_HD static LayerScale factor(double f) { return {f, 1, 0, f}; }
 };
@@ -25,6 +26,7 @@ struct UpdateRule {
   static constexpr bool latches = false;       // the memory is the layer's radius, see decide.h
   static constexpr bool decays_apart = false;  // decoupled decay is no part of the step it sees
   static constexpr bool averages = false;      // the memory is a running mean of gg/n, see decide.h
+  static constexpr bool plain_at_zero = false;
 
   /// w <- w + b*u; shown: the number for people to read.
   LAYERLR_HD static LayerScale step(double b, double shown) { return {1, 1, b, shown}; }

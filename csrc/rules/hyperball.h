@@ -9,6 +9,7 @@ namespace layerlr {
 struct Hyperball : UpdateRule {
   static constexpr const char* name = "hyperball";
   static constexpr bool latches = true;
+  static constexpr bool plain_at_zero = true;
   double radius;
   bool current;
 

@@ -8,6 +8,7 @@ namespace layerlr {
 /// arXiv:1904.00962, algorithm 2.
 struct Lamb : UpdateRule {
   static constexpr const char* name = "lamb";
+  static constexpr bool plain_at_zero = true;
   double clip, least, most;
 
   LAYERLR_HD explicit Lamb(const double* h) : clip(h[0]), least(h[1]), most(h[2]) {}

@@ -10,6 +10,7 @@ struct Lars : GradientRule {
   static constexpr const char* name = "lars";
   static constexpr bool measures_ww = true;
   static constexpr bool raw_gradient = true;
+  static constexpr bool plain_at_zero = true;
   double trust, eps;
   bool trust_clip;
 

@@ -10,6 +10,7 @@ namespace layerlr {
 struct Layca : UpdateRule {
   static constexpr const char* name = "layca";
   static constexpr bool latches = true;
+  static constexpr bool plain_at_zero = true;
   double eps;
   double cap_cos, cap_sin;  // of the largest angle; a cosine above 1: the angle is atan(lr)
   bool current;

@@ -76,6 +76,9 @@ def decide(
         memory = layers.second_moment(sums.gg, beta2)
         told = 1.0 / ((1.0 - beta1**layers.step) * (memory.sqrt() + eps))  # Adam's rate
     scale = rule.scale(seen, lr, told)
+    if rule.plain_at_zero:
+        share = torch.where(ww > 0, 1.0, config.get(PLAIN))
+        scale = scale._replace(b=scale.b * share, scale=scale.scale * share)
     if has_radius:
         grows, plain, one = memory < 0, config.get(PLAIN), torch.ones_like(lr)
         steps = LayerScale(one, one, -(lr * plain), one * plain)

@@ -12,7 +12,7 @@ from layerlr.directions.base import Scalar
 from layerlr.rules import LayerRule, LayerStats, Plain
 
 from .base import PlanSpec, check_tensors
-from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, StepConfig
+from .config import DECOUPLED_DECAY, DIRECTION, FOUND_INF, L2, LR, PLAIN, StepConfig
 from .decide import Layers, decide
 from .operands import Operands
 
@@ -142,6 +142,8 @@ class ReferencePlan:
         """Ask the rule for f, then ``u = direction(f*g)`` or ``f*direction(g)``."""
         d = self.spec.direction
         f = rule.factor(sums, lr, config.values[L2])
+        if rule.plain_at_zero:
+            f = f * torch.where(sums.ww > 0, 1.0, config.get(PLAIN))
         skip = self._skips(config, [sums.gg, sums.ww] if rule.measures_ww else [sums.gg])
         ones = torch.ones_like(lr)
         a = 1.0 - lr * config.values[DECOUPLED_DECAY]
@@ -291,8 +293,7 @@ class ReferencePlan:
         took_part = self._take_part(tensors, skip)
         for i in tensors:
             skipped = torch.stack([skip[s.layer] for s in self.spec.table.parts[i]]).all()
-            step = self.operands.state_dict(i)["step"]
-            step += (~skipped).to(step)
+            self.operands.state_dict(i)["step"].add_(~skipped)
         stats = self.spec.stats
         rows = torch.stack([*seen, scale, lr, a, b], 1).detach()
         stats[:, :-1] = torch.where((took_part & ~skip).unsqueeze(1), rows, stats[:, :-1])

@@ -76,6 +76,8 @@ class LayerRule:
     #: whether that number is a running mean of ``gg/n`` (below 0: none yet), n being the number of
     #: the layer's weights, from which its rate follows: Adam's second moment of a whole layer
     averages: ClassVar[bool] = False
+    #: whether a layer of zeros takes the plain step, at ``plain_lr``: nothing can be relative to it
+    plain_at_zero: ClassVar[bool] = False
     #: name under which the engines know the formula, where it is another's
     kernel: ClassVar[str]
 

@@ -58,7 +58,8 @@ class Curvature(Estimated):
         Steps over which new rates rise linearly to their full size, >= 0; default 0.
     min_step, max_step
         Bounds of a. max_step None: 0.1 where the direction scales its step to unit size (Adagrad,
-        RMSprop, Adam, Lion); none where it is the gradient's (SGD): its rate has the unit of 1/curvature.
+        RMSprop, Adam, Lion); none where it is the gradient's (SGD): its rate has the unit of
+        1/curvature.
     likelihood, reduction
         For ``"fisher"``: what the loss is. ``"categorical"``: `F.cross_entropy` of logits;
         ``"bernoulli"``: `F.binary_cross_entropy_with_logits`; ``"gaussian"``: `F.mse_loss`; with

@@ -65,6 +65,7 @@ class Hyperball(LayerRule):
     start_radius: float | None = None
 
     name = "hyperball"
+    plain_at_zero = True
     order = "update"
     latches = True
     sets_length = True

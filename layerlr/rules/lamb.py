@@ -56,6 +56,7 @@ class Lamb(LayerRule):
     max_ratio: float | None = None
 
     name = "lamb"
+    plain_at_zero = True
     order = "update"
 
     def __post_init__(self) -> None:

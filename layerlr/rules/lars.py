@@ -47,6 +47,7 @@ class Lars(LayerRule):
     trust_clip: bool = False
 
     name = "lars"
+    plain_at_zero = True
     order = "gradient"
     measures_ww = True
     raw_gradient = True

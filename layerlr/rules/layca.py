@@ -80,6 +80,7 @@ class Layca(LayerRule):
     start_radius: float | None = None
 
     name = "layca"
+    plain_at_zero = True
     order = "update"
     latches = True
     memory: ClassVar[Mapping[str, float]] = MappingProxyType({"radius": 0.0})

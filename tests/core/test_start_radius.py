@@ -252,3 +252,32 @@ def test_a_head_that_starts_at_zero_learns(engine, case):
 def test_a_head_that_is_held_near_zero_does_not(rule):
     """So the bound above can be missed."""
     assert Run(rule, "SGD", 20).loss(CPU, start_radius=0.01) > 1.2
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb", "relative", "layca", "hyperball"])
+def test_a_layer_of_zeros_takes_the_plain_step_at_the_plain_rate(engine, rule):
+    """Nothing can be relative to it, and lr may be a rate that suits ratios alone."""
+    zeros, ones = engine.params([torch.zeros(2, 3), torch.ones(2, 3)], torch.float32)
+    opt = layerlr.SGD(
+        [zeros, ones], lr=8.0, plain_lr=0.1, rule=rule, backend=engine.backend, on_nonfinite="skip"
+    )
+    for p in (zeros, ones):
+        p.grad = torch.full_like(p, 0.5)
+    opt.step()
+    torch.testing.assert_close(zeros.detach().cpu(), torch.full((2, 3), -0.05))
+    assert opt.layer_stats()["lr"].tolist()[0] == pytest.approx(0.1)
+    first = zeros.clone()
+    zeros.grad = torch.zeros_like(zeros)
+    opt.step()
+    assert torch.equal(zeros, first)
+
+
+def test_a_part_of_a_layer_of_zeros_as_well(engine):
+    """Of a part no radius is kept."""
+    weight, bias = engine.params([torch.zeros(2, 3), torch.ones(2)], torch.float32)
+    named = [("m.weight", weight), ("m.bias", bias)]
+    options = {"lr": 8.0, "plain_lr": 0.1, "layers": "module", "adapt": "all"}
+    opt = layerlr.SGD(named, rule="layca", backend=engine.backend, **options)
+    weight.grad = torch.ones_like(weight)
+    opt.step()
+    torch.testing.assert_close(weight.detach().cpu(), torch.full((2, 3), -0.1))

@@ -50,6 +50,7 @@ def test_registries_agree():
             "latches": rule.latches,
             "decays_apart": rule.decays_apart,
             "averages": rule.averages,
+            "plain_at_zero": rule.plain_at_zero,
         }, name
     assert _C.columns() == len(COLUMNS)
 

@@ -46,7 +46,7 @@ def test_rules_agree():
         update = theirs.order == "update"
         weights = update or theirs.measures_ww  # an update rule takes every sum
         flags = update, weights, theirs.raw_gradient, theirs.latches, theirs.decays_apart
-        assert ours[1:] == (*flags, theirs.averages), name
+        assert ours[1:] == (*flags, theirs.averages, theirs.plain_at_zero), name
 
 
 def test_places_of_the_numbers_agree():
