@@ -64,20 +64,27 @@ def give_of_step(said: set[str], group: dict[str, Any]) -> None:
     names that nobody gave.
     """
     lr, reference = group["lr"], group.get("reference_lr")
-    if reference is not None and not isinstance(lr, Tensor) and lr > reference * (1 + 1e-6):
+    kind = key_of("reference_lr")
+    if kind not in said and _is_above(lr, reference):
         message = (
             f"lr={lr:g} is above reference_lr={reference:g}, so what follows lr by its ratio "
             f"(plain_lr, corrected_decay, a wrapper's base) is {lr / reference:.3g} times what was "
             "given: give the constructor the largest lr of the schedule, or set the group's "
             "'reference_lr'"
         )
-        once(said, key_of("reference_lr"), message)
-    if group.get("param_names") is None and _asks_names(group["adapt"]):
+        once(said, kind, message)
+    kind = "adapt without names"
+    if kind not in said and group.get("param_names") is None and _asks_names(group["adapt"]):
         message = (
             "adapt is asked with names such as 'group0.param0', as the parameters came without: "
             "pass model.named_parameters() or call attach(model)"
         )
-        once(said, "adapt without names", message)
+        once(said, kind, message)
+
+
+def _is_above(lr: float | Tensor, reference: float | None) -> bool:
+    """Whether the host knows a rate to be above another."""
+    return reference is not None and not isinstance(lr, Tensor) and lr > reference * (1 + 1e-6)
 
 
 def give_of_all(

@@ -238,21 +238,27 @@ GROUP_ONLY = _read(GroupOptions)
 # -- what follows from it --------------------------------------------------------------------------
 
 
+def refuse_unknown(owner: type, given: Mapping[str, Any]) -> None:
+    """Refuse a constructor's argument that is none, as Python does, saying where it belongs."""
+    name = next((name for name in given if name not in OPTIONS), None)
+    if name is not None:
+        remedy = unknown_arguments.remedy(owner, name, given[name], GROUP_ONLY)
+        raise TypeError(
+            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}{remedy}"
+        )
+
+
 def complete(owner: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """All options, of which some are given to a constructor.
 
     Raises
     ------
     TypeError
-        For one that is none, as Python does.
+        For one that is none.
     ValueError
         For an unknown backend or rule.
     """
-    for name in given.keys() - OPTIONS.keys():
-        remedy = unknown_arguments.remedy(owner, name, given[name], GROUP_ONLY)
-        raise TypeError(
-            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}{remedy}"
-        )
+    refuse_unknown(owner, given)
     options = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     backends.validate(options["backend"])
     options["rule"] = rules.resolve(options["rule"])

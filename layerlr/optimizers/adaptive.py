@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from layerlr import checks, codes
 from layerlr.directions import DIRECTIONS, Direction
 from layerlr.optimizer import LayerwiseOptimizer
-from layerlr.options import LayerwiseOptions, documented
+from layerlr.options import LayerwiseOptions, documented, refuse_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing in Python 3.11
@@ -209,6 +209,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         **layerwise: Unpack[LayerwiseOptions],
     ) -> None:
+        refuse_unknown(type(self), layerwise)  # decoupled_weight_decay, for one
         super().__init__(
             params,
             lr,

@@ -125,6 +125,13 @@ def test_arguments_that_belong_elsewhere(cls, name, words):
     assert words in message
 
 
+def test_the_flag_that_makes_adamw():
+    with pytest.raises(
+        TypeError, match=r"AdamW.__init__\(\) got an unexpected .* layerlr.AdamW for"
+    ):
+        layerlr.AdamW([Parameter(torch.ones(2, 2))], decoupled_weight_decay=True)
+
+
 def test_a_rule_given_as_something_else():
     with pytest.raises(TypeError, match=r"argument 'layerwise': a rule is given as rule='layca'$"):
         layerlr.SGD([Parameter(torch.ones(2, 2))], layerwise="layca")
