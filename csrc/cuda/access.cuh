@@ -71,6 +71,12 @@ struct Access {
     });
   }
 
+  template <class Whole>
+  LAYERLR_DEVICE void load_gradient(Use use, Whole whole, int e, int n, T* x) const {
+    load_typed(use, whole, array_g, e, n, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = x[i] * sign;
+  }
   template <class Codes, class Whole>
   LAYERLR_DEVICE void load_states(Use use, Codes codes, Whole whole, int e, int n, int block,
                                   T (*x)[4]) const {

@@ -118,7 +118,7 @@ struct Elements : Access<D, P, coded> {
       if (weights) this->load_typed(use, whole, array_w, from, n, w[v]);
       if (pass != Pass::apply || D<T>::needs_grad) {
         const bool ends = pass == Pass::advance && !D<T>::needs_grad;
-        this->load_typed(ends ? last : use, whole, array_g, from, n, g[v]);
+        this->load_gradient(ends ? last : use, whole, from, n, g[v]);
       }
       if (steps) this->load_states(use, codes, whole, from, n, block, s[v]);
     }
@@ -134,7 +134,6 @@ struct Elements : Access<D, P, coded> {
       T moved[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        g[v][i] = g[v][i] * this->sign;  // not before: it would wait for one load amid the others
         // asked without branches
         const bool moves = (pass != Pass::advance) | !skips | is_finite(g[v][i]);
         if (!raw) g[v][i] = this->decayed(g[v][i], w[v][i]);
