@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
+from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -164,13 +165,16 @@ def _arguments(owner: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(owner).parameters
 
 
-@functools.cache
 def _asks_names(adapt: Any) -> bool:
     """Whether a function looks at its first argument."""
     code = getattr(adapt, "__code__", None)
-    if code is None or not code.co_argcount:
-        return False
-    return any(code.co_varnames[0] in _names(i.argval) for i in dis.get_instructions(code))
+    return code is not None and _reads_its_first(code)
+
+
+@functools.cache  # by the code, which keeps nothing alive that a function has closed over
+def _reads_its_first(code: CodeType) -> bool:
+    first = code.co_varnames[:1] if code.co_argcount else ()
+    return any(name in _names(i.argval) for i in dis.get_instructions(code) for name in first)
 
 
 def _names(of_instruction: Any) -> tuple[Any, ...]:

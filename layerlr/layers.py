@@ -35,14 +35,21 @@ def names_of(group: dict[str, Any], index: int) -> list[str]:
 
 
 def _ask(option: str, given: Callable[[str, Tensor], Any], name: str, p: Tensor) -> Any:
-    """What a callable says of a parameter; it must take both arguments."""
+    """What a callable says of a parameter; one that does not take both arguments is refused."""
     try:
-        inspect.signature(given).bind(name, p)
+        return given(name, p)
+    except TypeError:
+        _check_arguments(option, given, name, p)
+        raise
+
+
+def _check_arguments(option: str, given: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        inspect.signature(given).bind(*arguments)
+    except ValueError:
+        return  # one of C's has no signature
     except TypeError as error:
         raise TypeError(f"{option} is called as (name, param): {error}") from error
-    except ValueError:
-        pass  # one of C's, which nobody can ask
-    return given(name, p)
 
 
 def layer_key(layers: str | LayerKey, name: str, p: Tensor) -> tuple[Hashable, str]:

@@ -49,8 +49,7 @@ def complete(
     of_sgd = direction.states == ("momentum_buffer",) and "dampening" in group
     if len(present) < len(direction.states) and (of_sgd or not present):
         _start_afresh(state, p, quietly=of_sgd)
-    for key in direction.states:
-        _complete_moments(state, key, p, name, group, direction)
+    _complete_moments(state, p, name, group, direction)
     _complete_count(state, p, bool(present))
     for key, initial in of_layers.items() if parts else ():
         _complete_numbers(state, key, p, initial, parts)
@@ -59,26 +58,22 @@ def complete(
 
 
 def _complete_moments(
-    state: dict[str, Any],
-    key: str,
-    p: Tensor,
-    name: str,
-    group: dict[str, Any],
-    direction: Direction,
+    state: dict[str, Any], p: Tensor, name: str, group: dict[str, Any], direction: Direction
 ) -> None:
-    """A number of each element, in the bits that ``state_dtype`` says."""
-    value = state.get(key)
-    if value is None or _never_used(state, value, p):
-        value = _new(p, direction.initial(group, key))
-    else:
-        _check_shape(key, value, tuple(p.shape), name)
-        _check_kind(key, value, p, name)
-        value = memory.writable(value.to(p.device))
-        value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
-    state[key] = value
+    """Numbers of each element, in the bits that ``state_dtype`` says."""
     coded = layers.governs(layers.adapted(group, "kernels"), name, p)
-    wanted = codes.dtype_of(p, group["state_dtype"], coded, key in direction.nonnegative)
-    codes.convert(state, key, p, wanted, name)
+    for key in direction.states:
+        value = state.get(key)
+        if value is None or _never_used(state, value, p):
+            value = _new(p, direction.initial(group, key))
+        else:
+            _check_shape(key, value, tuple(p.shape), name)
+            _check_kind(key, value, p, name)
+            value = memory.writable(value.to(p.device))
+            value = dtensor.placed_as(p, value, f"state {key!r} of parameter {name!r}")
+        state[key] = value
+        wanted = codes.dtype_of(p, group["state_dtype"], coded, key in direction.nonnegative)
+        codes.convert(state, key, p, wanted, name)
 
 
 def _complete_count(state: dict[str, Any], p: Tensor, has_moments: bool) -> None:

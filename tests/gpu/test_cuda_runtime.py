@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from cases import BY_ID, Engine, copies, ids, same_bits, set_grads
+from waits import nobody_waits
 
 import layerlr
 
@@ -58,12 +59,9 @@ def test_current_stream(case, backend):
 @clipped_or_not
 def test_nobody_waits(case, backend, options):
     opt, _ = warm(case, backend, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nobody_waits():
         opt.step()
         opt.layer_stats()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @each_backend
@@ -74,11 +72,8 @@ def test_nobody_waits_for_a_wrapper(rule, backend):
     opt = layerlr.wrap(base, rule, lr=0.1, backend=backend)
     set_grads(params, 0)
     opt.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nobody_waits():
         opt.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @each_backend

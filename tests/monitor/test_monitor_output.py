@@ -12,6 +12,7 @@ import torch
 from ranks import run
 from rotation_nets import Writer, distance, net, one, shake
 from torch import nn
+from waits import nobody_waits
 
 import layerlr
 from layerlr.monitor import LayerRotation, StatsLog
@@ -402,11 +403,8 @@ def test_on_a_gpu_the_start_is_where_it_was_asked_for_and_nothing_waits(device, 
             for p, q in zip(model.parameters(), reference.parameters(), strict=True):
                 p.copy_(q)
         expected.record()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nobody_waits():
             rotation.record()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     state = rotation.state_dict()
     for key in ("start", "previous"):
         assert {t.device.type for t in state[key]} == {device or "cuda"}
